@@ -1,0 +1,1 @@
+"""MixGRPO: GRPO on flow-matching models with a sliding window of stochastic steps."""

@@ -1,0 +1,165 @@
+"""Rewards of a batch turned into advantages within each prompt's group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A group whose spread is below this share of its rewards' size holds float32 noise, not a signal.
+_EQUAL = 4 * torch.finfo(torch.float32).eps
+_GROUP_EPS = 1e-8
+_GLOBAL_EPS = 1e-4
+
+
+def group_advantages(
+    scores: Mapping[str, Tensor],
+    group: Tensor,
+    weights: Mapping[str, float],
+    kind: str,
+    clip: float,
+) -> Tensor:
+    """Return each sample's advantage over its group, clamped to +-``clip``: [B].
+
+    | kind           | definition                                                                 |
+    |----------------|----------------------------------------------------------------------------|
+    | advantage_sum  | z-score of each reward in its group (ddof 1, +1e-8), then the weighted sum |
+    | reward_sum     | weighted sum of the rewards, then its z-score in the group                 |
+    | gdpo           | advantage_sum, divided by its standard deviation over the batch (ddof 1)   |
+    | global_std     | weighted sum minus its group mean, over the batch's std (ddof 0, +1e-4)    |
+
+    advantage_sum is MixGRPO's (arXiv 2507.21802), global_std Flow-GRPO's (arXiv 2505.05470). "The
+    batch" is what is passed in: with several processes, gather the scores first.
+
+    A sample whose reward is NaN or infinite, in any reward with a weight, failed: it leaves every
+    statistic and its advantage is NaN; the update must give it no gradient (`torch.nan_to_num` to
+    0 before the loss). A group of fewer than two valid samples or of equal rewards, up to float32
+    rounding (a standard deviation below 5e-7 of their size), gets exactly 0.
+
+    Args:
+        scores: reward name -> [B]; rewards without a positive weight are ignored.
+        group: [B] int64 in 0..P-1, each sample's prompt, in any order.
+        weights: reward name -> weight >= 0; normalised here to sum to 1.
+        kind: one of the table's.
+        clip: positive; 5 in the papers.
+
+    Returns:
+        [B] float32 (float64 if a score is).
+
+    Raises:
+        ValueError: for an unknown kind, a weight that is negative, not finite or without scores,
+            weights that are all zero, scores of another shape than ``group``, or clip <= 0.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"unknown advantage kind {kind!r}; known: {', '.join(_KINDS)}")
+    if not clip > 0:
+        raise ValueError(f"the advantage clip must be positive, got {clip}; 5 is usual")
+    used = _used_weights(weights)
+    rewards = _stack(scores, list(used), group)
+    valid = torch.isfinite(rewards).all(0)
+    share = rewards.new_tensor(list(used.values())).double()
+    batch = _Batch(
+        rewards=torch.where(valid, rewards, 0).double(),
+        share=share / share.sum(),
+        valid=valid,
+        group=group.to(rewards.device),
+        prompts=int(group.max()) + 1,
+    )
+    advantages = _KINDS[kind](batch).clamp(-clip, clip)
+    return torch.where(valid, advantages, math.nan).to(rewards.dtype)
+
+
+class _Batch(NamedTuple):
+    """R rewards of B samples, failed samples' set to 0; float64, so that sums of scores are exact
+    enough for equal rewards to stay equal."""
+
+    rewards: Tensor  # [R, B]
+    share: Tensor  # [R], sums to 1
+    valid: Tensor  # [B] bool
+    group: Tensor  # [B]
+    prompts: int
+
+    def group_sum(self, values: Tensor) -> Tensor:
+        """[R, B] -> [R, B]: each sample's group's sum over the valid samples."""
+        sums = values.new_zeros(values.shape[0], self.prompts)
+        return sums.index_add(1, self.group, values * self.valid)[:, self.group]
+
+    def group_size(self) -> Tensor:
+        """[1, B]: how many valid samples each sample's group has, at least 1 to divide by."""
+        return self.group_sum(self.rewards.new_ones(1, len(self.group))).clamp(min=1)
+
+    def deviations(self) -> Tensor:
+        """[R, B]: reward minus its group's mean; exactly 0 for failed samples and equal groups."""
+        size = self.group_size()
+        deviation = self.rewards - self.group_sum(self.rewards) / size
+        spread = (self.group_sum(deviation**2) / size).sqrt()
+        scale = (self.group_sum(self.rewards**2) / size).sqrt()
+        return torch.where(self.valid & (spread > _EQUAL * scale), deviation, 0)
+
+    def z_scores(self, deviation: Tensor) -> Tensor:
+        """[R, B] deviations over their group's standard deviation (ddof 1)."""
+        freedom = (self.group_size() - 1).clamp(min=1)
+        return deviation / ((self.group_sum(deviation**2) / freedom).sqrt() + _GROUP_EPS)
+
+
+def _advantage_sum(batch: _Batch) -> Tensor:
+    return batch.share @ batch.z_scores(batch.deviations())
+
+
+def _reward_sum(batch: _Batch) -> Tensor:
+    # The deviation of a sum is the sum of deviations, whose equal groups are exactly 0 already.
+    return batch.z_scores((batch.share @ batch.deviations())[None])[0]
+
+
+def _gdpo(batch: _Batch) -> Tensor:
+    advantages = _advantage_sum(batch)
+    # Its batch mean is zero, since every group's is: subtracting it would only add rounding.
+    freedom = (batch.valid.sum() - 1).clamp(min=1)
+    return advantages / ((advantages**2).sum().div(freedom).sqrt() + _GROUP_EPS)
+
+
+def _global_std(batch: _Batch) -> Tensor:
+    total = batch.share @ batch.rewards
+    count = batch.valid.sum().clamp(min=1)
+    centred = (total - total.sum() / count) * batch.valid
+    std = ((centred**2).sum() / count).sqrt()
+    return (batch.share @ batch.deviations()) / (std + _GLOBAL_EPS)
+
+
+_KINDS: dict[str, Callable[[_Batch], Tensor]] = {
+    "advantage_sum": _advantage_sum,
+    "reward_sum": _reward_sum,
+    "gdpo": _gdpo,
+    "global_std": _global_std,
+}
+
+
+def _used_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """The positive weights; ValueError if one is negative or not finite, or if none is left."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"reward {name!r} has weight {weight}; weights are finite and >= 0")
+    used = {name: weight for name, weight in weights.items() if weight > 0}
+    if not used:
+        raise ValueError(f"no reward has a positive weight in {dict(weights)}; give one at least")
+    return used
+
+
+def _stack(scores: Mapping[str, Tensor], names: list[str], group: Tensor) -> Tensor:
+    """Scores of ``names`` as [R, B], float32 (float64 if one is)."""
+    for name in names:
+        if name not in scores:
+            raise ValueError(
+                f"reward {name!r} has a weight but no scores; there are scores for "
+                f"{', '.join(scores) or 'no reward'}"
+            )
+        if scores[name].shape != group.shape:
+            raise ValueError(
+                f"reward {name!r} has scores of shape {tuple(scores[name].shape)} for "
+                f"{tuple(group.shape)} samples; give one score per sample"
+            )
+    stacked = torch.stack([scores[name] for name in names])
+    return stacked if stacked.dtype == torch.float64 else stacked.float()

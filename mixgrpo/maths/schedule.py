@@ -1,0 +1,131 @@
+"""Noise schedules: the sigmas that a rollout visits, from 1 (pure noise) to exactly 0 (data)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixgrpo.types import Window
+
+
+def uniform_times(steps: int) -> Tensor:
+    """Return u_i = 1 - i/T for i = 0..T: [T+1] float64, exactly 1 first and exactly 0 last.
+
+    Raises:
+        ValueError: if ``steps`` is below 2. The last step is never stochastic, so one step alone
+            leaves nothing to train.
+    """
+    if steps < 2:
+        raise ValueError(f"a schedule needs at least 2 steps, got {steps}")
+    return 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+
+
+def shift_time(u: Tensor, shift: float) -> Tensor:
+    """Return sigma = shift*u / (1 + (shift-1)*u), the time shift of Esser et al., arXiv 2403.03206.
+
+    A shift above 1 spends more of the steps at high noise. Same shape and dtype as ``u``.
+
+    Raises:
+        ValueError: if ``shift`` is not a positive finite number.
+    """
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be a positive number (1 leaves time as it is), got {shift}")
+    # The denominator is 1 + (shift-1)*u in a form that keeps u = 1 at exactly 1 for every shift.
+    return shift * u / (shift * u + (1 - u))
+
+
+def dynamic_shift(
+    image_tokens: int,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_mu: float = 0.5,
+    max_mu: float = 1.15,
+) -> float:
+    """Return the FLUX pipeline's resolution-dependent shift, exp(mu) with mu linear in the tokens.
+
+    mu is ``base_mu`` at ``base_tokens`` (256x256 pixels) and ``max_mu`` at ``max_tokens``
+    (1024x1024), and goes on along the same line outside: 4096 tokens give a shift of 3.16.
+
+    Raises:
+        ValueError: if ``image_tokens`` is not positive or the two token counts are equal.
+    """
+    if image_tokens < 1:
+        raise ValueError(f"image_tokens must be at least 1, got {image_tokens}")
+    if base_tokens == max_tokens:
+        raise ValueError(f"base_tokens and max_tokens must differ, both are {base_tokens}")
+    slope = (max_mu - base_mu) / (max_tokens - base_tokens)
+    return math.exp(base_mu + slope * (image_tokens - base_tokens))
+
+
+def make_sigmas(steps: int, shift: float) -> Tensor:
+    """Return the base schedule, sigmas [T+1] float32, from exactly 1 down to exactly 0.
+
+    Raises:
+        ValueError: if ``steps`` < 2, ``shift`` <= 0, or the shift is so extreme that two
+            neighbouring sigmas are the same float32.
+    """
+    return _shifted(uniform_times(steps), shift)
+
+
+def flash_sigmas(steps: int, shift: float, window: Window, ratio: float) -> Tensor:
+    """Return MixGRPO-Flash's schedule: the base up to ``window.stop``, then a compressed tail.
+
+    The T-l-w steps after the window become n = max(1, round((T-l-w)*ratio)), equally spaced in u
+    and then shifted; steps before the window keep the base schedule, since accelerating them
+    collapses quality (arXiv 2507.21802). A ratio of 1 is the base schedule.
+
+    Returns:
+        [l+w+n+1] float32, ending at exactly 0. A rollout makes l + w + n model evaluations.
+
+    Raises:
+        ValueError: as `make_sigmas`; if ``ratio`` is outside (0, 1]; or if the window contains
+            the last step, which is never stochastic.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"the tail's ratio must be in (0, 1], got {ratio}; 1 keeps every step")
+    u = uniform_times(steps)
+    if window.stop > steps - 1:
+        raise ValueError(
+            f"window {window} does not fit {steps} steps: the last step is never stochastic, so "
+            f"a window may stop at {steps - 1} at most"
+        )
+    tail = max(1, round((steps - window.stop) * ratio))
+    tail_u = u[window.stop] * (1 - torch.arange(1, tail + 1, dtype=u.dtype) / tail)
+    return _shifted(torch.cat([u[: window.stop + 1], tail_u]), shift)
+
+
+def _shifted(u: Tensor, shift: float) -> Tensor:
+    """Shift ``u`` and round to float32, refusing schedules that float32 cannot tell apart."""
+    sigmas = shift_time(u, shift).float()
+    if not bool((sigmas.diff() < 0).all()):
+        raise ValueError(
+            f"shift {shift} with {len(u) - 1} steps gives neighbouring sigmas that are equal in "
+            "float32; bring the shift closer to 1"
+        )
+    return sigmas
+
+
+class Step(NamedTuple):
+    """One denoising step, as tensors that broadcast against a latent [N, S, C]."""
+
+    sigma: Tensor
+    sigma_next: Tensor
+    # sigmas[1]: where sigma is exactly 1, Flow-SDE's sqrt(sigma/(1-sigma)) uses this one instead.
+    sigma_after_one: Tensor
+
+
+def step_at(sigmas: Tensor, index: int | Tensor) -> Step:
+    """Return step ``index`` of the schedule ``sigmas`` [T+1], without a host synchronisation.
+
+    Args:
+        sigmas: on the device of ``index`` if that is a tensor. For an int, sigmas on the CPU serve
+            latents on any device: scalars on the CPU mix with everything.
+        index: an int, for one step that all samples take (scalars, shape []), or int64 [N], each
+            sample's own step (shapes [N, 1, 1]).
+    """
+    if isinstance(index, Tensor):
+        index = index.reshape(-1, 1, 1)
+    return Step(sigmas[index], sigmas[index + 1], sigmas[1])

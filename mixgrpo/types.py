@@ -1,0 +1,112 @@
+"""The values that travel between the stages of one iteration.
+
+Letters used for shapes everywhere: P prompts, G samples per prompt (a group), B = P*G samples in
+prompt-major order, T denoising steps, w window size, S latent tokens, C channels per token, L text
+tokens. Sigma is 1 at pure noise and 0 at data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps ``start .. stop-1`` that are sampled by the SDE and trained. Never empty."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"a window needs 0 <= start < stop, got [{self.start}, {self.stop})")
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def steps(self) -> range:
+        return range(self.start, self.stop)
+
+    def __contains__(self, step: int) -> bool:
+        return self.start <= step < self.stop
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {self.stop})"
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """Encoded prompts: ``tokens`` [N, L, C_text] and ``pooled`` [N, C_pooled]."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> TextEmbedding:
+        return TextEmbedding(self.tokens[index], self.pooled[index])
+
+    def repeat_each(self, times: int) -> TextEmbedding:
+        """[N] -> [N*times], every prompt's copies side by side."""
+        if times == 1:
+            return self
+        return TextEmbedding(
+            self.tokens.repeat_interleave(times, 0), self.pooled.repeat_interleave(times, 0)
+        )
+
+    def to(self, device: torch.device) -> TextEmbedding:
+        return TextEmbedding(self.tokens.to(device), self.pooled.to(device))
+
+
+class Velocity(Protocol):
+    """All that sampling and training know of a model: v = x1 - x0 predicted at (x, sigma, text)."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        """x [N, S, C] float32, sigma [N] float32 in (0, 1] -> velocity [N, S, C] float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a rollout leaves for the update: the window's steps and the final latent, no more.
+
+    Attributes:
+        sigmas: [T+1] float32, decreasing from 1 to exactly 0; the tail may be compressed (Flash).
+        window: the trained steps, indices into ``sigmas``.
+        states: [B, w+1, S, C] float32, the latents at ``window.start .. window.stop``.
+        old_means: [B, w, S, C] float32, the rollout policy's mean for each window step.
+        final: [B, S, C] float32, the latent at sigma 0.
+        text: the B samples' prompts are ``text[group]``; P embeddings.
+        group: [B] int64, position of each sample's prompt in ``text``.
+        shared: whether a group's samples have one initial noise, hence one state at window.start.
+        evaluations: model evaluations that this rollout made, in all.
+    """
+
+    sigmas: Tensor
+    window: Window
+    states: Tensor
+    old_means: Tensor
+    final: Tensor
+    text: TextEmbedding
+    group: Tensor
+    shared: bool
+    evaluations: int
+
+    def __len__(self) -> int:
+        return self.states.shape[0]
+
+    @property
+    def evaluations_per_image(self) -> float:
+        return self.evaluations / len(self)
+
+
+# Reward name -> [B] float32 scores; NaN marks a sample whose reward failed.
+Scores = Mapping[str, Tensor]
