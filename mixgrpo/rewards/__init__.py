@@ -1,0 +1,12 @@
+"""Rewards: one file per reward, a registry by name, and ``score`` to run them all.
+
+The published rewards run on batched tensors on the device, without a round trip through PIL:
+``hpsv2``, ``clip_score``, ``pickscore``, ``imagereward``, ``jpeg_size``; a user's own is named
+``package.module:callable``.
+"""
+
+from mixgrpo.rewards.protocol import Reward
+from mixgrpo.rewards.registry import build_reward
+from mixgrpo.rewards.scoring import score
+
+__all__ = ["Reward", "build_reward", "score"]

@@ -1,0 +1,39 @@
+"""Compressibility, the reward that needs no model (DDPO, arXiv 2305.13301)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class JpegSize:
+    """Minus the size of the image as JPEG, in kB (1000 bytes); the text is not looked at.
+
+    Args:
+        compressible: True rewards small files; False turns the sign and rewards large ones.
+        quality: of the JPEG, 1 to 95.
+    """
+
+    def __init__(self, *, compressible: bool = True, quality: int = 95) -> None:
+        if not 1 <= quality <= 95:
+            raise ValueError(f"jpeg_size: quality must be in 1..95, got {quality}")
+        self.sign = -1.0 if compressible else 1.0
+        self.quality = quality
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], B texts -> [B] float32."""
+        pixels = images.float().mul(255).round().clamp(0, 255).to(torch.uint8)
+        arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
+        sizes = [self.sign * self._bytes(array) / 1000 for array in arrays]
+        return torch.tensor(sizes, dtype=torch.float32, device=images.device)
+
+    def _bytes(self, array: Any) -> int:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, format="JPEG", quality=self.quality)
+        return buffer.tell()

@@ -1,0 +1,192 @@
+"""Loading open_clip models, for the rewards that are a cosine between an image and its text.
+
+``model`` is an architecture of open_clip's own list, its weights the ``checkpoint``; or a folder:
+``open_clip_config.json`` (``model_cfg`` and ``preprocess_cfg``, as open_clip writes it), the
+weights, and, if ``text_cfg`` has an ``hf_tokenizer_name``, the files of that tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixgrpo.rewards.weights import (
+    find_file,
+    load_exactly,
+    parse_dtype,
+    read_json,
+    read_state_dict,
+    require_file,
+    require_folder,
+)
+
+_CONFIG = "open_clip_config.json"
+# In open_clip's own order of preference.
+_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """A loaded model, frozen and in evaluation mode.
+
+    Attributes:
+        model: open_clip's module.
+        tokenize: texts -> token ids [B, L], padded and truncated to the model's context.
+        preprocess: open_clip's settings: size (height, width), mean, std, interpolation,
+            resize_mode, fill_color.
+        device: where the model lives.
+        dtype: of its weights.
+    """
+
+    model: nn.Module
+    tokenize: Callable[[list[str]], Tensor]
+    preprocess: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def cosine(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        """Normalised pixels [B, 3, S, S], B texts -> [B] float32, cosine of the two features."""
+        model: Any = self.model
+        tokens = self.tokenize(list(texts)).to(self.device)
+        image = model.encode_image(pixels.to(self.dtype)).float()  # [B, C]
+        text = model.encode_text(tokens).float()  # [B, C]
+        return nn.functional.cosine_similarity(image, text)
+
+
+def load_open_clip(
+    reward: str,
+    *,
+    model: str,
+    checkpoint: str | None,
+    tokenizer: str | None,
+    dtype: str,
+    device: torch.device,
+) -> OpenClip:
+    """The model that a reward's options name, its weights loaded exactly.
+
+    Raises:
+        FileNotFoundError: the folder, checkpoint or tokenizer is missing.
+        ValueError: unknown architecture, or a checkpoint that does not fit.
+    """
+    import open_clip
+
+    precision = parse_dtype(dtype)
+    folder = _folder(reward, model)
+    path = _checkpoint(reward, folder, model, checkpoint)
+    name = f"local-dir:{folder}" if folder else model
+    module = _create(name, folder)
+    load_exactly(module, read_state_dict(path), path)
+    module = module.to(device, precision).eval().requires_grad_(False)
+    if tokenizer is not None:
+        context = open_clip.get_model_config(name)["text_cfg"].get("context_length", 77)
+        source = str(require_folder(tokenizer, reward, "tokenizer"))
+        tokenize = open_clip.tokenizer.HFTokenizer(source, context_length=context)
+    else:
+        tokenize = open_clip.get_tokenizer(name)
+    _check_vocabulary(reward, name, tokenize)
+    return OpenClip(module, tokenize, _preprocess(module, folder, model), device, precision)
+
+
+def _folder(reward: str, model: str) -> Path | None:
+    """The folder that ``model`` is, or None if it is an architecture that open_clip knows."""
+    import open_clip
+
+    known = open_clip.list_models()
+    if model in known:
+        return None
+    if os.sep in model or Path(model).expanduser().is_dir():
+        folder = require_folder(model, reward, "model")
+        find_file(folder, (_CONFIG,), reward, "model")
+        return folder
+    nearest = difflib.get_close_matches(model, known, n=3)
+    hint = f" (nearest: {', '.join(nearest)})" if nearest else ""
+    raise ValueError(
+        f"{reward}: {model!r} is neither an architecture of open_clip{hint} nor a folder: "
+        "set the reward's `model` to one of them"
+    )
+
+
+def _checkpoint(reward: str, folder: Path | None, model: str, checkpoint: str | None) -> Path:
+    if checkpoint is not None:
+        return require_file(checkpoint, reward, "checkpoint")
+    if folder is not None:
+        return find_file(folder, _WEIGHTS, reward, "checkpoint")
+    raise FileNotFoundError(
+        f"{reward}: the architecture {model!r} comes without weights: set the reward's "
+        "`checkpoint` to their path"
+    )
+
+
+def _create(name: str, folder: Path | None) -> nn.Module:
+    """The architecture with random weights; ``pretrained_text=False`` keeps it off the network."""
+    import open_clip
+
+    if folder is not None and "model_cfg" not in read_json(folder / _CONFIG):
+        raise ValueError(f"{folder / _CONFIG} lacks `model_cfg`: write it as open_clip does")
+    with _quiet():
+        return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's warning that the weights are random: they are loaded right after."""
+
+    def weights_come_later(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    # open_clip logs to the root logger; a filter there leaves every other logger alone.
+    root = logging.getLogger()
+    root.addFilter(weights_come_later)
+    try:
+        yield
+    finally:
+        root.removeFilter(weights_come_later)
+
+
+def _preprocess(module: Any, folder: Path | None, model: str) -> dict[str, Any]:
+    """The folder's settings; for an architecture those of its published weights.
+
+    open_clip keeps the latter with the weights' tags. Where the tags of an architecture differ,
+    its defaults hold, which are OpenAI's.
+    """
+    import open_clip
+
+    settings = dict(module.visual.preprocess_cfg)
+    if folder is None:
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        published = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+        for key in ("mean", "std", "interpolation", "resize_mode"):
+            values = [cfg[key] for cfg in published if key in cfg]
+            if values and all(value == values[0] for value in values):
+                settings[key] = values[0]
+    size = settings["size"]
+    settings["size"] = (size, size) if isinstance(size, int) else tuple(size)
+    return settings
+
+
+def _check_vocabulary(reward: str, name: str, tokenize: Any) -> None:
+    """A folder that forgets its tokenizer would get CLIP's, and fail far from the cause."""
+    import open_clip
+
+    rows = open_clip.get_model_config(name)["text_cfg"].get("vocab_size", 49408)
+    words = len(tokenize.tokenizer) if hasattr(tokenize, "tokenizer") else tokenize.vocab_size
+    if words > rows:
+        raise ValueError(
+            f"{reward}: the tokenizer has {words} tokens, the model's embedding {rows}: set "
+            "`hf_tokenizer_name` in open_clip_config.json's text_cfg, or the reward's `tokenizer`"
+        )

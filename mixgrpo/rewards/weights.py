@@ -1,0 +1,132 @@
+"""Model folders and checkpoint files: found, read and loaded exactly, or one clear error."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHOWN = 3
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of a reward's weights and activations; scores are float32 whatever it is."""
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def require_folder(path: str | Path, reward: str, option: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{reward}: no folder {str(path)!r}: set the reward's `{option}` to the folder that "
+            "holds it"
+        )
+    return folder
+
+
+def require_file(path: str | Path, reward: str, option: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{reward}: no file {str(path)!r}: set the reward's `{option}` to its path"
+        )
+    return file
+
+
+def find_file(folder: Path, names: tuple[str, ...], reward: str, option: str) -> Path:
+    """The first of ``names`` that ``folder`` holds."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(
+        f"{reward}: folder {str(folder)!r} holds none of {', '.join(names)}: "
+        f"set the reward's `{option}` to the right path"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor on the CPU, from safetensors (by suffix) or a PyTorch file.
+
+    Only tensors are unpickled. A dict under the key ``state_dict`` and the ``module.`` prefix of
+    DistributedDataParallel are unwrapped.
+    """
+    content = _read_tensors(path)
+    if isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict (names to tensors): check the file")
+    return state
+
+
+def _read_tensors(path: Path) -> Mapping[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({reason}): it may be truncated, fetch it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Copy ``state``, read from ``path``, into ``module``; see ``check_fits``."""
+    check_fits(module.state_dict(), state, path)
+    module.load_state_dict(state)
+
+
+def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """Every key of ``own`` must be in ``state``, none more, all of the right shape.
+
+    Raises:
+        ValueError: naming ``path`` and the first keys that do not fit.
+    """
+    faults = [
+        _listed("missing", [key for key in own if key not in state]),
+        _listed("unexpected", [key for key in state if key not in own]),
+        _listed(
+            "of another size",
+            [
+                f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+                for key in own
+                if key in state and state[key].shape != own[key].shape
+            ],
+        ),
+    ]
+    if any(faults):
+        raise ValueError(
+            f"{path} does not fit the model: {'; '.join(fault for fault in faults if fault)}"
+        )
+
+
+def _listed(kind: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return f"{kind}: {', '.join(keys[:_SHOWN])}{more}"

@@ -1,0 +1,123 @@
+"""Micro-batches, failures and the checks of ``score``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixgrpo.rewards import score
+
+IMAGES = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 4, 4).contiguous()
+TEXTS = list("abcde")
+
+
+def brightness(images: Tensor, texts: Sequence[str]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+class FailsOn:
+    """Brightness, but raises when it sees one of ``texts``."""
+
+    def __init__(self, texts: str) -> None:
+        self.texts = texts
+        self.batches: list[int] = []
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        self.batches.append(len(texts))
+        if set(texts) & set(self.texts):
+            raise ConnectionError("the service is away")
+        return brightness(images, texts)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5, 100])
+def test_micro_batches_do_not_change_the_scores(micro_batch: int) -> None:
+    scores = score({"bright": brightness}, IMAGES, TEXTS, micro_batch)
+    torch.testing.assert_close(scores["bright"], torch.linspace(0, 1, 5))
+
+
+def test_micro_batches_have_the_size_asked_for() -> None:
+    reward = FailsOn("")
+    score({"r": reward}, IMAGES, TEXTS, 2)
+    assert reward.batches == [2, 2, 1]
+
+
+def test_order_is_the_mappings_and_scores_are_float32_without_gradient() -> None:
+    rewards = {"z": brightness, "a": lambda i, t: brightness(i, t).double(), "m": brightness}
+    scores = score(rewards, IMAGES.clone().requires_grad_(), TEXTS, 2)
+    assert list(scores) == ["z", "a", "m"]
+    for values in scores.values():
+        assert values.dtype == torch.float32
+        assert not values.requires_grad
+
+
+def test_a_failed_micro_batch_is_nan_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        scores = score({"r": FailsOn("ae"), "ok": brightness}, IMAGES, TEXTS, 2)
+    assert scores["r"].isnan().tolist() == [True, True, False, False, True]
+    assert not scores["ok"].isnan().any()
+    (record,) = caplog.records
+    assert "reward r failed on 2 of 3 micro-batches" in record.getMessage()
+    assert "samples 0-1, by ConnectionError: the service is away" in record.getMessage()
+
+
+def test_a_reward_that_never_worked_stops_the_run() -> None:
+    with pytest.raises(RuntimeError, match=r"'r' failed on every sample.*service is away") as info:
+        score({"r": FailsOn("abcde")}, IMAGES, TEXTS, 2)
+    assert isinstance(info.value.__cause__, ConnectionError)
+
+
+def test_a_reward_that_has_worked_may_fail_entirely() -> None:
+    reward = FailsOn("x")
+    score({"r": reward}, IMAGES, TEXTS, 2)
+    reward.texts = "abcde"
+    assert score({"r": reward}, IMAGES, TEXTS, 2)["r"].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_image_or_score_is_nan_for_that_sample_alone(bad: float) -> None:
+    images = IMAGES.clone()
+    images[1, 0, 2, 2] = bad
+    scores = score(
+        {
+            "zero": lambda images, texts: torch.zeros(len(images)),
+            "bad": lambda images, texts: torch.tensor([bad if t == "d" else 0.0 for t in texts]),
+        },
+        images,
+        TEXTS,
+        5,
+    )
+    assert scores["zero"].isnan().tolist() == [False, True, False, False, False]
+    assert scores["bad"].isnan().tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("reward", "got"),
+    [
+        (lambda images, texts: torch.zeros(len(images), 1), r"\[2, 1\]"),
+        (lambda images, texts: torch.zeros(()), r"got \[\]"),
+        (lambda images, texts: [0.0] * len(images), "got list"),
+    ],
+)
+def test_a_result_of_the_wrong_shape_is_an_error(reward: object, got: str) -> None:
+    with pytest.raises(ValueError, match=r"'r' must return a tensor of shape \[2\].*" + got):
+        score({"r": reward}, IMAGES, TEXTS, 2)  # type: ignore[dict-item]
+
+
+def test_inputs_are_checked() -> None:
+    with pytest.raises(ValueError, match="5 images need as many texts, got 4"):
+        score({}, IMAGES, TEXTS[:4], 2)
+    with pytest.raises(ValueError, match="got one string"):
+        score({}, IMAGES, "abcde", 2)
+    with pytest.raises(ValueError, match=r"\[B, 3, H, W\], got \[3, 4, 4\]"):
+        score({}, IMAGES[0], TEXTS, 2)
+    with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
+        score({}, IMAGES, TEXTS, 0)
+
+
+def test_no_rewards_and_no_samples() -> None:
+    assert score({}, IMAGES, TEXTS, 2) == {}
+    assert score({"r": brightness}, IMAGES[:0], [], 2)["r"].shape == (0,)
