@@ -39,10 +39,6 @@ class Solver(Protocol):
         """Return the latent at ``step.sigma_next`` from x and v [N, S, C] at ``step.sigma``."""
         ...
 
-    def repeat_each(self, times: int) -> None:
-        """Follow the batch from prompts [P] to samples [P*times], a prompt's copies adjacent."""
-        ...
-
 
 def make_solver(kind: str, sigmas: Tensor, order: int = 2, variant: str = "midpoint") -> Solver:
     """Return a fresh solver for one batch that follows the schedule ``sigmas`` [T+1].
@@ -70,9 +66,6 @@ class Euler:
 
     def step(self, x: Tensor, v: Tensor, step: Step) -> Tensor:
         return euler(x, v, step)
-
-    def repeat_each(self, times: int) -> None:
-        """Nothing to repeat."""
 
 
 class DPMSolver:
@@ -103,11 +96,6 @@ class DPMSolver:
     def _order_of(self, step: Step) -> int:
         second_to_last = float(step.sigma_next) == self.last_sigma
         return min(self.order, 2) if self.is_short and second_to_last else self.order
-
-    def repeat_each(self, times: int) -> None:
-        self.history = [
-            Prediction(x0_hat.repeat_interleave(times, 0), sigma) for x0_hat, sigma in self.history
-        ]
 
 
 def dpm_step(

@@ -150,21 +150,6 @@ def test_solver_remembers_no_more_than_its_order():
     assert [prediction.sigma for prediction in solver.history] == [0.8, 0.7]
 
 
-def test_repeat_each_follows_prompts_to_their_samples():
-    sigmas, x = make_sigmas(20, 3.0).double(), _latent()
-    few, many = DPMSolver(sigmas, 2), DPMSolver(sigmas, 2)
-    for index in range(3):
-        step = step_at(sigmas, index)
-        v = _curved(x, step.sigma)
-        many.step(x, v, step)
-        x = few.step(x, v, step)
-    many.repeat_each(3)
-    step, copies = step_at(sigmas, 3), x.repeat_interleave(3, 0)
-    found = many.step(copies, _curved(copies, step.sigma), step)
-    expected = few.step(x, _curved(x, step.sigma), step).repeat_interleave(3, 0)
-    torch.testing.assert_close(found, expected)
-
-
 def _global_error(steps: int, order: int, variant: str) -> float:
     """On the Gaussian flow from sigma .95 to .05, with an exact past so that start-up is no issue.
 
@@ -205,7 +190,6 @@ def test_euler_solver_is_the_euler_step_and_has_no_memory():
     sigmas, x, v = make_sigmas(5, 3.0), _latent(), _latent(1)
     solver, step = Euler(), step_at(make_sigmas(5, 3.0), 2)
     solver.observe(_latent(2), sigmas[1])
-    solver.repeat_each(4)
     assert torch.equal(solver.step(x, v, step), euler(x, v, step))
 
 
