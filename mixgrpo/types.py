@@ -85,7 +85,7 @@ class Trajectory:
         old_means: [B, w, S, C] float32, the rollout policy's mean for each window step.
         final: [B, S, C] float32, the latent at sigma 0.
         text: the B samples' prompts are ``text[group]``; P embeddings.
-        group: [B] int64, position of each sample's prompt in ``text``.
+        group: [B] int64 on the CPU, position of each sample's prompt in ``text``.
         shared: whether a group's samples have one initial noise, hence one state at window.start.
         evaluations: model evaluations that this rollout made, in all.
     """

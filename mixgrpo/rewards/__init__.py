@@ -7,6 +7,6 @@ The published rewards run on batched tensors on the device, without a round trip
 
 from mixgrpo.rewards.protocol import Reward
 from mixgrpo.rewards.registry import build_reward
-from mixgrpo.rewards.scoring import score
+from mixgrpo.rewards.scoring import RewardError, score
 
-__all__ = ["Reward", "build_reward", "score"]
+__all__ = ["Reward", "RewardError", "build_reward", "score"]

@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 _PROVEN: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
+class RewardError(RuntimeError):
+    """A reward has never worked: its configuration or code is at fault, not a sample."""
+
+
 class Failure(NamedTuple):
     """The samples of one micro-batch, and what the reward raised on them."""
 
@@ -37,7 +41,7 @@ def score(
     first cause is logged; so does a sample whose image or score is not finite.
 
     Raises:
-        RuntimeError: a reward failed on every sample and has never worked before.
+        RewardError: a reward failed on every sample and has never worked before.
         ValueError: inputs that do not fit, or a reward that does not return [B] numbers.
     """
     _check_inputs(images, texts, micro_batch)
@@ -76,7 +80,7 @@ def _score_one(
 def _report(name: str, reward: Reward, failures: list[Failure], micro_batches: int) -> None:
     part, cause = failures[0]
     if len(failures) == micro_batches and _PROVEN.get(id(reward)) is not reward:
-        raise RuntimeError(
+        raise RewardError(
             f"reward {name!r} failed on every sample of its first batch: "
             f"{type(cause).__name__}: {cause}"
         ) from cause

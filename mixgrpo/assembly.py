@@ -1,0 +1,138 @@
+"""From a configuration to the parts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from mixgrpo import checkpoint as checkpoints
+from mixgrpo.checkpoint import Checkpoint
+from mixgrpo.config import Config, check_resumable
+from mixgrpo.maths.dpm_solver import make_solver
+from mixgrpo.maths.schedule import dynamic_shift, flash_sigmas
+from mixgrpo.maths.transitions import make_log_ratio, make_transition
+from mixgrpo.maths.window import WindowSchedule
+from mixgrpo.noise import Noise
+from mixgrpo.prompts import PromptBatch
+from mixgrpo.rewards import Reward, build_reward
+from mixgrpo.rollout import SamplingPlan
+from mixgrpo.types import Velocity, Window
+from mixgrpo.update import Objective
+
+
+def make_windows(config: Config) -> WindowSchedule:
+    """The window of every iteration. Raises ValueError if it does not fit the steps."""
+    knobs = asdict(config.window)
+    if knobs["envelope"] is not None:
+        knobs["envelope"] = tuple(knobs["envelope"])
+    return WindowSchedule(steps=config.sampling.steps, seed=config.run.seed, **knobs)
+
+
+def make_plan(config: Config, window: Window) -> SamplingPlan:
+    """The sampling of an iteration whose window is ``window``."""
+    sampling, tail = config.sampling, config.tail
+    sigmas = flash_sigmas(sampling.steps, shift_for(config), window, tail.ratio)
+    return SamplingPlan(
+        sigmas=sigmas,
+        window=window,
+        transition=make_transition(sampling.transition, sampling.eta),
+        solver=partial(make_solver, tail.solver, sigmas, tail.order, tail.variant),
+    )
+
+
+def shift_for(config: Config) -> float:
+    """The time shift; where the knob is 0, FLUX's own for the picture's size."""
+    tokens = (config.model.height // 16) * (config.model.width // 16)
+    return config.sampling.shift or dynamic_shift(tokens)
+
+
+def make_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
+    """Every reward of the recipe by its name, held-out ones included."""
+    rewards = {}
+    for name, knobs in config.rewards.items():
+        given = {key: getattr(knobs, key) for key in ("model", "checkpoint")}
+        options = {key: value for key, value in given.items() if value is not None}
+        try:
+            rewards[name] = build_reward(knobs.kind, {**options, **knobs.options}, device)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"rewards.{name}: {error}") from error
+    return rewards
+
+
+def make_optimizer(
+    config: Config, parameters: list[torch.nn.Parameter]
+) -> tuple[Optimizer, LRScheduler]:
+    """AdamW and its linear warm-up."""
+    knobs = config.update
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=knobs.learning_rate,
+        betas=(knobs.betas[0], knobs.betas[1]),
+        weight_decay=knobs.weight_decay,
+        fused=parameters[0].device.type == "cuda",
+    )
+    warmup = max(1, knobs.warmup)
+    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+
+
+def make_noise(
+    config: Config,
+    prompts: PromptBatch,
+    iteration: int,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> Noise:
+    """The noise of an iteration's rollout."""
+    return Noise(
+        seed=config.run.seed,
+        iteration=iteration,
+        prompts=prompts.positions,
+        samples=config.batch.samples,
+        shape=shape,
+        shared=config.sampling.shared_noise,
+        device=device,
+    )
+
+
+def make_objective(config: Config, reference: Velocity | None) -> Objective:
+    """What the update optimises."""
+    return Objective(
+        transition=make_transition(config.sampling.transition, config.sampling.eta),
+        log_ratio=make_log_ratio(config.sampling.log_ratio),
+        clip=config.update.clip,
+        kl=config.update.kl,
+        reference=reference,
+    )
+
+
+def checkpoints_root(config: Config) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(config.run.folder) / "checkpoints"
+
+
+def resumed_checkpoint(config: Config) -> Checkpoint | None:
+    """The checkpoint to continue from, checked against the recipe; None to start afresh."""
+    root = checkpoints_root(config)
+    newest = checkpoints.latest(root)
+    if not config.run.resume:
+        if newest is not None:
+            raise ValueError(
+                f"{config.run.folder!r} holds a run already (newest checkpoint {newest.name}); "
+                "continue it with --run.resume true, or choose another --run.folder"
+            )
+        return None
+    if newest is None:
+        return None
+    saved = checkpoints.load(newest)
+    check_resumable(saved.config, config)
+    if saved.iteration > config.run.iterations:
+        raise ValueError(
+            f"the checkpoint {newest} has {saved.iteration} iterations, run.iterations is "
+            f"{config.run.iterations}; raise --run.iterations"
+        )
+    return saved

@@ -1,0 +1,165 @@
+"""Checkpoints: written whole or not at all, and read back exactly.
+
+A checkpoint is a folder ``iteration_00000025`` with ``weights.safetensors`` (trained weights),
+``ema.safetensors``, ``optimizer.pt`` and ``state.json`` (position and configuration). It is
+written under another name, flushed, renamed, and only then does ``latest`` name it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_PARTIAL = "partial_"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a run needs to continue.
+
+    Attributes:
+        iteration: iterations that are done.
+        weights: trained weights by name.
+        ema: their averages; empty if none is kept.
+        ema_updates: updates that the average has had.
+        engine: optimizer and schedule state.
+        config: the run's configuration, dotted path -> value.
+    """
+
+    iteration: int
+    weights: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    ema_updates: int
+    engine: dict[str, Any]
+    config: dict[str, Any]
+
+
+def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes the checkpoint under ``root``, points ``latest`` to it, drops all but ``keep``.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, say); what was there is untouched.
+    """
+    name = f"iteration_{checkpoint.iteration:08d}"
+    partial, final = root / f"{_PARTIAL}{name}", root / name
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for abandoned in root.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(abandoned)
+        partial.mkdir()
+        _write(partial, checkpoint)
+        if final.exists():  # written again after a resume from an older one
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(root)
+        _point(root, name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        newest = latest(root)
+        left = f"the newest whole checkpoint is {newest}" if newest else "none was saved before"
+        raise CheckpointError(
+            f"checkpoint {final} could not be written ({_reason(error)}); {left}; "
+            "free some disk space, then continue with --run.resume true"
+        ) from error
+    _drop_old(root, keep)
+    return final
+
+
+def latest(root: Path) -> Path | None:
+    """The checkpoint that ``latest`` names; None if nothing has been saved.
+
+    Raises:
+        CheckpointError: ``latest`` names a checkpoint that is not there.
+    """
+    pointer = root / "latest"
+    if not pointer.exists():
+        return None
+    path = root / pointer.read_text().strip()
+    if not (path / "state.json").is_file():
+        raise CheckpointError(
+            f"{pointer} names {path.name!r}, which is not there; write the name of a checkpoint "
+            f"folder in {root} into it, or train into another --run.folder"
+        )
+    return path
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint, tensors on the CPU.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        return Checkpoint(
+            iteration=state["iteration"],
+            weights=load_file(path / "weights.safetensors"),
+            ema=load_file(path / "ema.safetensors"),
+            ema_updates=state["ema_updates"],
+            engine=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+            config=state["config"],
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({_reason(error)}); to use an older one, write its "
+            f"name into {path.parent / 'latest'}"
+        ) from error
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    save_file(_on_cpu(checkpoint.weights), folder / "weights.safetensors")
+    save_file(_on_cpu(checkpoint.ema), folder / "ema.safetensors")
+    torch.save(checkpoint.engine, folder / "optimizer.pt")
+    state = {
+        "iteration": checkpoint.iteration,
+        "ema_updates": checkpoint.ema_updates,
+        "config": checkpoint.config,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    for file in [*folder.iterdir(), folder]:
+        _flush(file)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    """Until the disk has it, a rename may survive a crash that the contents do not."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point(root: Path, name: str) -> None:
+    pointer = root / "latest.partial"
+    pointer.write_text(name + "\n")
+    _flush(pointer)
+    os.replace(pointer, root / "latest")
+    _flush(root)
+
+
+def _drop_old(root: Path, keep: int) -> None:
+    if keep:
+        for old in sorted(root.glob("iteration_*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,34 @@
+"""The command line: one file per command, imported when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "fine-tune a model by a recipe",
+    "shapes": "rebuild the checkpoints and captions of the Shapes world",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. An error that a user can mend is one line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if given else 2
+    if given[0] not in COMMANDS:
+        nearest = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        print(f"error: unknown command {given[0]!r}{hint}\n{_usage()}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"mixgrpo.commands.{given[0]}").run(given[1:])
+
+
+def _usage() -> str:
+    lines = [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m mixgrpo COMMAND [options]; COMMAND --help for its options", *lines]
+    )

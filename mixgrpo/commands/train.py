@@ -1,0 +1,121 @@
+"""``python -m mixgrpo train --recipe NAME [--section.knob VALUE ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import jsonargparse
+
+from mixgrpo.config import RECIPES, Config, flatten
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Trains; returns the exit code."""
+    try:
+        config = parse(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        return _complain(error)
+    # Only now: a mistyped knob should not have to wait for torch.
+    from mixgrpo.checkpoint import CheckpointError
+    from mixgrpo.rewards import RewardError
+    from mixgrpo.trainer import TrainingStopped, train
+
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        return _complain(KeyboardInterrupt("ended at once; --run.resume true continues"), 130)
+    except TrainingStopped as stopped:
+        return _complain(stopped, stopped.exit_code)
+    except (ValueError, OSError, CheckpointError, RewardError) as error:
+        if os.environ.get("MIXGRPO_TRACEBACK"):
+            traceback.print_exc()
+        return _complain(error)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The configuration that a command line gives: defaults < recipe < overrides.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: a knob is unknown or has a wrong value.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m mixgrpo train",
+        description="Fine-tunes a flow-matching model with MixGRPO.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--recipe",
+        action="config",
+        help="a recipe's name in scripts/recipes, or the path of a YAML file",
+    )
+    parser.add_class_arguments(Config)
+    try:
+        values = parser.parse_args(_with_recipe_paths(list(arguments)))
+    except argparse.ArgumentError as error:
+        raise ValueError(_in_one_line(str(error))) from error
+    built = parser.instantiate(values)
+    return Config(**{field.name: built[field.name] for field in fields(Config)})
+
+
+def _in_one_line(message: str) -> str:
+    """A parser's message, with the nearest knob where one was mistyped."""
+    text = " ".join(message.split())
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text) or re.search(
+        r"'([\w.]+)' does not accept option '([\w.]+)'", text
+    )
+    if unknown is None:
+        return text
+    knob = ".".join(unknown.groups())
+    nearest = difflib.get_close_matches(knob, flatten(Config()), n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists them"
+    return f"there is no knob {knob}; {hint}"
+
+
+def _with_recipe_paths(arguments: list[str]) -> list[str]:
+    """``--recipe NAME`` (or ``--recipe=NAME``) -> ``--recipe PATH``."""
+    resolved = []
+    expects_name = False
+    for argument in arguments:
+        if expects_name:
+            argument = str(recipe_path(argument))  # noqa: PLW2901
+        elif argument.startswith("--recipe="):
+            argument = f"--recipe={recipe_path(argument.removeprefix('--recipe='))}"  # noqa: PLW2901
+        expects_name = argument == "--recipe"
+        resolved.append(argument)
+    return resolved
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe, by its name or path.
+
+    Raises:
+        FileNotFoundError: it is neither; the message lists the known ones and the nearest.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    if name in known:
+        return RECIPES / f"{name}.yaml"
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise FileNotFoundError(
+        f"there is no recipe {name!r}{hint} Known: {', '.join(known)}; or give a YAML file's path"
+    )
+
+
+def _complain(error: BaseException, exit_code: int = 1) -> int:
+    rank = os.environ.get("RANK", "0")
+    prefix = f"error (rank {rank})" if rank != "0" else "error"
+    print(f"{prefix}: {error}", file=sys.stderr)
+    return exit_code

@@ -1,0 +1,388 @@
+"""Every knob of a training run: typed, documented where it is defined, checked before use.
+
+Precedence: the defaults here < a recipe (YAML) < dotted overrides on the command line. The string
+under a field is its text in ``--help``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+RECIPES = Path(__file__).parent.parent / "scripts" / "recipes"
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and how long it is."""
+
+    folder: str = "runs/run"
+    """folder for checkpoints, metrics, pictures and the resolved configuration"""
+    iterations: int = 300
+    """training iterations in all; one iteration is one rollout and its optimizer steps"""
+    seed: int = 714
+    """seed of everything drawn: noise, windows, prompt order, adapter initialisation"""
+    resume: bool = False
+    """continue from the newest checkpoint in the folder; without one, start from the beginning"""
+    threads: int = 0
+    """CPU threads per process; 0 leaves torch's choice, or an equal share under torchrun"""
+
+
+@dataclass
+class ModelConfig:
+    """The policy: a diffusers pipeline folder and how it is trained."""
+
+    family: Literal["flux"] = "flux"
+    """model family"""
+    path: str = "data/models/FLUX.1-dev"
+    """diffusers pipeline folder with transformer, vae, two text encoders and tokenizers"""
+    train: Literal["full", "lora"] = "full"
+    """train all transformer weights, or low-rank adapters beside them"""
+    lora_rank: int = 64
+    """rank of the adapters"""
+    lora_alpha: int = 128
+    """scale of the adapters, applied as alpha / rank"""
+    lora_targets: Literal["attention", "all"] = "all"
+    """which projections get adapters: the attention ones, or the feed-forward ones too"""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """dtype of the model's matrix products; weights, states and step arithmetic stay float32"""
+    guidance: float = 3.5
+    """value for the distilled guidance embedding; no effect on models without one"""
+    height: int = 720
+    """picture height in pixels, a multiple of 16"""
+    width: int = 720
+    """picture width in pixels, a multiple of 16"""
+    text_length: int = 512
+    """tokens that the T5 encoder sees; longer prompts are truncated, with a warning"""
+    gradient_checkpointing: bool = True
+    """recompute activations in the backward pass: less memory, about a third more time"""
+
+
+@dataclass
+class SamplingConfig:
+    """How pictures are sampled in the rollout."""
+
+    steps: int = 25
+    """denoising steps T"""
+    shift: float = 3.0
+    """time shift; 0 takes the resolution-dependent shift of FLUX's own inference"""
+    transition: Literal["flow_sde", "dance_sde", "cps", "precise"] = "flow_sde"
+    """stochastic step used inside the window"""
+    eta: float = 0.7
+    """noise level of the stochastic step"""
+    log_ratio: Literal["normal", "unscaled"] = "normal"
+    """true Gaussian density, or the published CPS variant without 1/(2 std^2)"""
+    shared_noise: bool = True
+    """all samples of a prompt start from one initial noise; their common steps are run once"""
+    micro_batch: int = 12
+    """model evaluations in one forward pass of the rollout"""
+    decode_batch: int = 12
+    """latents in one pass of the image decoder"""
+
+
+@dataclass
+class WindowConfig:
+    """Which steps are stochastic and trained, as a function of the iteration."""
+
+    strategy: Literal["progressive", "random", "decay", "exp_decay", "frozen", "all"] = (
+        "progressive"
+    )
+    """how the window moves"""
+    size: int = 4
+    """steps in the window"""
+    start: int = 0
+    """first step of the first window (progressive, decay, exp_decay) or of every one (frozen)"""
+    stride: int = 1
+    """steps by which the window moves"""
+    iters_per_window: int = 25
+    """iterations spent on one window"""
+    at_end: Literal["clamp", "wrap"] = "clamp"
+    """past the last window: stay there, or begin again"""
+    min_iters: int = 5
+    """decay: iterations on the last window"""
+    max_iters: int = 25
+    """decay: iterations on the first window"""
+    decay_rate: float = 0.1
+    """exp_decay: rate k"""
+    decay_threshold: int = 13
+    """exp_decay: window start up to which nothing decays"""
+    envelope: tuple[int, int] | None = None
+    """[first, last+1) steps where windows may lie; without one, all but the last step"""
+
+
+@dataclass
+class TailConfig:
+    """The deterministic steps behind the window (MixGRPO-Flash shortens them)."""
+
+    solver: Literal["euler", "dpm"] = "euler"
+    """Euler, or DPM-Solver++ multistep"""
+    order: int = 2
+    """order of DPM-Solver++, 1 to 3"""
+    variant: Literal["midpoint", "heun"] = "midpoint"
+    """second-order variant of DPM-Solver++"""
+    ratio: float = 1.0
+    """share of the steps behind the window that is kept; 1 keeps the base schedule"""
+
+
+@dataclass
+class BatchConfig:
+    """Prompts and samples of one iteration."""
+
+    prompts_file: str = "data/prompts.txt"
+    """training prompts, one a line, UTF-8"""
+    prompts: int = 32
+    """prompts per iteration, over all processes together"""
+    samples: int = 12
+    """pictures per prompt: the group whose scores are compared"""
+
+
+@dataclass
+class RewardConfig:
+    """One reward. Those with weight 0 are held out: scored in validation, never trained on."""
+
+    kind: str
+    """hpsv2, clip_score, pickscore, imagereward, jpeg_size, or your own package.module:callable"""
+    weight: float = 1.0
+    """share in the advantage; the weights are normalised to 1"""
+    model: str | None = None
+    """architecture name or model folder"""
+    checkpoint: str | None = None
+    """file with the weights"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further options of this kind: dtype; tokenizer or processor, where not in the model folder"""
+
+
+@dataclass
+class ScoringConfig:
+    """How rewards are run."""
+
+    micro_batch: int = 48
+    """pictures per call of a reward"""
+
+
+@dataclass
+class AdvantageConfig:
+    """How scores become advantages."""
+
+    kind: Literal["advantage_sum", "reward_sum", "gdpo", "global_std"] = "advantage_sum"
+    """advantage_sum normalises each reward in its group before the weighted sum"""
+    clip: float = 5.0
+    """advantages are clamped to plus or minus this"""
+
+
+@dataclass
+class UpdateConfig:
+    """The policy update."""
+
+    optimizer_steps: int = 4
+    """optimizer steps per iteration; each takes an equal part of every group"""
+    micro_batch: int = 12
+    """model evaluations in one forward and backward pass"""
+    clip: float = 1e-4
+    """the ratio is clipped to 1 plus or minus this"""
+    kl: float = 0.0
+    """weight of the KL to the reference policy (the untrained model)"""
+    learning_rate: float = 1e-5
+    """AdamW learning rate"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas"""
+    weight_decay: float = 1e-4
+    """AdamW weight decay"""
+    warmup: int = 0
+    """optimizer steps over which the learning rate rises linearly"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of the trained weights."""
+
+    decay: float = 0.0
+    """highest decay; 0 keeps no average"""
+    every: int = 1
+    """iterations between updates of the average"""
+
+
+@dataclass
+class ValidationConfig:
+    """Deterministic sampling of fixed prompts and noise, before, during and after training."""
+
+    every: int = 25
+    """iterations between validations; 0 validates only before and after"""
+    prompts_file: str = "data/prompts_test.txt"
+    """validation prompts, one a line, UTF-8"""
+    prompts: int = 64
+    """how many of them are used, from the top; 0 uses all"""
+    steps: int = 50
+    """denoising steps"""
+    seed: int = 617
+    """seed of the validation noise"""
+    pictures: int = 16
+    """pictures kept as files and shown in the grids"""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving."""
+
+    every: int = 25
+    """iterations between checkpoints; 0 saves only at the end"""
+    keep: int = 2
+    """newest checkpoints that are kept; 0 keeps all"""
+
+
+@dataclass
+class LogConfig:
+    """Reporting. Secrets are no knobs: WANDB_API_KEY comes from the environment."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online if WANDB_API_KEY is set, otherwise disabled"""
+    project: str = "mixgrpo"
+    """wandb project"""
+    progress: bool = True
+    """show a progress bar"""
+
+
+@dataclass
+class Config:
+    """A training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    window: WindowConfig = field(default_factory=WindowConfig)
+    tail: TailConfig = field(default_factory=TailConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    """rewards by the name under which they are logged"""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# What a resumed run may change: nothing here alters the weights that training arrives at.
+MAY_CHANGE = (
+    "run.iterations",
+    "run.folder",
+    "run.resume",
+    "run.threads",
+    "validation.",
+    "checkpoint.",
+    "log.",
+)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted path -> value, as JSON would give it back (tuples are lists)."""
+    return dict(_leaves("", asdict(config)))
+
+
+def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [leaf for key, item in value.items() for leaf in _leaves(f"{prefix}{key}.", item)]
+    return [(prefix.removesuffix("."), list(value) if isinstance(value, tuple) else value)]
+
+
+def check_resumable(saved: dict[str, Any], config: Config) -> None:
+    """Raises ValueError naming every knob that differs from the saved run and may not."""
+    now = flatten(config)
+    differing = [
+        f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if differing:
+        raise ValueError(
+            f"this run cannot be resumed with another recipe: {'; '.join(differing)}; "
+            "give the saved values, or train into another --run.folder"
+        )
+
+
+def check(config: Config, world_size: int) -> None:
+    """Cross-field checks, all in one place, before anything is loaded.
+
+    Raises:
+        ValueError: the first combination that cannot work, with both numbers and the remedy.
+    """
+    for complaint in _complaints(config, world_size):
+        raise ValueError(complaint)
+
+
+def _complaints(config: Config, world_size: int):  # type: ignore[no-untyped-def]
+    model, batch, update = config.model, config.batch, config.update
+    yield from _too_small(config)
+    for side in ("height", "width"):
+        if getattr(model, side) % 16:
+            yield f"model.{side} is {getattr(model, side)}; it must be a multiple of 16"
+    if batch.samples < 2:
+        yield (
+            f"batch.samples is {batch.samples}: a group of one has nothing to be compared with; "
+            "set --batch.samples to at least 2"
+        )
+    if batch.prompts % world_size:
+        yield (
+            f"batch.prompts ({batch.prompts}) must be a multiple of the number of processes "
+            f"({world_size}); set --batch.prompts to {_multiple(batch.prompts, world_size)}"
+        )
+    if batch.samples % update.optimizer_steps:
+        yield (
+            f"batch.samples ({batch.samples}) must be a multiple of update.optimizer_steps "
+            f"({update.optimizer_steps}), which takes an equal part of every group; set "
+            f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
+            "--update.optimizer_steps to a divisor"
+        )
+    if not config.rewards:
+        yield "there is no reward; add one, as the recipes in scripts/recipes show"
+    weights = {name: reward.weight for name, reward in config.rewards.items()}
+    if config.rewards and (min(weights.values()) < 0 or not any(weights.values())):
+        yield f"reward weights are {weights}; they must not be negative, and one must be positive"
+    if not 0 < config.tail.ratio <= 1:
+        yield f"tail.ratio is {config.tail.ratio}; it must lie in (0, 1]"
+    if not 1 <= config.tail.order <= 3:
+        yield f"tail.order is {config.tail.order}; DPM-Solver++ has orders 1, 2 and 3"
+    if not 0 <= config.ema.decay < 1:
+        yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
+    if config.sampling.shift < 0:
+        yield f"sampling.shift is {config.sampling.shift}; it must be positive, or 0 for dynamic"
+
+
+def _too_small(config: Config):  # type: ignore[no-untyped-def]
+    least = {
+        "run.iterations": 1,
+        "sampling.steps": 2,
+        "sampling.micro_batch": 1,
+        "sampling.decode_batch": 1,
+        "batch.prompts": 1,
+        "scoring.micro_batch": 1,
+        "update.optimizer_steps": 1,
+        "update.micro_batch": 1,
+        "update.clip": 1e-12,
+        "update.learning_rate": 1e-12,
+        "update.max_grad_norm": 1e-12,
+        "update.kl": 0,
+        "update.warmup": 0,
+        "model.lora_rank": 1,
+        "model.text_length": 1,
+        "ema.every": 1,
+        "validation.every": 0,
+        "validation.prompts": 0,
+        "validation.steps": 2,
+        "validation.pictures": 0,
+        "checkpoint.every": 0,
+        "checkpoint.keep": 0,
+        "advantage.clip": 1e-12,
+    }
+    values = flatten(config)
+    for key, bound in least.items():
+        if not values[key] >= bound:
+            yield f"{key} is {values[key]}; it must be at least {bound}"
+
+
+def _multiple(number: int, of: int) -> int:
+    return -(-number // of) * of

@@ -1,0 +1,48 @@
+"""Processes and devices: one process alone, or torchrun's on CPU (gloo) or GPU (NCCL)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all of a run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+@contextmanager
+def process_group(threads: int) -> Iterator[Process]:
+    """Joins the processes that torchrun started; without torchrun there is just this one.
+
+    Args:
+        threads: CPU threads of this process; 0 for torch's choice, under torchrun an equal share.
+    """
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    world_size, local_size = (
+        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if threads or local_size > 1:
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
+    if "RANK" not in os.environ:
+        yield Process(0, 1, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Process(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,47 @@
+"""Model families: what a policy must offer to be sampled, trained and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from mixgrpo.types import TextEmbedding, Velocity
+
+
+class Policy(Protocol):
+    """A generative model with its text encoders and decoder.
+
+    Attributes:
+        module: the trained network; an engine may wrap it.
+        latent_shape: (S, C) of one picture's latent.
+    """
+
+    module: nn.Module
+    latent_shape: tuple[int, int]
+
+    def velocity(self, module: nn.Module) -> Velocity:
+        """The velocity through ``module``: the policy's own, wrapped by an engine, or a copy."""
+        ...
+
+    def reference(self) -> Velocity:
+        """The velocity of the untrained model; to be taken before training starts."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Embeddings of N prompts, on the policy's device."""
+        ...
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts are longer than the text encoder takes."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, S, C] at sigma 0 -> images [N, 3, H, W] float32 in [0, 1]."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Writes what other programs load: a model folder, or the adapters alone."""
+        ...

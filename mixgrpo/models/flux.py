@@ -1,0 +1,216 @@
+"""FLUX from a diffusers pipeline folder: velocity, text, decoding, adapters, export."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from mixgrpo.config import ModelConfig
+from mixgrpo.types import TextEmbedding, Velocity
+
+PARTS = (
+    "transformer", "vae", "text_encoder", "text_encoder_2",
+    "tokenizer", "tokenizer_2", "scheduler",
+)  # fmt: skip
+_BLOCKS = r"(single_)?transformer_blocks\.\d+\."
+_ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+_FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
+# Whole-path patterns: the bare name "proj_out" would also catch the model's output layer.
+LORA_TARGETS = {
+    "attention": f"{_BLOCKS}({_ATTENTION})",
+    "all": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",
+}
+
+
+class Flux:
+    """The FLUX policy; see ``mixgrpo.models.Policy``.
+
+    Trained weights are float32 and computed with in ``compute_dtype`` by autocast; frozen weights
+    are stored in ``compute_dtype``.
+    """
+
+    def __init__(self, pipeline: FluxPipeline, config: ModelConfig, device: torch.device) -> None:
+        self.pipeline = pipeline.to(device)
+        self.config = config
+        self.device = device
+        self.compute_dtype = getattr(torch, config.compute_dtype)
+        self.module: nn.Module = pipeline.transformer
+        side = pipeline.vae_scale_factor * 2
+        self.grid = (config.height // side, config.width // side)
+        self.latent_shape = (self.grid[0] * self.grid[1], pipeline.transformer.config.in_channels)
+        self._image_ids = FluxPipeline._prepare_latent_image_ids(
+            1, *self.grid, device, torch.float32
+        )
+
+    @classmethod
+    def load(cls, config: ModelConfig, device: torch.device, seed: int) -> Flux:
+        """Loads a pipeline folder and makes the wanted weights trainable.
+
+        Raises:
+            FileNotFoundError: the folder or one of its parts is missing.
+        """
+        folder = Path(config.path)
+        for part in ("", "model_index.json", *PARTS):
+            if not (folder / part).exists():
+                raise FileNotFoundError(
+                    f"model.path is {str(folder)!r}, but {str(folder / part)!r} does not exist; "
+                    "set --model.path to a diffusers FLUX pipeline folder"
+                )
+        compute = getattr(torch, config.compute_dtype)
+        trained = torch.float32 if config.train == "full" else compute
+        with _quiet():
+            pipeline = FluxPipeline.from_pretrained(
+                folder, dtype={"transformer": trained, "default": compute}
+            )
+        policy = cls(pipeline, config, device)
+        policy._make_trainable(seed)
+        return policy
+
+    def _make_trainable(self, seed: int) -> None:
+        transformer = self.pipeline.transformer
+        for model in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            model.requires_grad_(False).eval()
+        if self.config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        transformer.train()
+        if self.config.train == "full":
+            transformer.requires_grad_(True)
+            return
+        transformer.requires_grad_(False)
+        torch.manual_seed(seed)  # the adapters' first halves are random
+        transformer.add_adapter(
+            LoraConfig(
+                r=self.config.lora_rank,
+                lora_alpha=self.config.lora_alpha,
+                target_modules=LORA_TARGETS[self.config.lora_targets],
+            )
+        )
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def velocity(self, module: nn.Module) -> Velocity:
+        def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+            with self._autocast():
+                predicted = module(
+                    hidden_states=x,
+                    timestep=sigma,
+                    guidance=self._guidance(sigma),
+                    pooled_projections=text.pooled,
+                    encoder_hidden_states=text.tokens,
+                    txt_ids=x.new_zeros(text.tokens.shape[1], 3),
+                    img_ids=self._image_ids,
+                    return_dict=False,
+                )[0]
+            return predicted.float()
+
+        return evaluate
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
+        )
+
+    def _guidance(self, sigma: Tensor) -> Tensor | None:
+        if not self.pipeline.transformer.config.guidance_embeds:
+            return None
+        return torch.full_like(sigma, self.config.guidance)
+
+    def reference(self) -> Velocity:
+        transformer = self.pipeline.transformer
+        if self.config.train == "full":
+            return self.velocity(copy.deepcopy(transformer).requires_grad_(False).eval())
+        trained = self.velocity(transformer)
+
+        def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+            transformer.disable_adapters()
+            try:
+                return trained(x, sigma, text)
+            finally:
+                transformer.enable_adapters()
+
+        return evaluate
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        with _quiet():  # diffusers would warn about each truncated prompt, each time
+            tokens, pooled, _ = self.pipeline.encode_prompt(
+                prompt=list(prompts),
+                device=self.device,
+                max_sequence_length=self.config.text_length,
+            )
+        return TextEmbedding(tokens, pooled)
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        lengths = map(len, self.pipeline.tokenizer_2(list(prompts), verbose=False).input_ids)
+        return sum(length > self.config.text_length for length in lengths)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        unpacked = FluxPipeline._unpack_latents(
+            latents, self.config.height, self.config.width, self.pipeline.vae_scale_factor
+        )
+        z = unpacked / vae.config.scaling_factor + vae.config.shift_factor
+        decoded = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def export(self, folder: Path) -> None:
+        """Full training: a pipeline folder. LoRA: ``pytorch_lora_weights.safetensors`` in it."""
+        if self.config.train == "lora":
+            FluxPipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=get_peft_model_state_dict(self.pipeline.transformer),
+                transformer_lora_adapter_metadata={
+                    "r": self.config.lora_rank,
+                    "lora_alpha": self.config.lora_alpha,
+                    "target_modules": LORA_TARGETS[self.config.lora_targets],
+                },
+            )
+            return
+        self.pipeline.transformer.save_pretrained(folder / "transformer")
+        source = Path(self.config.path)
+        shutil.copy2(source / "model_index.json", folder / "model_index.json")
+        for part in PARTS:
+            if part != "transformer":
+                # Unchanged parts of a large model take no second room on the same disk.
+                shutil.copytree(
+                    source / part, folder / part, copy_function=_link_or_copy, dirs_exist_ok=True
+                )
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(target)
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' warnings and progress bars."""
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()

@@ -1,0 +1,66 @@
+"""Noise as a pure function of what it is for: no result depends on processes or resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_INITIAL = -1  # the "step" of the initial noise
+_SHARED = -1  # the "sample" of a noise that all samples of a prompt share
+
+
+def key_seed(*key: int) -> int:
+    """A 63-bit seed from integers; every key its own, the same on every platform."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal latents for the samples of one rollout.
+
+    Drawn on the CPU, one generator per (seed, iteration, prompt, sample, step), so that a GPU run
+    sees the same numbers as a CPU run, and any split over processes the same as one process.
+
+    Attributes:
+        seed: the run's seed.
+        iteration: the iteration, counted from 0.
+        prompts: position in the iteration's global batch of each of this process's prompts.
+        samples: samples per prompt, G.
+        shape: (S, C) of one latent.
+        shared: whether a prompt's samples share their initial noise.
+        device: where the noise is wanted.
+    """
+
+    seed: int
+    iteration: int
+    prompts: Sequence[int]
+    samples: int
+    shape: tuple[int, int]
+    shared: bool
+    device: torch.device
+
+    def initial(self) -> Tensor:
+        """[P, S, C] if the samples of a prompt share it, otherwise [P*G, S, C]."""
+        samples = [_SHARED] if self.shared else range(self.samples)
+        return self._stack([(prompt, s, _INITIAL) for prompt in self.prompts for s in samples])
+
+    def at(self, step: int, rows: range) -> Tensor:
+        """[len(rows), S, C], the noise of an SDE step for the samples at these rows of P*G."""
+        keys = [(self.prompts[r // self.samples], r % self.samples, step) for r in rows]
+        return self._stack(keys)
+
+    def _stack(self, keys: list[tuple[int, int, int]]) -> Tensor:
+        drawn = [
+            torch.randn(
+                self.shape,
+                generator=torch.Generator().manual_seed(key_seed(self.seed, self.iteration, *key)),
+            )
+            for key in keys
+        ]
+        return torch.stack(drawn).to(self.device, non_blocking=True)

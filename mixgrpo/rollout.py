@@ -1,0 +1,155 @@
+"""Mixed ODE-SDE sampling (MixGRPO, arXiv 2507.21802, algorithm 1).
+
+Deterministic steps before the window, stochastic steps inside it, deterministic steps behind it,
+there optionally with DPM-Solver++ on a shortened schedule (Flash). Samples of a prompt that share
+their initial noise are one trajectory until the first stochastic step, and are sampled as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixgrpo.maths.dpm_solver import Solver
+from mixgrpo.maths.schedule import step_at
+from mixgrpo.maths.transitions import Transition, euler, predict_data, sample
+from mixgrpo.noise import Noise
+from mixgrpo.types import TextEmbedding, Trajectory, Velocity, Window
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How the pictures of one iteration are sampled.
+
+    Attributes:
+        sigmas: [T+1] float32 on the CPU, from 1 to exactly 0, the Flash tail already in place.
+        window: the stochastic steps.
+        transition: the stochastic step.
+        solver: makes the solver of the steps behind the window, a fresh one per micro-batch.
+    """
+
+    sigmas: Tensor
+    window: Window
+    transition: Transition
+    solver: Callable[[], Solver]
+
+    @property
+    def steps(self) -> int:
+        return self.sigmas.shape[0] - 1
+
+
+@torch.no_grad()
+def rollout(
+    velocity: Velocity, text: TextEmbedding, plan: SamplingPlan, noise: Noise, micro_batch: int
+) -> Trajectory:
+    """Samples G pictures for each of P prompts.
+
+    Args:
+        velocity: the policy.
+        text: the P prompts.
+        plan: schedule, window, transition, tail.
+        noise: initial noise and the noise of every stochastic step.
+        micro_batch: samples in one model evaluation.
+    """
+    x = noise.initial()  # [P, S, C] if shared, else [B, S, C]
+    spread = noise.samples if noise.shared else 1
+    sources = text.repeat_each(noise.samples // spread)
+    evaluate = in_batches(velocity, micro_batch)
+    for i in range(plan.window.start):
+        x = euler(x, evaluate(x, plan.sigmas[i], sources), step_at(plan.sigmas, i))
+    v = evaluate(x, plan.sigmas[plan.window.start], sources)
+    evaluations = len(x) * (plan.window.start + 1)
+
+    x, v = x.repeat_interleave(spread, 0), v.repeat_interleave(spread, 0)  # [B, S, C]
+    group = torch.arange(len(text)).repeat_interleave(noise.samples)
+    branches = [
+        _branch(
+            velocity,
+            x[rows.start : rows.stop],
+            v[rows.start : rows.stop],
+            text[group[rows.start : rows.stop]],
+            plan,
+            noise,
+            rows,
+        )
+        for rows in _chunks(len(x), micro_batch)
+    ]
+    evaluations += len(x) * (plan.steps - plan.window.start - 1)
+    states, means, final = (torch.cat(parts) for parts in zip(*branches, strict=True))
+    return Trajectory(
+        sigmas=plan.sigmas,
+        window=plan.window,
+        states=states,
+        old_means=means,
+        final=final,
+        text=text,
+        group=group,
+        shared=noise.shared,
+        evaluations=evaluations,
+    )
+
+
+def _branch(
+    velocity: Velocity,
+    x: Tensor,
+    v: Tensor,
+    text: TextEmbedding,
+    plan: SamplingPlan,
+    noise: Noise,
+    rows: range,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the first window step, whose velocity is given, to sigma 0, for some of the samples.
+
+    Returns their window states [b, w+1, S, C], window means [b, w, S, C] and final latents.
+    """
+    states, means = [x], []
+    solver = plan.solver()
+    for i in plan.window.steps:
+        step = step_at(plan.sigmas, i)
+        if i > plan.window.start:
+            v = velocity(x, _per_sample(plan.sigmas[i], x), text)
+        # A multistep tail continues from the predictions made inside the window.
+        solver.observe(predict_data(x, v, step), step.sigma)
+        normal = plan.transition(x, v, step)
+        x = sample(normal, noise.at(i, rows))
+        states.append(x)
+        means.append(normal.mean)
+    for i in range(plan.window.stop, plan.steps):
+        v = velocity(x, _per_sample(plan.sigmas[i], x), text)
+        x = solver.step(x, v, step_at(plan.sigmas, i))
+    return torch.stack(states, 1), torch.stack(means, 1), x
+
+
+@torch.no_grad()
+def sample_ode(
+    velocity: Velocity, x: Tensor, text: TextEmbedding, sigmas: Tensor, micro_batch: int
+) -> Tensor:
+    """Deterministic Euler sampling from noise x [N, S, C] at sigma 1 to latents at sigma 0."""
+    evaluate = in_batches(velocity, micro_batch)
+    for i in range(sigmas.shape[0] - 1):
+        x = euler(x, evaluate(x, sigmas[i], text), step_at(sigmas, i))
+    return x
+
+
+def in_batches(
+    velocity: Velocity, micro_batch: int
+) -> Callable[[Tensor, Tensor, TextEmbedding], Tensor]:
+    """The velocity of any number of samples at one sigma, evaluated ``micro_batch`` at a time."""
+
+    def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        parts = [slice(rows.start, rows.stop) for rows in _chunks(len(x), micro_batch)]
+        return torch.cat([velocity(x[p], _per_sample(sigma, x[p]), text[p]) for p in parts])
+
+    return evaluate
+
+
+def _per_sample(sigma: Tensor, x: Tensor) -> Tensor:
+    # Filled on x's device from a CPU scalar: copying it there would make the host wait.
+    return x.new_full((len(x),), float(sigma))
+
+
+def _chunks(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,0 +1,18 @@
+"""Rendered pictures with captions, for the pretraining of the Shapes checkpoints."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from mixgrpo.shapes.renderer import render
+from mixgrpo.shapes.scenes import Scene, draw, split
+
+
+def training_pictures(count: int, seed: int) -> tuple[Tensor, list[Scene]]:
+    """Images [count, 3, 64, 64] in [0, 1] of training scenes, half of them of one thing."""
+    rng = random.Random(seed)
+    scenes = draw(split(test=False), count, rng)
+    return torch.stack([render(scene, rng) for scene in scenes]), scenes

@@ -1,0 +1,225 @@
+"""Trains the small reward models, each in the file format of the reward that it stands for.
+
+Every batch pairs a scene with one that differs in a single fact, so that only a model that reads
+colours, shapes and relations can tell them apart. The four differ in seed and kind; none of them
+ever sees the judge.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from mixgrpo.rewards.imagereward import VisionSize, to_imagereward_keys
+from mixgrpo.rewards.imagereward_model import ImageRewardModel
+from mixgrpo.rewards.images import OPENAI_MEAN, OPENAI_STD, normalise
+from mixgrpo.shapes.architecture import TEXT_LENGTH, clip_text_sizes, clip_words
+from mixgrpo.shapes.renderer import SIZE, render
+from mixgrpo.shapes.scenes import VOCABULARY, Scene, alter, draw, split
+
+logger = logging.getLogger(__name__)
+
+PAIRS = 48
+PATCH = 16
+WIDTH = 128
+DEPTH = 3
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A batch of scenes and altered scenes.
+
+    Attributes:
+        images: [2N, 3, 64, 64], first the N scenes, then the N altered ones.
+        captions: their 2N captions.
+    """
+
+    images: Tensor
+    captions: list[str]
+
+    @property
+    def count(self) -> int:
+        return len(self.captions) // 2
+
+
+def pairs(steps: int, seed: int) -> Iterator[Pairs]:
+    """Batches of rendered pairs, roughened as a decoder roughens pictures."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    scenes = split(test=False)
+    for _ in range(steps):
+        drawn: list[Scene] = draw(scenes, PAIRS, rng)
+        drawn += [alter(scene, rng) for scene in drawn]
+        images = torch.stack([render(scene, rng) for scene in drawn])
+        yield Pairs(_roughen(images, generator), [scene.caption for scene in drawn])
+
+
+def _roughen(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Blurs half of the pictures and adds a little noise and tint to all."""
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    images = torch.where(chosen, blurred, images)
+    tint = 0.03 * torch.randn(len(images), 3, 1, 1, generator=generator)
+    noise = 0.03 * torch.randn(images.shape, generator=generator)
+    return (images + tint + noise).clamp(0, 1)
+
+
+def train_open_clip(folder: Path, steps: int, seed: int) -> None:
+    """An open_clip model in a folder of its own, as HPS-v2.1 and CLIP score load it."""
+    torch.manual_seed(seed)
+    tokenizer = clip_words()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    config = _open_clip_config(len(tokenizer))
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+    model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+
+    def loss(batch: Pairs, pixels: Tensor) -> Tensor:
+        image = model.encode_image(pixels, normalize=True)
+        text = model.encode_text(tokenize(batch.captions), normalize=True)
+        return contrastive(model.logit_scale.exp() * image @ text.T, batch.captions)
+
+    _fit(model, loss, steps, seed, folder.name)
+    _save(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def train_pickscore(folder: Path, steps: int, seed: int) -> None:
+    """A transformers CLIP with its processor, as PickScore loads it."""
+    torch.manual_seed(seed)
+    tokenizer = clip_words()
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": WIDTH // 32,
+        "image_size": SIZE,
+        "patch_size": PATCH,
+    }
+    text = clip_text_sizes(tokenizer, WIDTH)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+    def loss(batch: Pairs, pixels: Tensor) -> Tensor:
+        ids = _tokens(tokenizer, batch.captions)["input_ids"]
+        out = model(input_ids=ids, pixel_values=pixels)
+        return contrastive(out.logits_per_image, batch.captions)
+
+    _fit(model, loss, steps, seed, folder.name)
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    ).save_pretrained(folder)
+
+
+def train_imagereward(folder: Path, steps: int, seed: int) -> None:
+    """A BLIP with a score head under ImageReward's key names, trained on comparisons."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *VOCABULARY]) + "\n")
+    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
+    text = {
+        "vocab_size": len(special) + len(VOCABULARY),
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": WIDTH // 32,
+        "max_position_embeddings": 40,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "encoder_width": WIDTH,
+    }
+    vision = {
+        "image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "depth": DEPTH,
+        "heads": WIDTH // 32,
+    }  # fmt: skip
+    (folder / "med_config.json").write_text(json.dumps(text, indent=1))
+    (folder / "vision_config.json").write_text(json.dumps(vision, indent=1))
+    model = ImageRewardModel(VisionSize(**vision), text)
+
+    def loss(batch: Pairs, pixels: Tensor) -> Tensor:
+        tokens = _tokens(tokenizer, batch.captions)
+        crossed = {name: ids.roll(batch.count, 0) for name, ids in tokens.items()}
+        right = model(pixels, tokens["input_ids"], tokens["attention_mask"])
+        wrong = model(pixels, crossed["input_ids"], crossed["attention_mask"])
+        # Each right pair against the wrong text for the image and the wrong image for the text.
+        return -(F.logsigmoid(right - wrong) + F.logsigmoid(right - wrong.roll(batch.count))).mean()
+
+    _fit(model, loss, steps, seed, folder.name)
+    _save(to_imagereward_keys(model.state_dict()), folder / "ImageReward.safetensors")
+
+
+def contrastive(logits: Tensor, captions: list[str]) -> Tensor:
+    """Symmetric cross-entropy of logits [2N, 2N]; pictures of one caption are no negatives."""
+    count = len(captions)
+    same = torch.tensor([[a == b for b in captions] for a in captions])
+    logits = logits.masked_fill(same & ~torch.eye(count, dtype=torch.bool), -torch.inf)
+    target = torch.arange(count)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def _fit(
+    model: nn.Module, loss: Callable[[Pairs, Tensor], Tensor], steps: int, seed: int, name: str
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
+    model.train()
+    for step, batch in enumerate(pairs(steps, seed)):
+        value = loss(batch, normalise(batch.images, OPENAI_MEAN, OPENAI_STD))
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            logger.info("%s step %d loss %.4f", name, step, value.item())
+    model.eval()
+
+
+def _tokens(tokenizer: Any, captions: list[str]) -> dict[str, Tensor]:
+    return dict(
+        tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    )
+
+
+def _open_clip_config(vocabulary: int) -> dict[str, Any]:
+    return {
+        "model_cfg": {
+            "embed_dim": WIDTH,
+            "vision_cfg": {
+                "image_size": SIZE,
+                "layers": DEPTH,
+                "width": WIDTH,
+                "head_width": 32,
+                "patch_size": PATCH,
+            },
+            "text_cfg": {
+                "context_length": TEXT_LENGTH,
+                "vocab_size": vocabulary,
+                "width": WIDTH,
+                "heads": WIDTH // 32,
+                "layers": 2,
+                "hf_tokenizer_name": "in this folder",
+            },
+        },
+        "preprocess_cfg": {"mean": list(OPENAI_MEAN), "std": list(OPENAI_STD)},
+    }
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    """Float32 became float16 on disk: half the size, no measurable change of a score."""
+    save_file({name: value.contiguous().half() for name, value in state.items()}, path)

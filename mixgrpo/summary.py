@@ -1,0 +1,70 @@
+"""What a finished run shows: scores before and after, a picture grid, reward curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from mixgrpo.config import Config
+from mixgrpo.pictures import before_after, reward_curves
+from mixgrpo.prompts import read_prompts
+from mixgrpo.tracking import read_metrics
+
+
+def summarize(folder: Path, config: Config) -> str:
+    """Writes ``before_after.png`` and ``rewards.png``; returns the closing table and the paths."""
+    history = read_metrics(folder)
+    reward_curves(history, folder / "rewards.png")
+    lines = [_table(history, config), f"reward curves: {folder / 'rewards.png'}"]
+    grid = _before_after(folder, config)
+    if grid is not None:
+        lines.append(f"before and after: {grid}")
+    lines.append(f"trained model: {folder / 'model'}")
+    return "\n".join(lines)
+
+
+def _table(history: list[dict[str, Any]], config: Config) -> str:
+    """Validation scores before and after training, a line for each reward."""
+    validations = [r for r in history if any(key.startswith("validation/") for key in r)]
+    first, last = validations[0], validations[-1]
+    width = max(len(name) for name in config.rewards)
+    rows = [
+        f"{'validation':<{width}}  {'before':>8}  {'after':>8}  {'change':>8}  {'EMA':>8}",
+    ]
+    for name, knobs in config.rewards.items():
+        before, after = first.get(f"validation/{name}"), last.get(f"validation/{name}")
+        average = last.get(f"validation_ema/{name}")
+        change = None if before is None or after is None else after - before
+        cells = "  ".join(_cell(v, plus=v is change) for v in (before, after, change, average))
+        rows.append(f"{name:<{width}}  {cells}  {'' if knobs.weight else 'held out'}".rstrip())
+    return "\n".join(rows)
+
+
+def _cell(value: float | None, plus: bool) -> str:
+    if value is None:
+        return f"{'-':>8}"
+    return f"{value:>+8.4f}" if plus else f"{value:>8.4f}"
+
+
+def _before_after(folder: Path, config: Config) -> Path | None:
+    iterations = sorted((folder / "pictures").glob("iteration_*"))
+    if len(iterations) < 2:
+        return None
+    before, after = _read_pictures(iterations[0]), _read_pictures(iterations[-1])
+    if before is None or after is None:
+        return None
+    prompts = read_prompts(config.validation.prompts_file, "validation.prompts_file")
+    count = min(len(before), len(after))
+    path = folder / "before_after.png"
+    before_after(before[:count], after[:count], prompts[:count], path)
+    return path
+
+
+def _read_pictures(folder: Path) -> Tensor | None:
+    files = sorted(folder.glob("*.png"))
+    return torch.stack([pil_to_tensor(Image.open(file)) for file in files]) if files else None

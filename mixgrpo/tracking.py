@@ -1,0 +1,136 @@
+"""What a run tells: the progress bar, ``metrics.jsonl``, wandb."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mixgrpo.config import Config, flatten
+
+
+class Phases:
+    """Seconds spent in each named phase since the last ``take``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        if self.device.type == "cuda":  # once per phase, so that its kernels are counted in it
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's ``metrics.jsonl``, a half-written last line left out."""
+    records = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Tracker:
+    """Writes from rank 0; on other ranks every method does nothing."""
+
+    def __init__(self, config: Config, folder: Path, first_iteration: int, active: bool) -> None:
+        self.active = active
+        self.folder = folder
+        self.wandb: Any = None
+        if not active:
+            return
+        # A resumed run repeats the iterations after its checkpoint: their records go.
+        kept = [r for r in read_metrics(folder) if r["iteration"] <= first_iteration]
+        path = folder / "metrics.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self.file = path.open("a", buffering=1)
+        self.bar = tqdm(
+            total=config.run.iterations,
+            initial=first_iteration,
+            disable=not config.log.progress,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        )
+        self.wandb = _start_wandb(config, folder)
+
+    def log(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Records metrics under the number of iterations done; NaN is written as null."""
+        if not self.active:
+            return
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self.file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+        if self.wandb:
+            self.wandb.log({k: v for k, v in finite.items() if v is not None}, step=iteration)
+
+    def advance(self, summary: str) -> None:
+        """Moves the progress bar by one iteration."""
+        if self.active:
+            self.bar.set_postfix_str(summary, refresh=False)
+            self.bar.update()
+
+    def pictures(self, iteration: int, images: Tensor, captions: Sequence[str]) -> None:
+        """Sends pictures [N, 3, H, W] uint8 to wandb."""
+        if self.wandb:
+            import wandb
+
+            shown = [
+                wandb.Image(image.permute(1, 2, 0).cpu().numpy(), caption=caption)
+                for image, caption in zip(images, captions, strict=True)
+            ]
+            self.wandb.log({"pictures": shown}, step=iteration)
+
+    def say(self, text: str) -> None:
+        """Prints without breaking the progress bar."""
+        if self.active:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.file.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def _start_wandb(config: Config, folder: Path) -> Any:
+    mode = config.log.wandb
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "disabled"
+    if mode == "disabled":
+        return None
+    import wandb
+
+    # The identifier is kept in the run's folder, so that a resumed run continues its curves.
+    marker = folder / "wandb_id"
+    if not marker.exists():
+        marker.write_text(wandb.util.generate_id())
+    return wandb.init(
+        project=config.log.project,
+        name=folder.name,
+        id=marker.read_text().strip(),
+        resume="allow",
+        mode=mode,
+        dir=str(folder),
+        config=flatten(config),
+    )

@@ -1,0 +1,372 @@
+"""The training loop: rollout, rewards, advantages, update, log, checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from mixgrpo import checkpoint as checkpoints
+from mixgrpo.assembly import (
+    checkpoints_root,
+    make_noise,
+    make_objective,
+    make_optimizer,
+    make_plan,
+    make_rewards,
+    make_windows,
+    resumed_checkpoint,
+    shift_for,
+)
+from mixgrpo.checkpoint import Checkpoint
+from mixgrpo.config import Config, check, flatten
+from mixgrpo.distributed import Process, process_group
+from mixgrpo.ema import Ema
+from mixgrpo.engines import Engine
+from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.maths.advantages import group_advantages
+from mixgrpo.maths.window import WindowSchedule
+from mixgrpo.models import Policy
+from mixgrpo.models.flux import Flux
+from mixgrpo.prompts import PromptBatches, read_prompts
+from mixgrpo.rewards import Reward, score
+from mixgrpo.rollout import rollout
+from mixgrpo.tracking import Phases, Tracker
+from mixgrpo.types import Scores, Trajectory, Window
+from mixgrpo.update import NonFiniteUpdate, update
+from mixgrpo.validation import Validation, Validator
+
+
+class TrainingStopped(RuntimeError):
+    """Training ended early, with a resumable checkpoint behind; the message says why."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def train(config: Config) -> Path:
+    """Runs a training from start (or its newest checkpoint) to end; returns the run's folder.
+
+    Raises:
+        ValueError, FileNotFoundError: something that the user can mend, before training starts.
+        TrainingStopped: a signal or a non-finite loss ended it.
+        CheckpointError: a checkpoint could not be written or read.
+    """
+    with process_group(config.run.threads) as process:
+        check(config, process.world_size)
+        windows = make_windows(config)
+        resumed = resumed_checkpoint(config)
+        prompts = read_prompts(config.batch.prompts_file, "batch.prompts_file")
+        validation_prompts = read_prompts(
+            config.validation.prompts_file, "validation.prompts_file"
+        )[: config.validation.prompts or None]
+        rewards = make_rewards(config, process.device)
+        policy = Flux.load(config.model, process.device, config.run.seed)
+        trainer = Trainer(config, process, windows, policy, rewards, prompts, validation_prompts)
+        if resumed is not None:
+            trainer.restore(resumed)
+        trainer.run()
+    return Path(config.run.folder)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rollout's pictures and their scores, as far as this process sampled them."""
+
+    trajectory: Trajectory
+    texts: list[str]
+    scores: Scores
+
+
+class Trainer:
+    """One run's parts, and the loop over them."""
+
+    def __init__(
+        self,
+        config: Config,
+        process: Process,
+        windows: WindowSchedule,
+        policy: Policy,
+        rewards: dict[str, Reward],
+        prompts: list[str],
+        validation_prompts: list[str],
+    ) -> None:
+        self.config = config
+        self.folder = Path(config.run.folder)
+        self.windows = windows
+        self.policy = policy
+        self.trained_rewards = {n: r for n, r in rewards.items() if config.rewards[n].weight > 0}
+        self.batches = PromptBatches(
+            prompts, config.batch.prompts, config.run.seed, process.rank, process.world_size
+        )
+        self.reference = policy.reference() if config.update.kl > 0 else None
+        self.engine: Engine = DataParallel(
+            policy.module, process.device, partial(make_optimizer, config)
+        )
+        self.velocity = policy.velocity(self.engine.module)
+        self.weights = {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
+        self.ema = Ema(list(self.weights.values()), config.ema.decay) if config.ema.decay else None
+        self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
+        self.phases = Phases(process.device)
+        self.iteration = 0  # iterations done
+        self.stop_signal: int | None = None
+
+    def run(self) -> None:
+        """Trains from the present position to the last iteration."""
+        self._prepare_folder()
+        self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
+        self._tell_start()
+        with self._signals():
+            try:
+                if self.iteration == 0:
+                    self._validate()
+                while self.iteration < self.config.run.iterations:
+                    self._iterate()
+                    self._after_iteration()
+                self._finish()
+            finally:
+                self.tracker.close()
+
+    def _iterate(self) -> None:
+        """One iteration, as the design's sentence."""
+        window = self.windows.at(self.iteration)
+        batch = self._sample(window)
+        self._stop_if_asked()
+        scores = {name: self.engine.gather(values) for name, values in batch.scores.items()}
+        advantages = self._advantages(scores)
+        metrics = self._update(batch, advantages)
+        self.iteration += 1
+        if self.ema and self.iteration % self.config.ema.every == 0:
+            self.ema.update()
+        self._log(window, batch, scores, advantages, metrics)
+
+    def _sample(self, window: Window) -> Batch:
+        """Rollout, decoding and scoring of this process's prompts."""
+        config = self.config
+        prompts = self.batches.at(self.iteration)
+        with self.phases("text"):
+            text = self.policy.encode(prompts.texts)
+        noise = make_noise(
+            config, prompts, self.iteration, self.policy.latent_shape, self.engine.device
+        )
+        with self.phases("rollout"):
+            trajectory = rollout(
+                self.velocity, text, make_plan(config, window), noise, config.sampling.micro_batch
+            )
+        with self.phases("decode"):
+            parts = trajectory.final.split(config.sampling.decode_batch)
+            images = torch.cat([self.policy.decode(part) for part in parts])
+        texts = [text for text in prompts.texts for _ in range(config.batch.samples)]
+        with self.phases("reward"):
+            scores = score(self.trained_rewards, images, texts, config.scoring.micro_batch)
+        return Batch(trajectory, prompts.texts, scores)
+
+    def _advantages(self, scores: Scores) -> Tensor:
+        """[world*B] advantages over the global batch, on every rank the same."""
+        knobs = self.config.advantage
+        weights = {name: self.config.rewards[name].weight for name in scores}
+        count = self.config.batch.prompts * self.config.batch.samples
+        group = torch.arange(count, device=self.engine.device) // self.config.batch.samples
+        return group_advantages(scores, group, weights, knobs.kind, knobs.clip)
+
+    def _update(self, batch: Batch, advantages: Tensor) -> dict[str, Tensor]:
+        knobs = self.config.update
+        mine = advantages.chunk(self.engine.world_size)[self.engine.rank]
+        objective = make_objective(self.config, self.reference)
+        try:
+            with self.phases("update"):
+                return update(self.engine, self.velocity, batch.trajectory, mine, objective, knobs)
+        except NonFiniteUpdate as error:
+            path = self._save()
+            raise TrainingStopped(
+                f"iteration {self.iteration + 1}, window {batch.trajectory.window}: {error}; this "
+                f"process's prompts: {batch.texts}; the optimizer step was not taken, {path} holds "
+                "the weights before it; lower --update.learning_rate or --update.max_grad_norm "
+                "and train into another --run.folder, or continue with --run.resume true",
+                exit_code=1,
+            ) from error
+
+    # ---- after an iteration
+
+    def _after_iteration(self) -> None:
+        config = self.config
+        last = self.iteration == config.run.iterations
+        if config.validation.every and self.iteration % config.validation.every == 0 and not last:
+            self._validate()
+        if last or (config.checkpoint.every and self.iteration % config.checkpoint.every == 0):
+            self._save()
+        if not last:
+            self._stop_if_asked()
+
+    def _log(
+        self,
+        window: Window,
+        batch: Batch,
+        scores: Scores,
+        advantages: Tensor,
+        metrics: dict[str, Tensor],
+    ) -> None:
+        """One reduction over the processes, one record."""
+        names = list(metrics)
+        local = torch.stack([metrics[name].float().to(self.engine.device) for name in names])
+        reduced = self.engine.gather(local[None])
+        record = dict(zip((f"update/{n}" for n in names), reduced.mean(0).tolist(), strict=True))
+        worst = names.index("ratio_error_on_policy")
+        record["update/ratio_error_on_policy"] = reduced[:, worst].max().item()
+        for name, values in scores.items():
+            record[f"reward/{name}"] = values.nanmean().item()
+            record[f"reward_failed/{name}"] = values.isnan().sum().item()
+        record["advantage/deviation"] = advantages[~advantages.isnan()].std().item()
+        record["rollout/evaluations_per_image"] = batch.trajectory.evaluations_per_image
+        record["window/start"] = window.start
+        seconds = self.phases.take()
+        record.update({f"seconds/{name}": value for name, value in seconds.items()})
+        self.tracker.log(self.iteration, record)
+        rewards = " ".join(f"{name} {values.nanmean():.3f}" for name, values in scores.items())
+        phases = " ".join(f"{name} {value:.2f}s" for name, value in seconds.items())
+        self.tracker.advance(f"window {window} | {rewards} | {phases}")
+
+    def _validate(self) -> Validation:
+        """Scores the fixed prompts, with and without the average; logs and keeps pictures."""
+        with self.phases("validation"):
+            plain = self.validator(self.engine, self.velocity)
+            average = None
+            if self.ema and self.iteration > 0:
+                with self.ema.swapped():
+                    average = self.validator(self.engine, self.velocity)
+        record = {f"validation/{name}": value for name, value in plain.means.items()}
+        if average:
+            record |= {f"validation_ema/{name}": value for name, value in average.means.items()}
+        record["seconds/validation"] = self.phases.take()["validation"]
+        self.tracker.log(self.iteration, record)
+        if self.engine.rank == 0:
+            plain.save_pictures(self.folder / "pictures" / f"iteration_{self.iteration:08d}")
+            self.tracker.pictures(self.iteration, plain.pictures, plain.prompts)
+        return plain
+
+    def _finish(self) -> None:
+        self._validate()
+        if self.engine.rank == 0:
+            from mixgrpo.summary import summarize
+
+            self.policy.export(self.folder / "model")
+            self.tracker.say(summarize(self.folder, self.config))
+        self.engine.barrier()
+
+    # ---- saving and stopping
+
+    def _save(self) -> Path:
+        """Writes a checkpoint from rank 0 and lets the others wait; an error is raised on all."""
+        path = checkpoints_root(self.config) / f"iteration_{self.iteration:08d}"
+        error: checkpoints.CheckpointError | None = None
+        if self.engine.rank == 0:
+            try:
+                checkpoints.save(
+                    checkpoints_root(self.config), self._state(), self.config.checkpoint.keep
+                )
+            except checkpoints.CheckpointError as caught:
+                error = caught
+        if self.engine.any(error is not None):
+            raise error or checkpoints.CheckpointError("rank 0 could not write a checkpoint")
+        return path
+
+    def _state(self) -> Checkpoint:
+        average = dict(zip(self.weights, self.ema.average, strict=True)) if self.ema else {}
+        return Checkpoint(
+            iteration=self.iteration,
+            weights=self.weights,
+            ema=average,
+            ema_updates=self.ema.updates if self.ema else 0,
+            engine=self.engine.state(),
+            config=flatten(self.config),
+        )
+
+    @torch.no_grad()
+    def restore(self, saved: Checkpoint) -> None:
+        """Continues from a checkpoint of this same recipe."""
+        for name, parameter in self.weights.items():
+            parameter.copy_(saved.weights[name])
+        if self.ema:
+            self.ema.load([saved.ema[name] for name in self.weights], saved.ema_updates)
+        self.engine.load_state(saved.engine)
+        self.iteration = saved.iteration
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and Ctrl-C ask for a checkpoint and an end; a later one ends at once."""
+        asked_at = 0.0
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            nonlocal asked_at
+            # A terminal and torchrun both pass on one Ctrl-C, so the same moment counts once.
+            if self.stop_signal is not None and monotonic() - asked_at > 2:
+                raise KeyboardInterrupt
+            self.stop_signal, asked_at = number, monotonic()
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_if_asked(self) -> None:
+        """Called where the weights are those of a whole number of iterations."""
+        if not self.engine.any(self.stop_signal is not None):
+            return
+        path = self._save()
+        number = self.stop_signal or signal.SIGTERM
+        raise TrainingStopped(
+            f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; saved "
+            f"{path}; continue with --run.resume true",
+            exit_code=128 + number,
+        )
+
+    # ---- beginning
+
+    def _prepare_folder(self) -> None:
+        if self.engine.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            saved = {"revision": _git_revision(), "config": asdict(self.config)}
+            (self.folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+        self.engine.barrier()
+
+    def _tell_start(self) -> None:
+        say = self.tracker.say
+        truncated = self.policy.count_truncated(self.batches.prompts) if self.tracker.active else 0
+        if truncated:
+            say(
+                f"warning: {truncated} of {len(self.batches.prompts)} training prompts are longer "
+                "than the text encoder takes and are truncated"
+            )
+        first = self.windows.at(self.iteration)
+        last = self.windows.at(self.config.run.iterations - 1)
+        trained = sum(p.numel() for p in self.weights.values())
+        say(
+            f"iterations {self.iteration + 1} to {self.config.run.iterations} on "
+            f"{self.engine.world_size} x {self.engine.device.type}, {trained / 1e6:.2f}M trained "
+            f"weights; the window goes from {first} to {last} of {self.config.sampling.steps} "
+            f"steps; results in {self.folder}"
+        )
+
+
+def _git_revision() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,256 @@
+"""The policy update: clipped ratios of the window's transitions (MixGRPO, arXiv 2507.21802, eq. 9).
+
+Each optimizer step takes an equal part of every group. What it evaluates are distinct (state,
+step) pairs: where samples of a group still share their state, at the first window step, one
+forward and one backward serve them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixgrpo.config import UpdateConfig
+from mixgrpo.engines import Engine
+from mixgrpo.maths.objective import clipped_loss, is_clipped, kl_to_reference
+from mixgrpo.maths.schedule import step_at
+from mixgrpo.maths.transitions import LogRatio, Normal, Transition
+from mixgrpo.types import Trajectory, Velocity
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is optimised.
+
+    Attributes:
+        transition: the stochastic step that the rollout used.
+        log_ratio: log-ratio of two transitions from their means.
+        clip: the ratio is clipped to 1 +- clip.
+        kl: weight of the KL to the reference.
+        reference: the reference policy's velocity; needed only if kl > 0.
+    """
+
+    transition: Transition
+    log_ratio: LogRatio
+    clip: float
+    kl: float = 0.0
+    reference: Velocity | None = None
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Distinct model evaluations, and the transitions that each of them serves.
+
+    Planned on the CPU, where choosing rows makes no device wait.
+
+    Attributes:
+        sample: [E] the sample whose state is evaluated.
+        prompt: [E] position of its prompt in the trajectory's text.
+        step: [E] its step, counted from the window's first.
+        row_sample: [R] sample of each transition.
+        row_evaluation: [R] index into the E evaluations, non-decreasing.
+    """
+
+    sample: Tensor
+    prompt: Tensor
+    step: Tensor
+    row_sample: Tensor
+    row_evaluation: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def chunk(self, start: int, size: int) -> Evaluations:
+        """``size`` evaluations from ``start``, with the transitions that they serve."""
+        inside = (self.row_evaluation >= start) & (self.row_evaluation < start + size)
+        return Evaluations(
+            self.sample[start : start + size],
+            self.prompt[start : start + size],
+            self.step[start : start + size],
+            self.row_sample[inside],
+            self.row_evaluation[inside] - start,
+        )
+
+    def to(self, device: torch.device) -> Evaluations:
+        parts = (self.sample, self.prompt, self.step, self.row_sample, self.row_evaluation)
+        return Evaluations(*(part.to(device, non_blocking=True) for part in parts))
+
+
+class NonFiniteUpdate(RuntimeError):
+    """A loss or gradient is not finite; the optimizer step was not taken."""
+
+
+def update(
+    engine: Engine,
+    velocity: Velocity,
+    trajectory: Trajectory,
+    advantages: Tensor,
+    objective: Objective,
+    knobs: UpdateConfig,
+) -> dict[str, Tensor]:
+    """Takes ``knobs.optimizer_steps`` steps on the trajectory; returns this rank's metrics.
+
+    Args:
+        velocity: the policy, through ``engine.module``.
+        advantages: [B]; a NaN marks a failed sample, which gets no gradient. The loss is averaged
+            over all samples, failed ones counting as zero, so the others' gradients do not grow.
+        knobs: optimizer steps, micro-batch (model evaluations in one pass), gradient norm.
+
+    Raises:
+        NonFiniteUpdate: on every rank alike, before the optimizer step concerned.
+    """
+    collected: list[dict[str, Tensor]] = []
+    norms: list[Tensor] = []
+    ratio_error = None
+    evaluated = 0
+    for index, samples in enumerate(parts_of_groups(trajectory, knobs.optimizer_steps)):
+        needed = evaluations_for(trajectory, samples)
+        scale = 1 / (len(samples) * trajectory.window.size)
+        starts = range(0, len(needed), knobs.micro_batch)
+        step_rows = []
+        for start in starts:
+            with engine.accumulate(last=start == starts[-1]):
+                rows = _losses(
+                    velocity,
+                    trajectory,
+                    advantages,
+                    objective,
+                    needed.chunk(start, knobs.micro_batch),
+                )
+                (rows["loss"].sum() * scale).backward()
+            step_rows.append({name: value.detach() for name, value in rows.items()})
+        merged = {name: torch.cat([part[name] for part in step_rows]) for name in step_rows[0]}
+        norms.append(engine.clip_gradients(knobs.max_grad_norm))
+        _require_finite(engine, index, norms[-1], merged, trajectory)
+        engine.step()
+        collected.append(merged)
+        evaluated += len(needed)
+        if ratio_error is None:
+            ratio_error = (merged["log_ratio"].exp() - 1).abs().max()
+    assert ratio_error is not None
+    metrics = _summary(collected)
+    metrics["grad_norm"] = torch.stack(norms).mean()
+    metrics["ratio_error_on_policy"] = ratio_error
+    metrics["evaluations_per_image"] = torch.tensor(evaluated / len(trajectory))
+    return metrics
+
+
+def parts_of_groups(trajectory: Trajectory, parts: int) -> Iterator[Tensor]:
+    """The samples [B/parts] of each optimizer step: an equal share of every group.
+
+    Samples stay in prompt-major order; ``parts`` must divide the group size.
+    """
+    prompts = len(trajectory.text)
+    indices = torch.arange(len(trajectory))
+    for part in indices.view(prompts, -1).chunk(parts, dim=1):
+        yield part.reshape(-1)
+
+
+def evaluations_for(trajectory: Trajectory, samples: Tensor) -> Evaluations:
+    """The model evaluations that the window's transitions of these samples need.
+
+    ``1 + G'*(w-1)`` for G' samples of a group that share their initial noise, else ``G'*w``.
+    """
+    count, later = len(samples), trajectory.window.size - 1
+    position = torch.arange(count)
+    if trajectory.shared:
+        groups = trajectory.group[samples]
+        is_first = torch.ones(count, dtype=torch.bool)
+        is_first[1:] = groups[1:] != groups[:-1]
+        first, served_by = samples[is_first], is_first.cumsum(0) - 1
+    else:
+        first, served_by = samples, position
+    steps = torch.arange(1, later + 1)
+    sample = torch.cat([first, samples.repeat_interleave(later)])
+    return Evaluations(
+        sample=sample,
+        prompt=trajectory.group[sample],
+        step=torch.cat([torch.zeros_like(first), steps.repeat(count)]),
+        row_sample=torch.cat([samples, samples.repeat_interleave(later)]),
+        row_evaluation=torch.cat([served_by, len(first) + torch.arange(count * later)]),
+    )
+
+
+def _losses(
+    velocity: Velocity,
+    trajectory: Trajectory,
+    advantages: Tensor,
+    objective: Objective,
+    needed: Evaluations,
+) -> dict[str, Tensor]:
+    """Loss and statistics [R] of the transitions that these evaluations serve."""
+    needed = needed.to(trajectory.states.device)
+    normal = _transition(velocity, trajectory, objective.transition, needed)
+    at = needed.row_evaluation
+    sample, step = needed.row_sample, needed.step[at]
+    mean, std = normal.mean[at], normal.std[at]
+    x_next = _zero_non_finite(trajectory.states[sample, step + 1])
+    old_mean = _zero_non_finite(trajectory.old_means[sample, step])
+    log_ratio = objective.log_ratio(x_next, mean, old_mean, std)
+    failed = advantages[sample].isnan()
+    advantage = advantages[sample].nan_to_num(0.0)
+    loss = clipped_loss(log_ratio, advantage, objective.clip)
+    rows = {
+        "log_ratio": log_ratio,
+        "clip_fraction": is_clipped(log_ratio, advantage, objective.clip).float(),
+    }
+    if objective.kl > 0:
+        assert objective.reference is not None, "a KL needs a reference policy"
+        with torch.no_grad():
+            reference = _transition(objective.reference, trajectory, objective.transition, needed)
+        rows["kl"] = kl_to_reference(mean, reference.mean[at], std)
+        loss = loss + objective.kl * rows["kl"]
+    rows["loss"] = torch.where(failed, torch.zeros_like(loss), loss)
+    rows["sample"] = sample
+    return rows
+
+
+def _transition(
+    velocity: Velocity, trajectory: Trajectory, transition: Transition, needed: Evaluations
+) -> Normal:
+    steps = needed.step + trajectory.window.start
+    sigmas = trajectory.sigmas.to(steps.device)
+    x = _zero_non_finite(trajectory.states[needed.sample, needed.step])
+    text = trajectory.text[needed.prompt]
+    return transition(x, velocity(x, sigmas[steps], text), step_at(sigmas, steps))
+
+
+def _zero_non_finite(values: Tensor) -> Tensor:
+    # A sample that diverged has no score, hence no gradient; but 0 * NaN would reach the others.
+    return values.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _require_finite(
+    engine: Engine,
+    index: int,
+    norm: Tensor,
+    rows: dict[str, Tensor],
+    trajectory: Trajectory,
+) -> None:
+    bad = ~rows["loss"].isfinite()
+    if not engine.any(bool(bad.any()) or not bool(norm.isfinite())):
+        return
+    groups = trajectory.group[rows["sample"][bad].cpu()].unique().tolist()
+    place = f"in the prompts at positions {groups} of this process" if groups else "elsewhere"
+    raise NonFiniteUpdate(
+        f"loss or gradient is not finite at optimizer step {index} of the iteration: "
+        f"{int(bad.sum())} of {len(bad)} transitions {place}, gradient norm {norm.item():.4g}, "
+        f"largest |log ratio| {rows['log_ratio'].abs().max().item():.4g}"
+    )
+
+
+def _summary(collected: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    rows = {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
+    ratio = rows["log_ratio"].exp()
+    metrics = {
+        "loss": rows["loss"].mean(),
+        "clip_fraction": rows["clip_fraction"].mean(),
+        "ratio_mean": ratio.mean(),
+        "ratio_deviation": (ratio - 1).abs().mean(),
+    }
+    if "kl" in rows:
+        metrics["kl"] = rows["kl"].mean()
+    return metrics

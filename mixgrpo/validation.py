@@ -1,0 +1,109 @@
+"""Validation: fixed prompts, fixed noise, the deterministic ODE, every reward of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixgrpo.config import Config
+from mixgrpo.engines import Engine
+from mixgrpo.maths.schedule import make_sigmas
+from mixgrpo.models import Policy
+from mixgrpo.noise import Noise
+from mixgrpo.pictures import save_pictures, to_bytes
+from mixgrpo.rewards import Reward, score
+from mixgrpo.rollout import sample_ode
+from mixgrpo.types import Velocity
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over all validation prompts, and the first few pictures.
+
+    Attributes:
+        means: reward name -> mean score over the prompts that could be scored.
+        failed: reward name -> number of prompts that could not.
+        pictures: [n, 3, H, W] uint8.
+        prompts: their n prompts.
+    """
+
+    means: dict[str, float]
+    failed: dict[str, int]
+    pictures: Tensor
+    prompts: list[str]
+
+    def save_pictures(self, folder: Path) -> None:
+        """Writes the pictures as PNG files."""
+        save_pictures(self.pictures, folder)
+
+
+class Validator:
+    """Samples and scores the validation prompts, a consecutive part of them on each process.
+
+    Noise depends on the prompt's place in the file alone, so that neither the number of processes
+    nor the iteration changes it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        rewards: Mapping[str, Reward],
+        prompts: list[str],
+        shift: float,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.rewards = rewards
+        self.prompts = prompts
+        self.sigmas = make_sigmas(config.validation.steps, shift)
+
+    def __call__(self, engine: Engine, velocity: Velocity) -> Validation:
+        # Every process takes equally many, so that gathering works; the last ones repeat the end.
+        count, total = -(-len(self.prompts) // engine.world_size), len(self.prompts)
+        places = [min(engine.rank * count + i, total - 1) for i in range(count)]
+        images, scores = self._score(engine, velocity, places)
+        kept = engine.gather(images[: self.config.validation.pictures])
+        gathered = {name: engine.gather(values)[:total] for name, values in scores.items()}
+        shown = min(self.config.validation.pictures, total)
+        return Validation(
+            means={name: values.nanmean().item() for name, values in gathered.items()},
+            failed={name: int(values.isnan().sum()) for name, values in gathered.items()},
+            pictures=kept[:shown].cpu(),
+            prompts=self.prompts[:shown],
+        )
+
+    def _score(
+        self, engine: Engine, velocity: Velocity, places: list[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures [n, 3, H, W] uint8 and scores [n] of the prompts at these places."""
+        size = self.config.sampling.decode_batch
+        pictures, scores = [], []
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
+            texts = [self.prompts[place] for place in part]
+            noise = Noise(
+                seed=self.config.validation.seed,
+                iteration=0,
+                prompts=part,
+                samples=1,
+                shape=self.policy.latent_shape,
+                shared=True,
+                device=engine.device,
+            )
+            latents = sample_ode(
+                velocity,
+                noise.initial(),
+                self.policy.encode(texts),
+                self.sigmas,
+                self.config.sampling.micro_batch,
+            )
+            images = self.policy.decode(latents)
+            scores.append(score(self.rewards, images, texts, self.config.scoring.micro_batch))
+            pictures.append(to_bytes(images))
+        merged = {name: torch.cat([part[name] for part in scores]) for name in self.rewards}
+        return torch.cat(pictures), merged
