@@ -1,0 +1,403 @@
+"""env_setup.sh against a Python that only pretends to install, requirements.txt, and the scripts.
+
+No network, nothing installed: a fake interpreter on a PATH of its own writes down what it is asked.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHELL_SCRIPTS = sorted(
+    [ROOT / "env_setup.sh", ROOT / ".ci" / "run", *(ROOT / "scripts").rglob("*.sh")]
+)
+PINNED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(\[[a-z,]+\])?==(?P<version>[0-9][^\s;*]*)")
+TOOLS = (
+    *("awk", "bash", "cat", "chmod", "cksum", "cp", "cut", "df", "dirname", "env", "find", "flock"),
+    *("grep", "mkdir", "mv", "nproc", "readlink", "rm", "sed", "sleep", "tail", "wc"),
+)
+
+# What env_setup.sh asks of a Python. FAKE_BROKEN names a package that does not install,
+# FAKE_KILLED one during which the whole install is killed.
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *version_info*) echo {version} ;;
+    *"import venv"*) exit {no_venv} ;;
+    *_base_executable*) echo {path} ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp {path} "$3/bin/python" ;;
+    "-m pip install "*)
+        echo "$*" >>"$FAKE_CALLS"
+        echo "WARNING: Location 'nowhere' is ignored"
+        case "$*" in
+            *"${{FAKE_BROKEN:-nothing}}"*)
+                echo "ERROR: No matching distribution found for $FAKE_BROKEN" >&2
+                exit 1
+                ;;
+            *"${{FAKE_KILLED:-nothing}}"*) kill -TERM $PPID ;;
+        esac
+        ;;
+esac
+"""
+
+
+@dataclass
+class Checkout:
+    """A copy of the files env_setup.sh reads, and the only programs it can find."""
+
+    root: Path
+    programs: Path
+
+    @property
+    def venv(self) -> Path:
+        return self.root / ".venv"
+
+    def program(self, name: str, text: str) -> Path:
+        path = self.programs / name
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def python(self, name: str, version: str, has_venv: bool = True) -> Path:
+        path = self.programs / name
+        fake = FAKE_PYTHON.format(version=version, path=path, no_venv=int(not has_venv))
+        return self.program(name, fake)
+
+    def setup(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(self.root / "env_setup.sh")],
+            cwd="/",
+            env={"PATH": str(self.programs), "FAKE_CALLS": str(self.calls_file), **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    @property
+    def calls_file(self) -> Path:
+        return self.root / "calls"
+
+    def take_calls(self) -> list[str]:
+        """pip's calls since the last time this was asked."""
+        calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        self.calls_file.unlink(missing_ok=True)
+        return calls
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    root, programs = tmp_path / "the repository", tmp_path / "programs"
+    root.mkdir()
+    programs.mkdir()
+    for name in ("env_setup.sh", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, root)
+    for tool in TOOLS:
+        found = shutil.which(tool)
+        if found:
+            (programs / tool).symlink_to(found)
+    checkout = Checkout(root, programs)
+    checkout.program("df", "#!/usr/bin/env bash\nprintf 'head\\ndisk 9 9 99000000 1%% /\\n'\n")
+    return checkout
+
+
+def fails(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert result.returncode == 1, result.stdout + result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+def succeeds(result: subprocess.CompletedProcess[str], part: str = "ready") -> None:
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert part in result.stdout
+    assert result.stderr == ""
+
+
+# --- which Python ---------------------------------------------------------------------------------
+
+
+def test_no_python_at_all(checkout: Checkout) -> None:
+    fails(checkout.setup(), "found no Python at all", "apt install python3.11", "set PYTHON")
+    assert not checkout.venv.exists()
+
+
+def test_names_the_pythons_that_do_not_do(checkout: Checkout) -> None:
+    checkout.program("python3.12", "#!/usr/bin/env bash\nexit 127\n")
+    checkout.python("python3", "3.10.4")
+    result = checkout.setup()
+    fails(result, "needs Python 3.11 or 3.12", "python3.12 (does not run)", "python3 (3.10.4)")
+
+
+def test_skips_a_shim_that_does_not_run(checkout: Checkout) -> None:
+    checkout.program("python3.11", "#!/usr/bin/env bash\nexit 127\n")
+    checkout.python("python3", "3.12.1")
+    succeeds(checkout.setup())
+
+
+@pytest.mark.parametrize("version", ["2.7.18", "3.10.4", "3.13.0"])
+def test_a_chosen_python_of_another_version(checkout: Checkout, version: str) -> None:
+    checkout.python("python3.11", "3.11.7")
+    chosen = checkout.python("chosen", version)
+    fails(checkout.setup(PYTHON=str(chosen)), f"chosen ({version})", "set PYTHON")
+
+
+def test_no_venv_module(checkout: Checkout) -> None:
+    checkout.python("python3.12", "3.12.1", has_venv=False)
+    fails(checkout.setup(), "no venv module", "apt install python3.12-venv", "set PYTHON")
+
+
+def test_another_python_that_has_the_venv_module(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7", has_venv=False)
+    checkout.python("python3.12", "3.12.1")
+    succeeds(checkout.setup())
+
+
+# --- what can go wrong while installing -----------------------------------------------------------
+
+
+def test_too_little_disk(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    checkout.program("df", "#!/usr/bin/env bash\nprintf 'head\\ndisk 9 9 3500000 9%% /\\n'\n")
+    fails(checkout.setup(), "3 GB", "needs 9 GB", "free some space")
+    assert checkout.take_calls() == []
+
+
+def test_a_package_that_cannot_be_installed(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    result = checkout.setup(FAKE_BROKEN="requirements.txt")
+    log = checkout.venv / "install.log"
+    fails(
+        result,
+        "ERROR: No matching distribution found for requirements.txt",
+        "`pip install --no-build-isolation -r requirements.txt`",
+        str(log),
+        "run env_setup.sh again",
+    )
+    assert "WARNING" not in result.stdout + result.stderr
+    assert "WARNING" in log.read_text()
+
+
+def test_goes_on_where_pip_failed(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    checkout.setup(FAKE_BROKEN="requirements.txt")
+    kept = checkout.venv / "torch, already there"
+    kept.touch()
+    succeeds(checkout.setup())
+    assert kept.exists()
+    succeeds(checkout.setup(), "up to date")
+
+
+def test_an_interrupted_install_is_made_again(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    assert checkout.setup(FAKE_KILLED="torch==").returncode == 130
+    half_written = checkout.venv / "half a package"
+    half_written.touch()
+    result = checkout.setup()
+    succeeds(result)
+    assert "half-made" in result.stdout
+    assert not half_written.exists()
+
+
+@pytest.mark.parametrize("leftover", ["install.log", "lib"])
+def test_a_venv_without_python_is_made_again(checkout: Checkout, leftover: str) -> None:
+    checkout.python("python3.11", "3.11.7")
+    checkout.venv.mkdir()
+    (checkout.venv / leftover).touch()
+    succeeds(checkout.setup())
+
+
+def test_a_venv_of_somebody_else_is_left_alone(checkout: Checkout) -> None:
+    python = checkout.python("python3.11", "3.11.7")
+    theirs = checkout.venv / "bin" / "python"
+    theirs.parent.mkdir(parents=True)
+    shutil.copy(python, theirs)
+    fails(checkout.setup(), "was not made by this script", "move it away or delete it")
+    assert theirs.exists()
+
+
+# --- what a run does, and a second one ------------------------------------------------------------
+
+
+def test_order_and_sources(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    succeeds(checkout.setup(TORCH_INDEX_URL="file:///cu126"))
+    tools, torch, others, package = checkout.take_calls()
+    assert "setuptools==" in tools
+    assert re.search(r"--index-url file:///cu126 torch==\S+ torchvision==\S+$", torch)
+    assert others.endswith("--no-build-isolation -r requirements.txt")
+    assert package.endswith("--no-deps --no-build-isolation -e .")
+    assert "--index-url" not in tools + others + package
+
+
+def test_nothing_to_do(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    succeeds(checkout.setup())
+    checkout.take_calls()
+    succeeds(checkout.setup(), "up to date")
+    assert checkout.take_calls() == []
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml"])
+def test_changed_requirements_are_installed_in_place(checkout: Checkout, name: str) -> None:
+    checkout.python("python3.11", "3.11.7")
+    succeeds(checkout.setup())
+    kept = checkout.venv / "kept"
+    kept.touch()
+    with (checkout.root / name).open("a") as file:
+        file.write("# changed\n")
+    succeeds(checkout.setup())
+    assert kept.exists()
+
+
+def test_remembers_python_and_index(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    other = checkout.python("python3.12", "3.12.1")
+    chosen = {"PYTHON": str(other), "TORCH_INDEX_URL": "file:///cu126"}
+    succeeds(checkout.setup(**chosen))
+    succeeds(checkout.setup(), "up to date (Python 3.12.1)")
+    succeeds(checkout.setup(**chosen), "up to date")
+    succeeds(checkout.setup(PYTHON="python3.11"))
+    succeeds(checkout.setup(), "up to date (Python 3.11.7)")
+
+
+@pytest.mark.parametrize("index", ["file:///cu128", ""])
+def test_another_torch_index_makes_the_venv_again(checkout: Checkout, index: str) -> None:
+    checkout.python("python3.11", "3.11.7")
+    succeeds(checkout.setup(TORCH_INDEX_URL="file:///cu126"))
+    old = checkout.venv / "old"
+    old.touch()
+    succeeds(checkout.setup(TORCH_INDEX_URL=index))
+    assert not old.exists()
+
+
+def test_a_moved_repository_makes_the_venv_again(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    succeeds(checkout.setup())
+    checkout.root = checkout.root.rename(checkout.root.parent / "moved")
+    succeeds(checkout.setup())
+    assert "-e ." in checkout.take_calls()[-1]
+
+
+# --- requirements.txt -----------------------------------------------------------------------------
+
+
+def requirements() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The top-level names of every absolute import in a file, wherever it stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("line", requirements())
+def test_every_requirement_is_pinned(line: str) -> None:
+    assert PINNED.fullmatch(line), "pin it with == and one exact version"
+
+
+def test_everything_imported_is_required() -> None:
+    required = {normalised(match["name"]) for match in map(PINNED.match, requirements()) if match}
+    distributions = packages_distributions()
+    missing = {
+        f"{path.relative_to(ROOT)}: {module}"
+        for path in sorted((ROOT / "mixgrpo").rglob("*.py"))
+        for module in imported_modules(path) - sys.stdlib_module_names - {"mixgrpo"}
+        if not {normalised(name) for name in distributions.get(module, [module])} & required
+    }
+    assert not missing, "imported, and not in requirements.txt"
+
+
+# --- the scripts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_scripts(script: Path) -> None:
+    assert re.search(r"^set -euo pipefail$", script.read_text(), re.MULTILINE)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if (ROOT / "scripts") in script.parents:
+        last = script.read_text().rstrip().splitlines()[-1]
+        assert last.endswith('"$@"'), (
+            "a script ends in the command it wraps, and passes its words on"
+        )
+
+
+def wrapping(script: str, folder: Path, python: str) -> list[str]:
+    """The command that runs a copy of a script in a repository whose Python is the given text."""
+    copy = folder / script
+    copy.parent.mkdir(parents=True)
+    shutil.copy(ROOT / script, copy)
+    (folder / "env_setup.sh").write_text("echo env_setup\n")
+    fake = folder / ".venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(f"#!/usr/bin/env bash\n{python}\n")
+    fake.chmod(0o755)
+    return ["bash", str(copy)]
+
+
+def test_quickstart_takes_a_new_folder_each_time(tmp_path: Path) -> None:
+    command = wrapping("scripts/quickstart.sh", tmp_path, 'echo "$@"; mkdir -p "$7"')
+    for folder in ("runs/quickstart", "runs/quickstart-2", "runs/quickstart-3"):
+        output = subprocess.check_output([*command, "--run.seed", "1"], cwd="/", text=True)
+        train = f"-m mixgrpo train --recipe shapes_mixgrpo --run.folder {folder} --run.seed 1"
+        assert train in output.splitlines()
+        assert re.search(r"installing took \d+ s", output)
+        assert re.search(r"training took \d+ s", output)
+
+
+def test_quickstart_fails_when_training_fails(tmp_path: Path) -> None:
+    assert subprocess.call(wrapping("scripts/quickstart.sh", tmp_path, "exit 3")) == 3
+
+
+def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
+    command = wrapping("scripts/test.sh", tmp_path, 'echo "$OMP_NUM_THREADS $@"; pwd; exit 5')
+    environment = {**os.environ, "OMP_NUM_THREADS": "7"}
+    result = subprocess.run(
+        [*command, "-k", "a b"],
+        cwd="/",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 5
+    assert result.stdout.splitlines() == ["env_setup", "7 -m pytest -k a b", str(tmp_path)]
+
+
+@pytest.mark.parametrize("failing", ["pytest", "ruff check", "ruff format", "mypy"])
+def test_ci_runs_every_check_and_fails_with_any(tmp_path: Path, failing: str) -> None:
+    command = wrapping(".ci/run", tmp_path, f'echo "ran $*"; [[ $* != *"{failing}"* ]]')
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "test.sh").write_text(".venv/bin/python -m pytest\n")
+    result = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    for check in ("-m pytest", "-m ruff check .", "-m ruff format --check .", "-m mypy"):
+        assert f"ran {check}" in result.stdout.splitlines()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_license() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+    assert "The mixgrpo authors" in text
