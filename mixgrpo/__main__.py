@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+# Before torch is imported: threads that wait must sleep. Spinning ones take the cores from other
+# processes' threads, and two processes on two cores become many times slower than one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from mixgrpo.commands import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

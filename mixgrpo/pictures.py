@@ -58,9 +58,11 @@ def reward_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
                     if key.startswith(("reward/", "validation/"))})  # fmt: skip
     if not names:
         return
-    figure = _figure_class()(figsize=(4 * len(names), 3.2), layout="constrained")
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = _figure_class()(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
     for index, name in enumerate(names):
-        axes = figure.add_subplot(1, len(names), index + 1)
+        axes = figure.add_subplot(rows, columns, index + 1)
         _curve(axes, history, f"reward/{name}", "training prompts", smooth=True)
         _curve(axes, history, f"validation/{name}", "validation prompts")
         _curve(axes, history, f"validation_ema/{name}", "validation, EMA")

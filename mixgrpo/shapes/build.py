@@ -19,10 +19,11 @@ from mixgrpo.shapes.train_vae import train_vae
 logger = logging.getLogger(__name__)
 
 VAE_STEPS = 4500
-FLUX_STEPS = 5000
+# Seed, steps and play of the two stages: first everything everywhere, then neat pictures.
+FLUX_STAGES = ((2, 5000, 1.0), (7, 2200, 0.15))
 FLUX_PICTURES = 20000
 WRONG_CAPTIONS = 0.2
-REWARD_STEPS = 1500
+REWARD_STEPS = 1000
 TEST_PROMPTS = 256
 
 
@@ -51,9 +52,10 @@ def build_vae(folder: Path) -> None:
 
 def build_flux(folder: Path) -> None:
     """The pipeline with trained transformer and text encoders, on the VAE that is there."""
-    pipeline = FluxPipeline.from_pretrained(folder / "flux", torch_dtype=torch.float32)
-    train_flux(pipeline, FLUX_STEPS, 2, FLUX_PICTURES, WRONG_CAPTIONS)
-    _save(pipeline, folder / "flux")
+    for seed, steps, play in FLUX_STAGES:
+        pipeline = FluxPipeline.from_pretrained(folder / "flux", dtype=torch.float32)
+        train_flux(pipeline, steps, seed, FLUX_PICTURES, play, WRONG_CAPTIONS)
+        _save(pipeline, folder / "flux")
 
 
 def _save(pipeline: FluxPipeline, folder: Path) -> None:

@@ -23,26 +23,34 @@ PALETTE = {
 }
 
 
-def render(scene: Scene, rng: random.Random) -> Tensor:
-    """A picture [3, 64, 64] in [0, 1] of the scene; sizes and places are drawn from ``rng``."""
+def render(scene: Scene, rng: random.Random, play: float = 1.0) -> Tensor:
+    """A picture [3, 64, 64] in [0, 1] of the scene; sizes and places are drawn from ``rng``.
+
+    Args:
+        play: how freely they vary, from 0 (always the same) to 1.
+    """
     image = torch.tensor(PALETTE[scene.background])[:, None, None].repeat(1, SIZE, SIZE)
-    for thing, (x, y, radius) in zip(scene.things, _places(scene, rng), strict=True):
+    for thing, (x, y, radius) in zip(scene.things, _places(scene, rng, play), strict=True):
         covered = coverage(thing.shape, x, y, radius)
         colour = torch.tensor(PALETTE[thing.colour])[:, None, None]
         image = image + covered * (colour - image)
     return image
 
 
-def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
+def _places(scene: Scene, rng: random.Random, play: float) -> list[tuple[float, float, float]]:
     """Centre (x to the right, y downward) and radius in pixels for each thing."""
+
+    def between(low: float, high: float) -> float:
+        return (low + high) / 2 + play * (rng.uniform(low, high) - (low + high) / 2)
+
     middle = SIZE / 2
     if scene.relation is None:
-        radius = rng.uniform(10, 15)
+        radius = between(10, 15)
         room = middle - radius - 2
-        return [(middle + rng.uniform(-room, room), middle + rng.uniform(-room, room), radius)]
-    first, second = rng.uniform(9, 12), rng.uniform(9, 12)
-    ahead, behind = -rng.uniform(14, 17), rng.uniform(14, 17)
-    aside = rng.uniform(-6, 6), rng.uniform(-6, 6)
+        return [(middle + between(-room, room), middle + between(-room, room), radius)]
+    first, second = between(9, 12), between(9, 12)
+    ahead, behind = -between(14, 17), between(14, 17)
+    aside = between(-6, 6), between(-6, 6)
     if scene.relation in ("right of", "below"):
         ahead, behind = behind, ahead
     if scene.relation in ("left of", "right of"):

@@ -27,14 +27,20 @@ GUIDANCE = 3.5
 
 
 def train_flux(
-    pipeline: FluxPipeline, steps: int, seed: int, pictures: int, wrong_captions: float
+    pipeline: FluxPipeline,
+    steps: int,
+    seed: int,
+    pictures: int,
+    play: float,
+    wrong_captions: float,
 ) -> None:
     """Fits the transformer and both text encoders in place; the VAE is used as it is.
 
     Args:
+        play: how freely sizes and places vary in the pictures, 0 to 1.
         wrong_captions: share of captions with one fact altered.
     """
-    images, scenes = training_pictures(pictures, seed)
+    images, scenes = training_pictures(pictures, seed, play)
     latents = pack(pipeline, encode(pipeline.vae, images))
     rng = random.Random(seed)
     true_ids = tokenize(pipeline, scenes)
