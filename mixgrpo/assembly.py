@@ -17,12 +17,21 @@ from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import dynamic_shift, flash_sigmas
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
 from mixgrpo.maths.window import WindowSchedule
+from mixgrpo.models import Policy
+from mixgrpo.models.flux import Flux
 from mixgrpo.noise import Noise
 from mixgrpo.prompts import PromptBatch
 from mixgrpo.rewards import Reward, build_reward
 from mixgrpo.rollout import SamplingPlan
 from mixgrpo.types import Velocity, Window
 from mixgrpo.update import Objective
+
+FAMILIES = {"flux": Flux}
+
+
+def make_policy(config: Config, device: torch.device) -> Policy:
+    """The model of the wanted family, loaded. Raises FileNotFoundError if a part is missing."""
+    return FAMILIES[config.model.family].load(config.model, device, config.run.seed)
 
 
 def make_windows(config: Config) -> WindowSchedule:

@@ -15,9 +15,9 @@ _SHARED = -1  # the "sample" of a noise that all samples of a prompt share
 
 
 def key_seed(*key: int) -> int:
-    """A 63-bit seed from integers; every key its own, the same on every platform."""
+    """A seed from integers, the same on every platform; 32 bits, all that torch's generator uses."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return (int.from_bytes(digest, "little") >> 1) & 0xFFFFFFFF
 
 
 @dataclass(frozen=True)

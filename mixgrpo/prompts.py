@@ -30,11 +30,11 @@ def read_prompts(path: str, knob: str) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(
             f"{knob} is {path!r}, which is not UTF-8 (line {line}); save it as UTF-8"
         ) from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{knob} is {path!r}, which holds no prompt; write one prompt a line")
     return prompts

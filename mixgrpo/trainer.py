@@ -23,6 +23,7 @@ from mixgrpo.assembly import (
     make_objective,
     make_optimizer,
     make_plan,
+    make_policy,
     make_rewards,
     make_windows,
     resumed_checkpoint,
@@ -37,7 +38,6 @@ from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.models import Policy
-from mixgrpo.models.flux import Flux
 from mixgrpo.prompts import PromptBatches, read_prompts
 from mixgrpo.rewards import Reward, score
 from mixgrpo.rollout import rollout
@@ -72,7 +72,7 @@ def train(config: Config) -> Path:
             config.validation.prompts_file, "validation.prompts_file"
         )[: config.validation.prompts or None]
         rewards = make_rewards(config, process.device)
-        policy = Flux.load(config.model, process.device, config.run.seed)
+        policy = make_policy(config, process.device)
         trainer = Trainer(config, process, windows, policy, rewards, prompts, validation_prompts)
         if resumed is not None:
             trainer.restore(resumed)

@@ -183,15 +183,16 @@ def _losses(
 ) -> dict[str, Tensor]:
     """Loss and statistics [R] of the transitions that these evaluations serve."""
     needed = needed.to(trajectory.states.device)
-    normal = _transition(velocity, trajectory, objective.transition, needed)
+    all_failed = advantages.isnan()
+    normal = _transition(velocity, trajectory, objective.transition, needed, all_failed)
     at = needed.row_evaluation
     sample, step = needed.row_sample, needed.step[at]
     mean, std = normal.mean[at], normal.std[at]
-    x_next = _zero_non_finite(trajectory.states[sample, step + 1])
-    old_mean = _zero_non_finite(trajectory.old_means[sample, step])
-    log_ratio = objective.log_ratio(x_next, mean, old_mean, std)
-    failed = advantages[sample].isnan()
-    advantage = advantages[sample].nan_to_num(0.0)
+    failed = all_failed[sample]
+    x_next = _finite_if_failed(trajectory.states[sample, step + 1], failed)
+    old_mean = _finite_if_failed(trajectory.old_means[sample, step], failed)
+    log_ratio = objective.log_ratio(x_next, mean, old_mean, std).masked_fill(failed, 0.0)
+    advantage = advantages[sample].masked_fill(failed, 0.0)
     loss = clipped_loss(log_ratio, advantage, objective.clip)
     rows = {
         "log_ratio": log_ratio,
@@ -200,7 +201,9 @@ def _losses(
     if objective.kl > 0:
         assert objective.reference is not None, "a KL needs a reference policy"
         with torch.no_grad():
-            reference = _transition(objective.reference, trajectory, objective.transition, needed)
+            reference = _transition(
+                objective.reference, trajectory, objective.transition, needed, all_failed
+            )
         rows["kl"] = kl_to_reference(mean, reference.mean[at], std)
         loss = loss + objective.kl * rows["kl"]
     rows["loss"] = torch.where(failed, torch.zeros_like(loss), loss)
@@ -209,18 +212,23 @@ def _losses(
 
 
 def _transition(
-    velocity: Velocity, trajectory: Trajectory, transition: Transition, needed: Evaluations
+    velocity: Velocity,
+    trajectory: Trajectory,
+    transition: Transition,
+    needed: Evaluations,
+    failed: Tensor,
 ) -> Normal:
     steps = needed.step + trajectory.window.start
     sigmas = trajectory.sigmas.to(steps.device)
-    x = _zero_non_finite(trajectory.states[needed.sample, needed.step])
+    x = _finite_if_failed(trajectory.states[needed.sample, needed.step], failed[needed.sample])
     text = trajectory.text[needed.prompt]
     return transition(x, velocity(x, sigmas[steps], text), step_at(sigmas, steps))
 
 
-def _zero_non_finite(values: Tensor) -> Tensor:
+def _finite_if_failed(latents: Tensor, failed: Tensor) -> Tensor:
     # A sample that diverged has no score, hence no gradient; but 0 * NaN would reach the others.
-    return values.nan_to_num(0.0, 0.0, 0.0)
+    # In a sample that has a score it is an error, and must show in the loss.
+    return torch.where(failed[:, None, None], latents.nan_to_num(0.0, 0.0, 0.0), latents)
 
 
 def _require_finite(

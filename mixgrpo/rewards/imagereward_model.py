@@ -63,6 +63,10 @@ class ImageRewardModel(nn.Module):
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """pixels [B, 3, S, S], input_ids and attention_mask [B, L] -> [B] float32."""
         patches = self.vision(pixel_values=pixels).last_hidden_state  # [B, 1 + patches, width]
+        return self.read(patches, input_ids, attention_mask)
+
+    def read(self, patches: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encoded images [B, 1 + patches, width] and their texts [B, L] -> [B] float32."""
         states = self.text(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -19,8 +19,8 @@ from mixgrpo.shapes.train_vae import train_vae
 logger = logging.getLogger(__name__)
 
 VAE_STEPS = 4500
-# Seed, steps and play of the two stages: first everything everywhere, then neat pictures.
-FLUX_STAGES = ((2, 5000, 1.0), (7, 2200, 0.15))
+# Seed, steps and play of each stage: first everything everywhere, then neat pictures.
+FLUX_STAGES = ((2, 5000, 1.0), (7, 2200, 0.15), (8, 1500, 0.15))
 FLUX_PICTURES = 20000
 WRONG_CAPTIONS = 0.2
 REWARD_STEPS = 1000

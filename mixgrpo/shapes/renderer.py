@@ -29,11 +29,27 @@ def render(scene: Scene, rng: random.Random, play: float = 1.0) -> Tensor:
     Args:
         play: how freely they vary, from 0 (always the same) to 1.
     """
-    image = torch.tensor(PALETTE[scene.background])[:, None, None].repeat(1, SIZE, SIZE)
-    for thing, (x, y, radius) in zip(scene.things, _places(scene, rng, play), strict=True):
-        covered = coverage(thing.shape, x, y, radius)
-        colour = torch.tensor(PALETTE[thing.colour])[:, None, None]
-        image = image + covered * (colour - image)
+    return render_between(scene, scene, 0.0, rng, play)
+
+
+def render_between(
+    scene: Scene, other: Scene, share: float, rng: random.Random, play: float = 1.0
+) -> Tensor:
+    """A picture on the way from ``scene`` (share 0) to ``other`` (share 1), at the first's places.
+
+    Colours are mixed and signed distances averaged: half-way from circle to square is a square
+    with round corners, as an imperfect model draws it.
+    """
+
+    def mixed(first: str, second: str) -> Tensor:
+        ends = torch.tensor([PALETTE[first], PALETTE[second]])
+        return torch.lerp(ends[0], ends[1], share)[:, None, None]
+
+    image = mixed(scene.background, other.background).repeat(1, SIZE, SIZE)
+    places = _places(scene, rng, play)
+    for thing, goal, place in zip(scene.things, other.things, places, strict=True):
+        covered = _covered(torch.lerp(_from(thing.shape, *place), _from(goal.shape, *place), share))
+        image = image + covered * (mixed(thing.colour, goal.colour) - image)
     return image
 
 
@@ -66,10 +82,18 @@ def _places(scene: Scene, rng: random.Random, play: float) -> list[tuple[float, 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> Tensor:
     """How much of each pixel [64, 64] the shape covers, 0 to 1."""
+    return _covered(_from(shape, x, y, radius))
+
+
+def _covered(distance: Tensor) -> Tensor:
+    return (0.5 - distance).clamp(0, 1)
+
+
+def _from(shape: str, x: float, y: float, radius: float) -> Tensor:
+    """Signed distance [64, 64] in pixels of each pixel's centre from the shape, inside negative."""
     pixels = torch.arange(SIZE, dtype=torch.float32) + 0.5
     dx, dy = pixels[None, :] - x, pixels[:, None] - y
-    distance = _DISTANCES[shape](dx, dy, radius)
-    return (0.5 - distance).clamp(0, 1)
+    return _DISTANCES[shape](dx, dy, radius)
 
 
 def _circle(dx: Tensor, dy: Tensor, radius: float) -> Tensor:

@@ -85,22 +85,24 @@ def draw(scenes: list[Scene], count: int, rng: random.Random) -> list[Scene]:
     return [rng.choice(single if rng.random() < 0.5 else double) for _ in range(count)]
 
 
-def alter(scene: Scene, rng: random.Random) -> Scene:
+LOOKS = ("colour", "shape", "background")
+FACTS = (*LOOKS, "relation", "exchange")
+
+
+def alter(scene: Scene, rng: random.Random, kinds: tuple[str, ...] = FACTS) -> Scene:
     """The scene with one fact changed: a colour, a shape, the background, the relation, or the
     two things' colours exchanged. Never the same scene, never two equal things."""
+    if scene.relation is None:
+        kinds = tuple(kind for kind in kinds if kind in LOOKS)
     while True:
-        changed = _alter_once(scene, rng)
+        changed = _alter_once(scene, rng, rng.choice(kinds))
         if changed != scene and len(set(changed.things)) == len(changed.things):
             return changed
 
 
-def _alter_once(scene: Scene, rng: random.Random) -> Scene:
+def _alter_once(scene: Scene, rng: random.Random, kind: str) -> Scene:
     things = list(scene.things)
     which = rng.randrange(len(things))
-    kinds = ["colour", "shape", "background"]
-    if scene.relation is not None:
-        kinds += ["relation", "exchange"]
-    kind = rng.choice(kinds)
     relation, background = scene.relation, scene.background
     if kind == "colour":
         things[which] = Thing(rng.choice(COLOURS), things[which].shape)

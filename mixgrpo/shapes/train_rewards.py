@@ -1,8 +1,9 @@
 """Trains the small reward models, each in the file format of the reward that it stands for.
 
 Every batch pairs a scene with one that differs in a single fact, so that only a model that reads
-colours, shapes and relations can tell them apart. The four differ in seed and kind; none of them
-ever sees the judge.
+colours, shapes and relations can tell them apart; and with a picture on the way to another look,
+which is worse than the neat one for the same caption. The four differ in seed and kind; none of
+them ever sees the judge.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from mixgrpo.rewards.imagereward import VisionSize, to_imagereward_keys
 from mixgrpo.rewards.imagereward_model import ImageRewardModel
 from mixgrpo.rewards.images import OPENAI_MEAN, OPENAI_STD, normalise
 from mixgrpo.shapes.architecture import TEXT_LENGTH, clip_text_sizes, clip_words
-from mixgrpo.shapes.renderer import SIZE, render
-from mixgrpo.shapes.scenes import VOCABULARY, Scene, alter, draw, split
+from mixgrpo.shapes.renderer import SIZE, render, render_between
+from mixgrpo.shapes.scenes import LOOKS, VOCABULARY, Scene, alter, draw, split
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,10 @@ PAIRS = 48
 PATCH = 16
 WIDTH = 128
 DEPTH = 3
+PLAY = 0.4  # how freely sizes and places vary
 LEARNING_RATE = 1e-3
+
+_INPUTS = ("input_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Pairs:
     """A batch of scenes and altered scenes.
 
     Attributes:
-        images: [2N, 3, 64, 64], first the N scenes, then the N altered ones.
-        captions: their 2N captions.
+        images: [3N, 3, 64, 64]: the N scenes, the N altered ones, and the N scenes badly drawn.
+        captions: the 2N captions of the first 2N images.
     """
 
     images: Tensor
@@ -62,8 +66,12 @@ def pairs(steps: int, seed: int) -> Iterator[Pairs]:
     scenes = split(test=False)
     for _ in range(steps):
         drawn: list[Scene] = draw(scenes, PAIRS, rng)
+        bad = [
+            render_between(scene, alter(scene, rng, LOOKS), rng.uniform(0.25, 0.6), rng, PLAY)
+            for scene in drawn
+        ]
         drawn += [alter(scene, rng) for scene in drawn]
-        images = torch.stack([render(scene, rng) for scene in drawn])
+        images = torch.stack([render(scene, rng, PLAY) for scene in drawn] + bad)
         yield Pairs(_roughen(images, generator), [scene.caption for scene in drawn])
 
 
@@ -153,23 +161,38 @@ def train_imagereward(folder: Path, steps: int, seed: int) -> None:
 
     def loss(batch: Pairs, pixels: Tensor) -> Tensor:
         tokens = _tokens(tokenizer, batch.captions)
-        crossed = {name: ids.roll(batch.count, 0) for name, ids in tokens.items()}
-        right = model(pixels, tokens["input_ids"], tokens["attention_mask"])
-        wrong = model(pixels, crossed["input_ids"], crossed["attention_mask"])
-        # Each right pair against the wrong text for the image and the wrong image for the text.
-        return -(F.logsigmoid(right - wrong) + F.logsigmoid(right - wrong.roll(batch.count))).mean()
+        patches = model.vision(pixel_values=pixels).last_hidden_state
+        patches, bad = patches.tensor_split([len(batch.captions)])
+        # Each picture with its own text, the altered one's, and some of other pictures: those are
+        # easy to tell apart, and get the reading started.
+        shifts = (0, batch.count, 1, 7)
+        scores = [
+            model.read(patches, *(tokens[name].roll(shift, 0) for name in _INPUTS))
+            for shift in shifts
+        ]
+        by_text = [score.roll(-shift) for score, shift in zip(scores, shifts, strict=True)]
+        own = torch.zeros(len(batch.captions), dtype=torch.long)
+        told_apart = [F.cross_entropy(torch.stack(s, 1), own) for s in (scores, by_text)]
+        neater = scores[0][: batch.count] - model.read(
+            bad, *(tokens[name][: batch.count] for name in _INPUTS)
+        )
+        return sum(told_apart) / 2 - F.logsigmoid(neater).mean()
 
     _fit(model, loss, steps, seed, folder.name)
     _save(to_imagereward_keys(model.state_dict()), folder / "ImageReward.safetensors")
 
 
 def contrastive(logits: Tensor, captions: list[str]) -> Tensor:
-    """Symmetric cross-entropy of logits [2N, 2N]; pictures of one caption are no negatives."""
+    """Symmetric cross-entropy of logits [3N, 2N] of images and texts.
+
+    Other pictures of the same caption are no negatives; badly drawn ones are, for their caption.
+    """
     count = len(captions)
     same = torch.tensor([[a == b for b in captions] for a in captions])
-    logits = logits.masked_fill(same & ~torch.eye(count, dtype=torch.bool), -torch.inf)
+    neat = logits[:count].masked_fill(same & ~torch.eye(count, dtype=torch.bool), -torch.inf)
     target = torch.arange(count)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    by_text = F.cross_entropy(torch.cat([neat, logits[count:]]).T, target)
+    return (F.cross_entropy(neat, target) + by_text) / 2
 
 
 def _fit(

@@ -1,0 +1,595 @@
+"""Times one MixGRPO iteration: the published way of computing it against this repository's.
+
+    python scripts/benchmark/speed.py --help
+
+Published: one image at a time, all latents kept, a log-probability in every step, one sample and
+one window step per backward, one image per decoding. Ours: mixgrpo.rollout and mixgrpo.update. Both
+get the same model, prompts, noise and advantages, and the gradients of their first optimizer step
+are compared; the exit code is 1 if they differ. The optimizer's learning rate is 0, so that every
+iteration of every variant starts from the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import itertools
+import json
+import math
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from mixgrpo.config import ModelConfig, UpdateConfig
+from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.maths.dpm_solver import make_solver
+from mixgrpo.maths.schedule import flash_sigmas, step_at
+from mixgrpo.maths.transitions import euler, log_prob, log_ratio, make_transition, sample
+from mixgrpo.models.flux import Flux
+from mixgrpo.noise import Noise
+from mixgrpo.rollout import SamplingPlan, rollout
+from mixgrpo.types import TextEmbedding, Trajectory, Velocity, Window
+from mixgrpo.update import Objective, update
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES_FLUX = ROOT / "data" / "shapes" / "flux"
+PHASES = ("rollout", "decode", "update")
+SHIFT, ETA, CLIP = 3.0, 0.7, 1e-4
+FLASH_RATIO = 0.4
+TOLERANCE = 1e-3
+MAX_NORM = 1e9  # clips nothing: clipping would hide a wrong scale of the gradient
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every variant computes.
+
+    Attributes:
+        policy: the model; all transformer weights are trained.
+        text: the P prompts.
+        samples: images per prompt, G.
+        steps: denoising steps T.
+        window: the stochastic, trained steps.
+        optimizer_steps: per iteration; each takes an equal part of every group.
+        advantages: [P*G].
+        micro_batch: ours only: model evaluations and decoded images in one pass.
+        seed: of the noise.
+    """
+
+    policy: Flux
+    text: TextEmbedding
+    samples: int
+    steps: int
+    window: Window
+    optimizer_steps: int
+    advantages: Tensor
+    micro_batch: int
+    seed: int
+
+    @property
+    def images(self) -> int:
+        return len(self.text) * self.samples
+
+    def noise(self, iteration: int) -> Noise:
+        return Noise(
+            seed=self.seed,
+            iteration=iteration,
+            prompts=range(len(self.text)),
+            samples=self.samples,
+            shape=self.policy.latent_shape,
+            shared=True,
+            device=self.policy.device,
+        )
+
+    def plan(self, solver: str = "euler", ratio: float = 1.0) -> SamplingPlan:
+        sigmas = flash_sigmas(self.steps, SHIFT, self.window, ratio)
+        return SamplingPlan(
+            sigmas=sigmas,
+            window=self.window,
+            transition=make_transition("flow_sde", ETA),
+            solver=partial(make_solver, solver, sigmas, 2, "midpoint"),
+        )
+
+
+class Variant(Protocol):
+    """A way to compute an iteration; ``kept`` is whatever its rollout leaves for the update."""
+
+    velocity: Counted
+    optimizer: Optimizer
+
+    def rollout(self, noise: Noise) -> Any: ...
+
+    def decode(self, kept: Any) -> None: ...
+
+    def update(self, kept: Any) -> None: ...
+
+    def kept_bytes(self, kept: Any) -> int:
+        """Of the latents that are kept until the update ends."""
+        ...
+
+
+class Counted:
+    """A velocity that counts its evaluations."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity = velocity
+        self.evaluations = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        self.evaluations += len(x)
+        return self.velocity(x, sigma, text)
+
+
+def frozen_adamw(parameters: list[nn.Parameter]) -> tuple[Optimizer, LambdaLR]:
+    """All of AdamW's work, without an effect."""
+    optimizer = AdamW(parameters, lr=0.0)
+    return optimizer, LambdaLR(optimizer, lambda _: 1.0)
+
+
+# --- the published way ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PublishedImage:
+    """All T+1 latents [1, S, C] of an image, and a log-probability [1] of every step."""
+
+    latents: list[Tensor]
+    log_probs: list[Tensor]
+
+
+class Published:
+    """One image at a time, one window step at a time; nothing is shared."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.plan = task.plan()
+        self.velocity = Counted(task.policy.velocity(task.policy.module))
+        self.parameters = [p for p in task.policy.module.parameters() if p.requires_grad]
+        self.optimizer, _ = frozen_adamw(self.parameters)
+
+    @torch.no_grad()
+    def rollout(self, noise: Noise) -> list[PublishedImage]:
+        initial = noise.initial()  # [P, S, C]
+        return [
+            self._image(initial[row // noise.samples][None], noise, row)
+            for row in range(self.task.images)
+        ]
+
+    def _image(self, x: Tensor, noise: Noise, row: int) -> PublishedImage:
+        latents, log_probs = [x], []
+        for i in range(self.plan.steps):
+            step, v = step_at(self.plan.sigmas, i), self._velocity(x, i, row)
+            normal = self.plan.transition(x, v, step)
+            if i in self.plan.window:
+                x = sample(normal, noise.at(i, range(row, row + 1)))
+            else:
+                x = euler(x, v, step)
+            latents.append(x)
+            log_probs.append(log_prob(x, normal))
+        return PublishedImage(latents, log_probs)
+
+    def _velocity(self, x: Tensor, i: int, row: int) -> Tensor:
+        prompt = row // self.task.samples
+        sigma = x.new_full((1,), float(self.plan.sigmas[i]))
+        return self.velocity(x, sigma, self.task.text[prompt : prompt + 1])
+
+    def decode(self, kept: list[PublishedImage]) -> None:
+        for image in kept:
+            self.task.policy.decode(image.latents[-1])
+
+    def update(self, kept: list[PublishedImage]) -> None:
+        for rows in self._parts():
+            for row, i in itertools.product(rows, self.plan.window.steps):
+                loss = self.loss(kept[row], row, i)
+                (loss.sum() / (len(rows) * self.plan.window.size)).backward()
+            nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _parts(self) -> Iterator[list[int]]:
+        """The images whose gradients each optimizer step accumulates."""
+        samples, prompts = self.task.samples, len(self.task.text)
+        share = samples // self.task.optimizer_steps
+        for start in range(0, samples, share):
+            yield [p * samples + start + s for p in range(prompts) for s in range(share)]
+
+    def loss(self, image: PublishedImage, row: int, i: int) -> Tensor:
+        """The clipped loss [1] of one image's window step i."""
+        x, x_next = image.latents[i], image.latents[i + 1]
+        step = step_at(self.plan.sigmas, i)
+        normal = self.plan.transition(x, self._velocity(x, i, row), step)
+        ratio = torch.exp(log_prob(x_next, normal) - image.log_probs[i])
+        advantage = self.task.advantages[row]
+        return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP))
+
+    def kept_bytes(self, kept: list[PublishedImage]) -> int:
+        return sum(latent.nbytes for image in kept for latent in image.latents)
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+class Ours:
+    """mixgrpo.rollout and mixgrpo.update with the DataParallel engine."""
+
+    def __init__(self, task: Task, solver: str = "euler", ratio: float = 1.0) -> None:
+        self.task = task
+        self.plan = task.plan(solver, ratio)
+        self.engine = DataParallel(task.policy.module, task.policy.device, frozen_adamw)
+        self.optimizer = self.engine.optimizer
+        self.velocity = Counted(task.policy.velocity(self.engine.module))
+        self.objective = Objective(self.plan.transition, log_ratio, CLIP)
+        self.knobs = UpdateConfig(
+            optimizer_steps=task.optimizer_steps,
+            micro_batch=task.micro_batch,
+            clip=CLIP,
+            max_grad_norm=MAX_NORM,
+        )
+
+    def rollout(self, noise: Noise) -> Trajectory:
+        return rollout(self.velocity, self.task.text, self.plan, noise, self.task.micro_batch)
+
+    def decode(self, kept: Trajectory) -> None:
+        for latents in kept.final.split(self.task.micro_batch):
+            self.task.policy.decode(latents)
+
+    def update(self, kept: Trajectory) -> None:
+        update(self.engine, self.velocity, kept, self.task.advantages, self.objective, self.knobs)
+
+    def kept_bytes(self, kept: Trajectory) -> int:
+        return kept.states.nbytes + kept.old_means.nbytes + kept.final.nbytes
+
+
+VARIANTS: dict[str, Callable[[Task], Variant]] = {
+    "published": Published,
+    "MixGRPO": Ours,
+    "MixGRPO-Flash": partial(Ours, solver="dpm", ratio=FLASH_RATIO),
+}
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One variant: medians of seconds, evaluations per image, and megabytes.
+
+    ``peak_mb`` is what it used above the loaded model (gradients and optimizer state included),
+    NaN where the system does not tell.
+    """
+
+    seconds: dict[str, float]
+    evaluations: dict[str, float]
+    peak_mb: float
+    latents_mb: float
+
+
+def measure(task: Task, make: Callable[[Task], Variant], iterations: int) -> Measurement:
+    """Runs iterations 0 to ``iterations``; the first warms up and is not timed."""
+    memory = PeakMemory(task.policy.device)
+    variant = make(task)
+    runs = [_iteration(task, variant, index) for index in range(iterations + 1)]
+    timed = [{**run.seconds, "total": sum(run.seconds.values())} for run in runs[1:]]
+    evaluations = runs[-1].evaluations
+    return Measurement(
+        seconds={phase: median(run[phase] for run in timed) for phase in timed[0]},
+        evaluations={phase: evaluations[phase] / task.images for phase in ("rollout", "update")},
+        peak_mb=memory.peak() / MEGABYTE,
+        latents_mb=runs[-1].latents_bytes / MEGABYTE,
+    )
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Phase -> seconds and model evaluations; the size of the latents kept between them."""
+
+    seconds: dict[str, float]
+    evaluations: dict[str, int]
+    latents_bytes: int
+
+
+def _iteration(task: Task, variant: Variant, index: int) -> Iteration:
+    seconds, evaluations = {}, {}
+    given: Any = task.noise(index)
+    for phase in PHASES:
+        before = variant.velocity.evaluations
+        result, seconds[phase] = _timed(partial(getattr(variant, phase), given), task.policy.device)
+        evaluations[phase] = variant.velocity.evaluations - before
+        if phase == "rollout":
+            given = result  # what the later phases work on
+    return Iteration(seconds, evaluations, variant.kept_bytes(given))
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    _synchronize(device)
+    start = perf_counter()
+    result = work()
+    _synchronize(device)
+    return result, perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """The most memory in use since it was made, above what was in use then.
+
+    On a GPU that is allocated tensors; on the CPU the process's resident memory, as Linux counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = float(torch.cuda.memory_allocated(device))
+            return
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # else freed memory would count as in use
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self.before = _status_bytes("VmRSS")
+
+    def peak(self) -> float:
+        """In bytes; NaN where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return _status_bytes("VmHWM") - self.before
+
+
+def _status_bytes(name: str) -> float:
+    status = Path("/proc/self/status")
+    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * float(found[1]) if found else math.nan
+
+
+# --- the same gradients ---------------------------------------------------------------------------
+
+
+def gradient_differences(task: Task) -> dict[str, float]:
+    """Our variants' first gradients against the published way's, relative, in float32."""
+    policy, dtype = task.policy, task.policy.compute_dtype
+    policy.compute_dtype = torch.float32
+    try:
+        found = {name: first_gradient(task, make) for name, make in VARIANTS.items()}
+    finally:
+        policy.compute_dtype = dtype
+    expected = found.pop("published")
+    return {name: float((g - expected).norm() / expected.norm()) for name, g in found.items()}
+
+
+def first_gradient(task: Task, make: Callable[[Task], Variant]) -> Tensor:
+    """All gradients at the first optimizer step of iteration 0, as one vector."""
+    variant = make(task)
+    kept: list[Tensor] = []
+
+    def keep(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not kept:
+            kept.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+
+    variant.optimizer.register_step_pre_hook(keep)
+    variant.update(variant.rollout(task.noise(0)))
+    return kept[0]
+
+
+# --- reporting ------------------------------------------------------------------------------------
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Hardware, versions, git revision, command."""
+    hardware = _cpu_name()
+    if device.type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)}; {hardware}"
+    return {
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        "software": f"torch {torch.__version__}, Python {platform.python_version()}",
+        "revision": _git_revision(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def _git_revision() -> str:
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def table(measurements: dict[str, Measurement], iterations: int) -> str:
+    """A line per variant, then how many times more the published way takes."""
+    columns = (*PHASES, "total")
+    lines = [
+        f"{'':<24}{f'seconds per iteration, median of {iterations}':^36}"
+        f"{'evaluations/image':^20}{'memory, MB':^20}",
+        _row("", columns, ("rollout", "update"), ("peak", "latents")),
+    ]
+    for name, found in measurements.items():
+        seconds = [f"{found.seconds[c]:.3f}" for c in columns]
+        evaluations = [f"{value:.2f}" for value in found.evaluations.values()]
+        lines.append(
+            _row(name, seconds, evaluations, (f"{found.peak_mb:.0f}", f"{found.latents_mb:.2f}"))
+        )
+    for name, ratio in ratios(measurements).items():
+        seconds = [f"{ratio['seconds'][c]:.2f}x" for c in columns]
+        evaluations = [f"{value:.2f}x" for value in ratio["evaluations"].values()]
+        memory = (f"{ratio['peak_mb']:.2f}x", f"{ratio['latents_mb']:.2f}x")
+        lines.append(_row(f"published/{name}", seconds, evaluations, memory))
+    return "\n".join(lines)
+
+
+def _row(name: str, *groups: Sequence[str]) -> str:
+    widths = (9, 10, 10)
+    cells = [f"{c:>{w}}" for g, w in zip(groups, widths, strict=True) for c in g]
+    return f"{name:<24}{''.join(cells)}"
+
+
+def ratios(measurements: dict[str, Measurement]) -> dict[str, dict[str, Any]]:
+    """Published over each of ours: above 1, ours takes less."""
+    base = vars(measurements["published"])
+
+    def over(a: Any, b: Any) -> Any:
+        return {key: a[key] / b[key] for key in a} if isinstance(a, dict) else a / b
+
+    return {
+        name: {key: over(base[key], value) for key, value in vars(found).items()}
+        for name, found in measurements.items()
+        if name != "published"
+    }
+
+
+def plain(value: Any) -> Any:
+    """As JSON can hold it: NaN becomes null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--model", help="FLUX pipeline folder; default: data/shapes/flux if it is there")
+    which("--random-small", action="store_true", help="a small untrained model instead")
+    add("--prompts", type=int, default=4)
+    add("--samples", type=int, default=12, help="images per prompt")
+    add("--steps", type=int, default=16, help="denoising steps")
+    add("--window", type=int, default=4, help="window size")
+    add("--start", type=int, default=4, help="the window's first step")
+    add("--optimizer-steps", type=int, default=4, help="per iteration")
+    add("--iterations", type=int, default=2, help="timed iterations, after one that warms up")
+    add("--micro-batch", type=int, default=96, help="evaluations in one pass; ours only")
+    add("--size", type=int, default=64, help="height and width of the images in pixels")
+    add("--text-length", type=int, default=16, help="tokens that the T5 encoder sees")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--gradient-checkpointing", action="store_true")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="also write the results to this file")
+    chosen = parser.parse_args(arguments)
+    if chosen.model is None and SHAPES_FLUX.is_dir() and not chosen.random_small:
+        chosen.model = str(SHAPES_FLUX)
+    if chosen.start + chosen.window > chosen.steps - 1:
+        parser.error(f"the window must end before the last of {chosen.steps} steps")
+    if chosen.samples % chosen.optimizer_steps:
+        parser.error(
+            f"--samples {chosen.samples} must be a multiple of --optimizer-steps "
+            f"{chosen.optimizer_steps}"
+        )
+    if min(chosen.prompts, chosen.iterations, chosen.window, chosen.micro_batch) < 1:
+        parser.error("--prompts, --iterations, --window and --micro-batch must be at least 1")
+    return chosen
+
+
+def load_policy(chosen: argparse.Namespace) -> Flux:
+    config = ModelConfig(
+        path=chosen.model or "",
+        train="full",
+        compute_dtype=chosen.dtype,
+        height=chosen.size,
+        width=chosen.size,
+        text_length=chosen.text_length,
+        gradient_checkpointing=chosen.gradient_checkpointing,
+    )
+    device = torch.device(chosen.device)
+    if chosen.model:
+        return Flux.load(config, device, chosen.seed)
+    from mixgrpo.shapes.architecture import flux_pipeline
+
+    pipeline = flux_pipeline(chosen.seed)
+    pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    if chosen.gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+    return Flux(pipeline, config, device)
+
+
+def make_task(chosen: argparse.Namespace) -> Task:
+    policy = load_policy(chosen)
+    kinds = itertools.product(("red", "blue", "green", "yellow"), ("circle", "square", "cross"))
+    captions = itertools.cycle(f"a {c} {s} on a gray background" for c, s in kinds)
+    text = policy.encode(list(itertools.islice(captions, chosen.prompts)))
+    count = chosen.prompts * chosen.samples
+    advantages = torch.randn(count, generator=torch.Generator().manual_seed(chosen.seed))
+    return Task(
+        policy=policy,
+        text=TextEmbedding(text.tokens.float(), text.pooled.float()),
+        samples=chosen.samples,
+        steps=chosen.steps,
+        window=Window(chosen.start, chosen.start + chosen.window),
+        optimizer_steps=chosen.optimizer_steps,
+        advantages=advantages.to(policy.device),
+        micro_batch=chosen.micro_batch,
+        seed=chosen.seed,
+    )
+
+
+def describe(task: Task, chosen: argparse.Namespace) -> str:
+    weights = sum(p.numel() for p in task.policy.module.parameters())
+    return (
+        f"{chosen.prompts} prompts x {chosen.samples} images of {chosen.size}x{chosen.size}, "
+        f"{chosen.steps} steps, window {task.window}, {chosen.optimizer_steps} optimizer steps; "
+        f"{chosen.model or 'untrained model'}, {weights / 1e6:.1f}M weights, {chosen.dtype}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; returns 1 if the gradients differ."""
+    chosen = parse(arguments)
+    task = make_task(chosen)
+    about = {**environment(task.policy.device), "task": describe(task, chosen)}
+    print("\n".join(f"{name + ':':<10} {text}" for name, text in about.items()), flush=True)
+
+    differences = gradient_differences(task)
+    is_equal = all(difference <= TOLERANCE for difference in differences.values())
+    listed = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    print(
+        f"gradients: {'equal' if is_equal else 'DIFFERENT'} at the first optimizer step, relative "
+        f"difference to the published way in float32: {listed}\n",
+        flush=True,
+    )
+    found = {name: measure(task, make, chosen.iterations) for name, make in VARIANTS.items()}
+    print(table(found, chosen.iterations))
+    if chosen.json:
+        results = {
+            **about,
+            "gradient_difference": differences,
+            "variants": {name: vars(each) for name, each in found.items()},
+            "ratios": ratios(found),
+        }
+        chosen.json.write_text(json.dumps(plain(results), indent=1) + "\n")
+    return 0 if is_equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

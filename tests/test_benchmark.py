@@ -1,0 +1,85 @@
+"""The benchmark script, at its smallest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "benchmark" / "speed.py"
+TINY = [
+    *("--random-small", "--device", "cpu", "--iterations", "1", "--optimizer-steps", "1"),
+    *("--prompts", "1", "--samples", "2", "--steps", "4", "--window", "2", "--start", "1"),
+]
+
+
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("speed", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "speed", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_prints_the_table(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), *TINY, "--json", str(tmp_path / "results.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("hardware:", "software:", "revision:", "command:", "task:", "gradients: equal"):
+        assert line in done.stdout
+    rows = [line.split()[0] for line in done.stdout.splitlines()[-5:]]
+    ours = ["MixGRPO", "MixGRPO-Flash"]
+    assert rows == ["published", *ours, *(f"published/{name}" for name in ours)]
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    variants = results["variants"]
+    assert variants["published"]["evaluations"] == {"rollout": 4, "update": 2}
+    assert variants["MixGRPO"]["evaluations"] == {"rollout": 3, "update": 1.5}
+    assert variants["MixGRPO-Flash"]["evaluations"] == {"rollout": 3, "update": 1.5}
+    assert all(value <= 1e-3 for value in results["gradient_difference"].values())
+    latents = {name: variant["latents_mb"] for name, variant in variants.items()}
+    assert latents["published"] == 2 * 5 * 16 * 64 * 4 / 2**20
+    assert results["ratios"]["MixGRPO"]["evaluations"]["rollout"] == pytest.approx(4 / 3)
+
+
+def test_fails_when_the_gradients_differ(
+    speed: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = speed.Published.loss
+
+    def wrong(self: object, *inputs: object) -> Tensor:
+        return 1.01 * right(self, *inputs)
+
+    monkeypatch.setattr(speed.Published, "loss", wrong)
+    assert speed.main(TINY) == 1
+    assert "gradients: DIFFERENT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        (["--start", "2"], "the window must end before the last of 4 steps"),
+        (["--optimizer-steps", "3"], "--samples 2 must be a multiple of --optimizer-steps 3"),
+        (["--iterations", "0"], "must be at least 1"),
+    ],
+)
+def test_refuses_what_cannot_be_run(
+    speed: ModuleType, option: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        speed.parse([*TINY, *option])
+    assert complaint in capsys.readouterr().err

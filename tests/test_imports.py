@@ -1,0 +1,265 @@
+"""Which module may import which, where heavy libraries are imported, and that knobs are read."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from mixgrpo import config
+from mixgrpo.config import Config, RewardConfig, WindowConfig
+from mixgrpo.maths.window import WindowSchedule
+
+PACKAGE = Path(config.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Module or package -> what of ours it may import beside itself. The first match counts, and what
+# is not named here is one of the modules that put the parts together.
+MAY_IMPORT = {
+    "mixgrpo.types": (),
+    "mixgrpo.config": (),
+    "mixgrpo.maths": ("mixgrpo.types",),
+    "mixgrpo.models": ("mixgrpo.maths", "mixgrpo.types", "mixgrpo.config"),
+    "mixgrpo.rewards": ("mixgrpo.types",),
+    "mixgrpo.engines": ("mixgrpo.types", "mixgrpo.config"),
+    "mixgrpo.noise": (),
+    "mixgrpo.ema": (),
+    "mixgrpo.distributed": (),
+    "mixgrpo.checkpoint": (),
+    "mixgrpo.pictures": (),
+    "mixgrpo.prompts": ("mixgrpo.noise",),
+    "mixgrpo.tracking": ("mixgrpo.config",),
+    "mixgrpo.rollout": ("mixgrpo.maths", "mixgrpo.noise", "mixgrpo.types"),
+    "mixgrpo.update": ("mixgrpo.config", "mixgrpo.engines", "mixgrpo.maths", "mixgrpo.types"),
+    "mixgrpo.shapes": ("mixgrpo.maths", "mixgrpo.models", "mixgrpo.rewards", "mixgrpo.types"),
+    "mixgrpo.commands": ("mixgrpo",),
+    "mixgrpo.__main__": ("mixgrpo.commands",),
+}
+BUILT_ON_NOTHING_ELSE = {
+    "mixgrpo.types": {"torch"},
+    "mixgrpo.maths": {"torch"},
+    "mixgrpo.config": set(),
+}
+HEAVY = {"deepspeed", "wandb", "open_clip", "matplotlib"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def imported(path: Path, top_level_only: bool = False) -> set[str]:
+    """Full names of the modules that a file imports; ``from package import module`` resolved."""
+    nodes = _top_level(ast.parse(path.read_text())) if top_level_only else _all(path)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.update(_resolved(str(node.module), alias.name) for alias in node.names)
+    return names
+
+
+def _resolved(module: str, name: str) -> str:
+    inside = PACKAGE.parent / Path(*module.split(".")) / name
+    return f"{module}.{name}" if inside.with_suffix(".py").exists() or inside.is_dir() else module
+
+
+def _all(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text()))
+
+
+def _top_level(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything that runs when the module is imported: all but the bodies of functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from _top_level(child)
+
+
+# --- directions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_down(path: Path) -> None:
+    module = module_name(path)
+    package = next((p for p in MAY_IMPORT if is_in(module, p)), None)
+    ours = {name for name in imported(path) if is_in(name, "mixgrpo")}
+    if package is None:
+        above = {name for name in ours if is_in(name, "mixgrpo.commands") or _is_shapes(name)}
+    else:
+        allowed = (package, *MAY_IMPORT[package])
+        above = {name for name in ours if not any(is_in(name, each) for each in allowed)}
+    assert not above, f"{module} must not import {', '.join(sorted(above))}"
+
+
+def _is_shapes(module: str) -> bool:
+    return is_in(module, "mixgrpo.shapes")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_the_foundations_need_torch_alone(path: Path) -> None:
+    module = module_name(path)
+    for package, allowed in BUILT_ON_NOTHING_ELSE.items():
+        if is_in(module, package):
+            theirs = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names
+            assert theirs <= allowed | {"mixgrpo"}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {
+        module_name(path): {
+            name
+            for name in imported(path, top_level_only=True)
+            if is_in(name, "mixgrpo") and name != module_name(path)
+        }
+        for path in FILES
+    }
+    assert sum(map(len, graph.values())) > 20
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
+    if not _is_shapes(module_name(path)):
+        loaded = {name.split(".")[0] for name in imported(path, top_level_only=True)}
+        assert not loaded & HEAVY
+
+
+def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:
+    """Also in a class, under a condition, or as `from package import module`."""
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from mixgrpo import rollout\n"
+        "try:\n    import wandb.sdk\nexcept ImportError:\n    pass\n"
+        "class A:\n    import matplotlib\n"
+        "def f():\n    import deepspeed\n"
+    )
+    assert imported(path, top_level_only=True) == {"mixgrpo.rollout", "wandb.sdk", "matplotlib"}
+    assert "deepspeed" in imported(path)
+
+
+# --- knobs ----------------------------------------------------------------------------------------
+
+SECTIONS = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
+CLASSES = {kind.__name__: section for section, kind in SECTIONS.items()}
+
+
+def knobs_read(path: Path) -> set[tuple[str, str]]:
+    """(section, field) of every ``....section.field`` in a file, also through a name for a section.
+
+    Such a name is a parameter annotated with the section's class, or was assigned a section, in
+    the same function; an attribute of self in any function.
+    """
+    tree = ast.parse(path.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    scopes = [(function, _names_of_sections(function)) for function in functions]
+    of_self = {k: v for _, names in scopes for k, v in names.items() if k.startswith("self.")}
+    return {knob for function, names in scopes for knob in _read_in(function, {**of_self, **names})}
+
+
+def _read_in(function: ast.FunctionDef, names: dict[str, str]) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield _section(node.value, names), node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "asdict":
+            section = _section(node.args[0], names)
+            yield from ((section, field.name) for field in _fields_of(section))
+
+
+def _fields_of(section: str) -> tuple[Field[Any], ...]:
+    return fields(SECTIONS[section]) if section in SECTIONS else ()
+
+
+def _names_of_sections(function: ast.FunctionDef) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg) and node.annotation is not None:
+            section = CLASSES.get(ast.unparse(node.annotation))
+            if section:
+                names[node.arg] = section
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            names.update(_assigned(node, names))
+    return names
+
+
+def _assigned(node: ast.Assign, names: dict[str, str]) -> Iterator[tuple[str, str]]:
+    target, value = node.targets[0], node.value
+    pairs = (
+        zip(target.elts, value.elts, strict=True)
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+        else [(target, value)]
+    )
+    for left, right in pairs:
+        section = _section(right, names)
+        if section in SECTIONS:
+            yield ast.unparse(left), section
+
+
+def _section(node: ast.AST, names: dict[str, str]) -> str:
+    text = ast.unparse(node)
+    is_attribute = isinstance(node, ast.Attribute) and node.attr in SECTIONS
+    return names.get(text, text.rpartition(".")[2] if is_attribute else "")
+
+
+KNOBS = [
+    (section, field.name)
+    for section, kind in SECTIONS.items()
+    if kind is not WindowConfig
+    for field in fields(kind)
+]
+
+
+@pytest.fixture(scope="module")
+def read() -> set[tuple[str, str]]:
+    files = [path for path in FILES if path != PACKAGE / "config.py"]
+    return {knob for path in files for knob in knobs_read(path)}
+
+
+@pytest.mark.parametrize(("section", "knob"), KNOBS, ids=map(".".join, KNOBS))
+def test_every_knob_is_read(section: str, knob: str, read: set[tuple[str, str]]) -> None:
+    assert (section, knob) in read, f"nothing reads {section}.{knob}"
+
+
+def test_window_knobs_are_the_schedules_fields(read: set[tuple[str, str]]) -> None:
+    """They are handed over all together."""
+    assert ("window", "size") in read
+    of_schedule = {field.name for field in fields(WindowSchedule)}
+    assert {field.name for field in fields(WindowConfig)} == of_schedule - {"steps", "seed"}
+
+
+@pytest.mark.parametrize("knob", [field.name for field in fields(RewardConfig)])
+def test_every_knob_of_a_reward_is_read(knob: str) -> None:
+    """Also by its name as a string, for getattr."""
+    tree = ast.parse((PACKAGE / "assembly.py").read_text() + (PACKAGE / "trainer.py").read_text())
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert knob in attributes | strings
+
+
+def test_a_knob_that_nothing_reads_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "def f(config, knobs: UpdateConfig):\n"
+        "    sampling, tail = config.sampling, config.tail\n"
+        "    config.log.wandb = 1\n"
+        "    return sampling.eta + tail.order + knobs.clip + config.run.seed + other.kl\n"
+        "def g(config):\n    knobs = config.advantage\n    return knobs.kind\n"
+    )
+    found = knobs_read(path)
+    expected = {("sampling", "eta"), ("tail", "order"), ("update", "clip"), ("run", "seed")}
+    assert expected | {("advantage", "kind")} <= found
+    assert not {("log", "wandb"), ("update", "kl"), ("update", "kind")} & found
