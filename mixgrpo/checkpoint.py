@@ -7,6 +7,7 @@ written under another name, flushed, renamed, and only then does ``latest`` name
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _PARTIAL = "partial_"
+_NAME_LENGTH = len("iteration_00000000")
 
 
 class CheckpointError(RuntimeError):
@@ -54,7 +56,7 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Raises:
         CheckpointError: it could not be written (a full disk, say); what was there is untouched.
     """
-    name = f"iteration_{checkpoint.iteration:08d}"
+    name = _free_name(root, f"iteration_{checkpoint.iteration:08d}")
     partial, final = root / f"{_PARTIAL}{name}", root / name
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -62,8 +64,6 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(abandoned)
         partial.mkdir()
         _write(partial, checkpoint)
-        if final.exists():  # written again after a resume from an older one
-            shutil.rmtree(final)
         partial.rename(final)
         _flush(root)
         _point(root, name)
@@ -75,7 +75,7 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"checkpoint {final} could not be written ({_reason(error)}); {left}; "
             "free some disk space, then continue with --run.resume true"
         ) from error
-    _drop_old(root, keep)
+    _drop_old(root, name, keep)
     return final
 
 
@@ -155,10 +155,24 @@ def _point(root: Path, name: str) -> None:
     _flush(root)
 
 
-def _drop_old(root: Path, keep: int) -> None:
-    if keep:
-        for old in sorted(root.glob("iteration_*"))[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+def _free_name(root: Path, name: str) -> str:
+    """A run that went back may save an iteration again: beside the first, until it is whole."""
+    names = itertools.chain([name], (f"{name}_{again}" for again in itertools.count(2)))
+    return next(candidate for candidate in names if not (root / candidate).exists())
+
+
+def _drop_old(root: Path, newest: str, keep: int) -> None:
+    """Keeps the ``keep`` newest of those up to ``newest``, one of each iteration.
+
+    Later iterations, left by a run that went back, are not touched until they are saved again.
+    """
+    iteration = newest[:_NAME_LENGTH]
+    upto = sorted(path.name for path in root.glob("iteration_*") if path.name <= newest)
+    others = [name for name in upto if name[:_NAME_LENGTH] != iteration]
+    replaced = [name for name in upto if name[:_NAME_LENGTH] == iteration and name != newest]
+    too_many = others[: len(others) - (keep - 1)] if keep and len(others) > keep - 1 else []
+    for name in replaced + too_many:
+        shutil.rmtree(root / name, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:

@@ -317,9 +317,10 @@ def check(config: Config, world_size: int) -> None:
 def _complaints(config: Config, world_size: int):  # type: ignore[no-untyped-def]
     model, batch, update = config.model, config.batch, config.update
     yield from _too_small(config)
+    yield from _sampling_complaints(config)
     for side in ("height", "width"):
-        if getattr(model, side) % 16:
-            yield f"model.{side} is {getattr(model, side)}; it must be a multiple of 16"
+        if getattr(model, side) < 16 or getattr(model, side) % 16:
+            yield f"model.{side} is {getattr(model, side)}; it must be a positive multiple of 16"
     if batch.samples < 2:
         yield (
             f"batch.samples is {batch.samples}: a group of one has nothing to be compared with; "
@@ -348,6 +349,16 @@ def _complaints(config: Config, world_size: int):  # type: ignore[no-untyped-def
         yield f"tail.order is {config.tail.order}; DPM-Solver++ has orders 1, 2 and 3"
     if not 0 <= config.ema.decay < 1:
         yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
+
+
+def _sampling_complaints(config: Config):  # type: ignore[no-untyped-def]
+    if config.sampling.eta <= 0:
+        yield (
+            f"sampling.eta is {config.sampling.eta}; without noise there is no log-probability to "
+            "train on, so it must be positive"
+        )
+    if config.sampling.transition == "cps" and config.sampling.eta > 1:
+        yield f"sampling.eta is {config.sampling.eta}; with transition cps it must lie in (0, 1]"
     if config.sampling.shift < 0:
         yield f"sampling.shift is {config.sampling.shift}; it must be positive, or 0 for dynamic"
 

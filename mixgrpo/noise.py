@@ -15,7 +15,7 @@ _SHARED = -1  # the "sample" of a noise that all samples of a prompt share
 
 
 def key_seed(*key: int) -> int:
-    """A seed from integers, the same on every platform; 32 bits, all that torch's generator uses."""
+    """A seed from integers, everywhere the same; 32 bits, all that torch's generator uses."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 1) & 0xFFFFFFFF
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,10 +61,8 @@ class Tracker:
         self.wandb: Any = None
         if not active:
             return
-        # A resumed run repeats the iterations after its checkpoint: their records go.
-        kept = [r for r in read_metrics(folder) if r["iteration"] <= first_iteration]
         path = folder / "metrics.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        _keep_records(path, first_iteration, config.run.iterations)
         self.file = path.open("a", buffering=1)
         self.bar = tqdm(
             total=config.run.iterations,
@@ -113,6 +112,24 @@ class Tracker:
                 self.wandb.finish()
 
 
+def _keep_records(path: Path, done: int, total: int) -> None:
+    """Drops the records of what a run that continues after ``done`` iterations does again.
+
+    Those are the later iterations, and the validation at the run's beginning or end.
+    """
+
+    def is_kept(record: dict[str, Any]) -> bool:
+        if record["iteration"] != done:
+            return bool(record["iteration"] < done)
+        is_validation = any(key.startswith("validation/") for key in record)
+        return not (is_validation and done in (0, total))
+
+    kept = [record for record in read_metrics(path.parent) if is_kept(record)]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial.replace(path)  # a full disk must not cost the old records
+
+
 def _start_wandb(config: Config, folder: Path) -> Any:
     mode = config.log.wandb
     if mode == "auto":
@@ -124,7 +141,7 @@ def _start_wandb(config: Config, folder: Path) -> Any:
     # The identifier is kept in the run's folder, so that a resumed run continues its curves.
     marker = folder / "wandb_id"
     if not marker.exists():
-        marker.write_text(wandb.util.generate_id())
+        marker.write_text(uuid.uuid4().hex[:12])
     return wandb.init(
         project=config.log.project,
         name=folder.name,

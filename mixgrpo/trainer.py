@@ -268,13 +268,11 @@ class Trainer:
 
     def _save(self) -> Path:
         """Writes a checkpoint from rank 0 and lets the others wait; an error is raised on all."""
-        path = checkpoints_root(self.config) / f"iteration_{self.iteration:08d}"
+        path = checkpoints_root(self.config)
         error: checkpoints.CheckpointError | None = None
         if self.engine.rank == 0:
             try:
-                checkpoints.save(
-                    checkpoints_root(self.config), self._state(), self.config.checkpoint.keep
-                )
+                path = checkpoints.save(path, self._state(), self.config.checkpoint.keep)
             except checkpoints.CheckpointError as caught:
                 error = caught
         if self.engine.any(error is not None):

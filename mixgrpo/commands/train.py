@@ -48,8 +48,10 @@ def parse(arguments: Sequence[str]) -> Config:
         FileNotFoundError: there is no such recipe.
         ValueError: a knob is unknown or has a wrong value.
     """
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m mixgrpo train",
+        allow_abbrev=False,  # a shortened name is a mistyped one
         description="Fine-tunes a flow-matching model with MixGRPO.",
         exit_on_error=False,
     )
@@ -59,10 +61,15 @@ def parse(arguments: Sequence[str]) -> Config:
         help="a recipe's name in scripts/recipes, or the path of a YAML file",
     )
     parser.add_class_arguments(Config)
+    words = _with_recipe_paths(list(arguments))
     try:
-        values = parser.parse_args(_with_recipe_paths(list(arguments)))
+        values = parser.parse_args(words)
     except argparse.ArgumentError as error:
-        raise ValueError(_in_one_line(str(error))) from error
+        message = _in_one_line(str(error))
+        if message.startswith("Problems parsing config"):
+            recipes = [word for word in words if word.startswith("--recipe=")]
+            message = f"{' '.join(recipes)} is no recipe: {message}"
+        raise ValueError(message) from error
     built = parser.instantiate(values)
     return Config(**{field.name: built[field.name] for field in fields(Config)})
 
@@ -82,17 +89,17 @@ def _in_one_line(message: str) -> str:
 
 
 def _with_recipe_paths(arguments: list[str]) -> list[str]:
-    """``--recipe NAME`` (or ``--recipe=NAME``) -> ``--recipe PATH``."""
-    resolved = []
-    expects_name = False
-    for argument in arguments:
-        if expects_name:
-            argument = str(recipe_path(argument))  # noqa: PLW2901
-        elif argument.startswith("--recipe="):
-            argument = f"--recipe={recipe_path(argument.removeprefix('--recipe='))}"  # noqa: PLW2901
-        expects_name = argument == "--recipe"
-        resolved.append(argument)
-    return resolved
+    """``--recipe NAME`` (or ``--recipe=NAME``) -> ``--recipe=PATH``, before all overrides."""
+    recipes, overrides = [], []
+    words = iter(arguments)
+    for word in words:
+        if word == "--recipe":
+            recipes.append(f"--recipe={recipe_path(next(words, ''))}")
+        elif word.startswith("--recipe="):
+            recipes.append(f"--recipe={recipe_path(word.removeprefix('--recipe='))}")
+        else:
+            overrides.append(word)
+    return [*recipes, *overrides]
 
 
 def recipe_path(name: str) -> Path:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -47,6 +48,8 @@ class Flux:
         self.device = device
         self.compute_dtype = getattr(torch, config.compute_dtype)
         self.module: nn.Module = pipeline.transformer
+        self.module.register_forward_pre_hook(_note_times, with_kwargs=True)
+        self.module.time_text_embed.register_forward_pre_hook(_use_noted_times)
         side = pipeline.vae_scale_factor * 2
         self.grid = (config.height // side, config.width // side)
         self.latent_shape = (self.grid[0] * self.grid[1], pipeline.transformer.config.in_channels)
@@ -189,6 +192,20 @@ class Flux:
                 shutil.copytree(
                     source / part, folder / part, copy_function=_link_or_copy, dirs_exist_ok=True
                 )
+
+
+# diffusers casts sigma and guidance to the activations' dtype before it embeds them: in bfloat16
+# sigma would keep 8 bits. These two hooks hand the exact values on to the embedding. They are
+# functions, not methods, so that a copied module takes them along.
+
+
+def _note_times(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    times = (kwargs["timestep"], kwargs.get("guidance"))
+    transformer.time_text_embed.exact = [1000 * time for time in times if time is not None]
+
+
+def _use_noted_times(embedding: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (*embedding.exact, args[-1])
 
 
 def _link_or_copy(source: str, target: str) -> None:

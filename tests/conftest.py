@@ -1,0 +1,37 @@
+"""One tiny world for all tests, and one training run that many of them look at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from tiny_world import World, train_here
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def straight(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a run of four iterations, uninterrupted, all checkpoints kept. Read only."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    config = world.config(folder, checkpoint__every=1, checkpoint__keep=0)
+    with mock.patch.dict(os.environ, {"WANDB_API_KEY": SECRET}):
+        train_here(config, summary=True)
+    yield folder
+    shutil.rmtree(folder / "checkpoints")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where a test's run goes; checkpoints are large, so nothing of it stays."""
+    yield tmp_path / "run"
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)

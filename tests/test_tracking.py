@@ -1,0 +1,220 @@
+"""Metrics on disk, the progress bar, and wandb without an account."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_world import records
+
+from mixgrpo.config import Config, LogConfig, RewardConfig, RunConfig
+from mixgrpo.tracking import Phases, Tracker, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def config(iterations: int = 4, **log: Any) -> Config:
+    return Config(
+        run=RunConfig(iterations=iterations),
+        rewards={"a": RewardConfig("jpeg_size")},
+        log=LogConfig(**{"wandb": "disabled", "progress": False, **log}),
+    )
+
+
+def started(folder: Path, first: int = 0, active: bool = True, **log: Any) -> Tracker:
+    folder.mkdir(exist_ok=True)
+    return Tracker(config(**log), folder, first, active)
+
+
+# ---- metrics.jsonl
+
+
+def test_records_are_json_lines_and_nan_is_null(tmp_path):
+    tracker = started(tmp_path)
+    tracker.log(1, {"reward/a": 0.25, "reward/b": float("nan"), "reward/c": float("inf")})
+    written = (tmp_path / "metrics.jsonl").read_text()
+    tracker.close()
+    assert written.endswith("\n"), "a record is on disk as soon as it is logged"
+    assert json.loads(written) == {
+        "iteration": 1, "reward/a": 0.25, "reward/b": None, "reward/c": None
+    }  # fmt: skip
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1, "a": 2}\n{"iteration": 2, "a": 3}\n{"iteration": 3, "a')
+    assert [r["iteration"] for r in read_metrics(tmp_path)] == [1, 2]
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_a_resumed_run_drops_what_it_will_repeat(tmp_path):
+    first = started(tmp_path)
+    for iteration in range(5):
+        first.log(iteration, {"reward/a": float(iteration)})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 5, "rew')
+
+    second = started(tmp_path, first=2)
+    second.log(3, {"reward/a": 33.0})
+    second.close()
+    assert [(r["iteration"], r["reward/a"]) for r in records(tmp_path)] == [
+        (0, 0.0), (1, 1.0), (2, 2.0), (3, 33.0)
+    ]  # fmt: skip
+
+
+def test_a_full_disk_at_the_start_of_a_resumed_run_loses_no_record(tmp_path, monkeypatch):
+    first = started(tmp_path)
+    for iteration in range(5):
+        first.log(iteration, {"reward/a": float(iteration)})
+    first.close()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    real = Path.write_text
+
+    def half(path: Path, text: str, *given: Any, **named: Any) -> int:
+        real(path, text[: len(text) // 2], *given, **named)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        started(tmp_path, first=4)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    tracker = started(tmp_path, active=False, progress=True, wandb="offline")
+    tracker.log(1, {"reward/a": 1.0})
+    tracker.advance("window [0, 2)")
+    tracker.pictures(1, torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ["a red circle"])
+    tracker.say("something")
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- what is shown
+
+
+def test_the_progress_bar_shows_iteration_window_reward_and_phases(tmp_path, capsys):
+    tracker = started(tmp_path, progress=True)
+    tracker.advance("window [0, 2) | a 0.250 | rollout 1.00s")
+    tracker.bar.refresh()
+    tracker.close()
+    shown = capsys.readouterr().err
+    for part in ("1/4", "window [0, 2)", "a 0.250", "rollout 1.00s"):
+        assert part in shown
+
+
+def test_a_resumed_bar_starts_where_the_run_stands(tmp_path, capsys):
+    tracker = started(tmp_path, first=3, progress=True)
+    tracker.bar.refresh()
+    tracker.close()
+    assert "3/4" in capsys.readouterr().err
+
+
+def test_without_progress_nothing_is_drawn(tmp_path, capsys):
+    tracker = started(tmp_path)
+    tracker.advance("window [0, 2)")
+    tracker.say("said")
+    tracker.close()
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out == "said\n"
+
+
+def test_phases_add_up_and_are_taken_once():
+    phases = Phases(torch.device("cpu"))
+    for name in ("rollout", "reward", "rollout"):
+        with phases(name):
+            pass
+    taken = phases.take()
+    assert set(taken) == {"rollout", "reward"}
+    assert all(seconds >= 0 for seconds in taken.values())
+    assert phases.take() == {}
+
+
+# ---- wandb
+
+
+class FakeWandb(SimpleNamespace):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(started=[], logged=[], finished=0)
+        self.util = SimpleNamespace(generate_id=lambda: f"id{len(self.started)}")
+
+    def init(self, **given: Any) -> FakeWandb:
+        self.started.append(given)
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    def Image(self, data: Any, caption: str) -> tuple[Any, str]:
+        return data.shape, caption
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_is_off_without_a_key(tmp_path, fake_wandb):
+    tracker = started(tmp_path, wandb="auto")
+    tracker.log(1, {"reward/a": 1.0})
+    tracker.close()
+    assert fake_wandb.started == []
+
+
+def test_wandb_disabled_stays_off_with_a_key(tmp_path, fake_wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    started(tmp_path, wandb="disabled").close()
+    assert fake_wandb.started == []
+
+
+def test_wandb_follows_the_key_and_a_resumed_run_continues_its_curves(
+    tmp_path, fake_wandb, monkeypatch
+):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    for first in (0, 2):
+        tracker = started(tmp_path, first=first, wandb="auto")
+        tracker.log(first + 1, {"reward/a": 1.0, "reward/b": float("nan")})
+        images = torch.zeros(2, 3, 4, 6, dtype=torch.uint8)
+        tracker.pictures(first + 1, images, ["one", "two"])
+        tracker.close()
+    one, two = fake_wandb.started
+    assert one["mode"] == two["mode"] == "online"
+    assert one["id"] == two["id"]
+    assert two["resume"] == "allow"
+    assert "k" * 40 not in repr(fake_wandb.started)
+    assert one["config"]["window.size"] == 4
+    assert fake_wandb.logged[0] == (1, {"reward/a": 1.0})
+    step, values = fake_wandb.logged[1]
+    assert step == 1
+    assert values["pictures"] == [((4, 6, 3), "one"), ((4, 6, 3), "two")]
+    assert fake_wandb.finished == 2
+
+
+def test_wandb_offline_needs_no_account(tmp_path):
+    tracker = started(tmp_path, wandb="offline")
+    tracker.log(1, {"reward/a": 1.0})
+    tracker.pictures(1, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["one", "two"])
+    tracker.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert (tmp_path / "wandb_id").read_text() in run.name
+    assert any(file.suffix == ".wandb" and file.stat().st_size for file in run.iterdir())
+    assert [r["iteration"] for r in records(tmp_path)] == [1]
