@@ -69,7 +69,8 @@ def make_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
         try:
             rewards[name] = build_reward(knobs.kind, {**options, **knobs.options}, device)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"rewards.{name}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"rewards.{name}: {error}") from error
     return rewards
 
 

@@ -32,7 +32,7 @@ def _table(history: list[dict[str, Any]], config: Config) -> str:
     """Validation scores before and after training, a line for each reward."""
     validations = [r for r in history if any(key.startswith("validation/") for key in r)]
     first, last = validations[0], validations[-1]
-    width = max(len(name) for name in config.rewards)
+    width = max(map(len, ("validation", *config.rewards)))
     rows = [
         f"{'validation':<{width}}  {'before':>8}  {'after':>8}  {'change':>8}  {'EMA':>8}",
     ]

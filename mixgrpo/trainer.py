@@ -120,6 +120,7 @@ class Trainer:
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
         self.phases = Phases(process.device)
         self.iteration = 0  # iterations done
+        self.saved_at = -1  # iteration of the newest checkpoint
         self.stop_signal: int | None = None
 
     def run(self) -> None:
@@ -188,11 +189,14 @@ class Trainer:
             with self.phases("update"):
                 return update(self.engine, self.velocity, batch.trajectory, mine, objective, knobs)
         except NonFiniteUpdate as error:
-            path = self._save()
+            # Later in an iteration the weights are between two: a whole iteration's are better.
+            if error.optimizer_step == 0 or self.saved_at != self.iteration:
+                self._save()
+            newest = checkpoints.latest(checkpoints_root(self.config))
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}, window {batch.trajectory.window}: {error}; this "
-                f"process's prompts: {batch.texts}; the optimizer step was not taken, {path} holds "
-                "the weights before it; lower --update.learning_rate or --update.max_grad_norm "
+                f"process's prompts: {batch.texts}; the optimizer step was not taken; the newest "
+                f"checkpoint is {newest}; lower --update.learning_rate or --update.max_grad_norm "
                 "and train into another --run.folder, or continue with --run.resume true",
                 exit_code=1,
             ) from error
@@ -277,6 +281,7 @@ class Trainer:
                 error = caught
         if self.engine.any(error is not None):
             raise error or checkpoints.CheckpointError("rank 0 could not write a checkpoint")
+        self.saved_at = self.iteration
         return path
 
     def _state(self) -> Checkpoint:
@@ -298,7 +303,7 @@ class Trainer:
         if self.ema:
             self.ema.load([saved.ema[name] for name in self.weights], saved.ema_updates)
         self.engine.load_state(saved.engine)
-        self.iteration = saved.iteration
+        self.iteration = self.saved_at = saved.iteration
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -80,7 +80,15 @@ class Evaluations:
 
 
 class NonFiniteUpdate(RuntimeError):
-    """A loss or gradient is not finite; the optimizer step was not taken."""
+    """A loss or gradient is not finite; the optimizer step was not taken.
+
+    Attributes:
+        optimizer_step: which of the iteration's it would have been, from 0.
+    """
+
+    def __init__(self, message: str, optimizer_step: int) -> None:
+        super().__init__(message)
+        self.optimizer_step = optimizer_step
 
 
 def update(
@@ -246,7 +254,8 @@ def _require_finite(
     raise NonFiniteUpdate(
         f"loss or gradient is not finite at optimizer step {index} of the iteration: "
         f"{int(bad.sum())} of {len(bad)} transitions {place}, gradient norm {norm.item():.4g}, "
-        f"largest |log ratio| {rows['log_ratio'].abs().max().item():.4g}"
+        f"largest |log ratio| {rows['log_ratio'].abs().max().item():.4g}",
+        index,
     )
 
 

@@ -14,8 +14,8 @@ from mixgrpo.noise import key_seed
 
 
 def test_seeds_are_the_same_on_every_platform() -> None:
-    assert key_seed(0) == 893442142816765029
-    assert key_seed(714, 3, 1, 11, -1) == 5895784502588447651
+    assert key_seed(0) == 771032165
+    assert key_seed(714, 3, 1, 11, -1) == 2500434851
 
 
 def test_every_key_has_its_own_seed() -> None:

@@ -115,7 +115,7 @@ def recipe_path(name: str) -> Path:
     if name in known:
         return RECIPES / f"{name}.yaml"
     nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     raise FileNotFoundError(
         f"there is no recipe {name!r}{hint} Known: {', '.join(known)}; or give a YAML file's path"
     )
