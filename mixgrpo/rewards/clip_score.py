@@ -5,9 +5,6 @@ The field reports it with ``apple/DFN5B-CLIP-ViT-H-14-384`` (arXiv 2309.17425).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from mixgrpo.rewards.images import (
@@ -17,49 +14,23 @@ from mixgrpo.rewards.images import (
     resize_longest_and_pad,
     resize_shortest,
 )
-from mixgrpo.rewards.open_clip_models import load_open_clip
+from mixgrpo.rewards.open_clip_models import CosineReward
 
 
-class ClipScore:
+class ClipScore(CosineReward):
     """The plain cosine in [-1, 1], neither clipped at 0 nor times 100; about 0.4 for a good fit.
 
-    Args:
-        model: open_clip architecture, or a folder (see ``open_clip_models``).
-        checkpoint: the weights, needed with an architecture
-            (DFN's ``open_clip_pytorch_model.bin``).
-        tokenizer: folder of a Hugging Face tokenizer; default: the model's own.
-        dtype: of the weights; the cosine is float32 always.
-        device: where the model runs.
+    The checkpoint of the model above is ``open_clip_pytorch_model.bin``.
     """
 
-    def __init__(
-        self,
-        *,
-        model: str = "ViT-H-14-378-quickgelu",
-        checkpoint: str | None = None,
-        tokenizer: str | None = None,
-        dtype: str = "float32",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.clip = load_open_clip(
-            "clip_score",
-            model=model,
-            checkpoint=checkpoint,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=torch.device(device),
-        )
-        self._check_preprocess()
-
-    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B texts -> [B] float32 in [-1, 1]."""
-        return self.clip.cosine(self.pixels(images), texts)
+    kind = "clip_score"
+    architecture = "ViT-H-14-378-quickgelu"
 
     def pixels(self, images: Tensor) -> Tensor:
         """open_clip's evaluation preprocessing, as the model's settings ask."""
         settings = self.clip.preprocess
         height, width = settings["size"]
-        images, filter_name = images.to(self.clip.device), settings["interpolation"]
+        filter_name = settings["interpolation"]
         if settings["resize_mode"] == "squash":
             images = resize(images, height, width, filter_name)
         elif settings["resize_mode"] == "longest":
@@ -69,7 +40,7 @@ class ClipScore:
             images = center_crop(resize_shortest(images, height, filter_name), height, width)
         return normalise(images, settings["mean"], settings["std"])
 
-    def _check_preprocess(self) -> None:
+    def check_preprocess(self) -> None:
         settings = self.clip.preprocess
         height, width = settings["size"]
         if settings["resize_mode"] not in ("shortest", "longest", "squash"):

@@ -1,4 +1,4 @@
-"""Loading open_clip models, for the rewards that are a cosine between an image and its text.
+"""The rewards that are a cosine between an image and its text: open_clip models, their loading.
 
 ``model`` is an architecture of open_clip's own list, its weights the ``checkpoint``; or a folder:
 ``open_clip_config.json`` (``model_cfg`` and ``preprocess_cfg``, as open_clip writes it), the
@@ -66,6 +66,56 @@ class OpenClip:
         image = model.encode_image(pixels.to(self.dtype)).float()  # [B, C]
         text = model.encode_text(tokens).float()  # [B, C]
         return nn.functional.cosine_similarity(image, text)
+
+
+class CosineReward:
+    """A reward that is such a cosine; each kind has its own preprocessing.
+
+    Attributes:
+        kind: the reward's name in messages.
+        architecture: of the published weights, taken where ``model`` names none.
+    """
+
+    kind: str
+    architecture: str
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        checkpoint: str | None = None,
+        tokenizer: str | None = None,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            model: open_clip architecture, or a folder (see this module).
+            checkpoint: the weights, needed with an architecture.
+            tokenizer: folder of a Hugging Face tokenizer; default: the model's own.
+            dtype: of the weights; the cosine is float32 always.
+            device: where the model runs.
+        """
+        self.clip = load_open_clip(
+            self.kind,
+            model=model or self.architecture,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=torch.device(device),
+        )
+        self.check_preprocess()
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], B texts -> [B] float32 in [-1, 1]."""
+        return self.clip.cosine(self.pixels(images.to(self.clip.device)), texts)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Preprocessing: images [B, 3, H, W] in [0, 1] -> the model's input [B, 3, S, S]."""
+        raise NotImplementedError
+
+    def check_preprocess(self) -> None:
+        """Raises ValueError for settings of the model that ``pixels`` does not know."""
 
 
 def load_open_clip(

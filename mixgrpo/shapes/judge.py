@@ -6,6 +6,7 @@ caption's facts that the picture gets right, and whether all of them are right.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from mixgrpo.shapes.renderer import PALETTE, coverage
+from mixgrpo.shapes.renderer import PALETTE, SIZE, coverage
 from mixgrpo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, parse
 
 # Thresholds on colours are Euclidean distances in RGB; the palette's closest pair is 0.5 apart.
@@ -89,7 +90,13 @@ def _holds(relation: str, first: Found, second: Found) -> bool:
 
 def read(image: Tensor) -> Reading:
     """The reading of one picture [3, 64, 64] in [0, 1]."""
-    pixels = image.permute(1, 2, 0).numpy().astype(np.float64)
+    return _read(image.float().contiguous().numpy().tobytes())
+
+
+@functools.lru_cache(maxsize=256)  # both verdicts of a validation ask for the same pictures
+def _read(image: bytes) -> Reading:
+    pixels = np.frombuffer(image, np.float32).reshape(3, SIZE, SIZE).transpose(1, 2, 0)
+    pixels = pixels.astype(np.float64)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
     mask = np.linalg.norm(pixels - ground, axis=-1) > NOT_BACKGROUND
