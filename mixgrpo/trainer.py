@@ -125,11 +125,11 @@ class Trainer:
 
     def run(self) -> None:
         """Trains from the present position to the last iteration."""
-        self._prepare_folder()
-        self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
-        self._tell_start()
         with self._signals():
+            self._prepare_folder()
+            self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
             try:
+                self._tell_start()
                 if self.iteration == 0:
                     self._validate()
                 while self.iteration < self.config.run.iterations:

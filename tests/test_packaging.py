@@ -362,11 +362,11 @@ def wrapping(script: str, folder: Path, python: str) -> list[str]:
 
 
 def test_quickstart_takes_a_new_folder_each_time(tmp_path: Path) -> None:
-    command = wrapping("scripts/quickstart.sh", tmp_path, 'echo "$@"; mkdir -p "$7"')
+    command = wrapping("scripts/quickstart.sh", tmp_path, 'echo "$@"; mkdir -p "${10}"')
     for folder in ("runs/quickstart", "runs/quickstart-2", "runs/quickstart-3"):
         output = subprocess.check_output([*command, "--run.seed", "1"], cwd="/", text=True)
-        train = f"-m mixgrpo train --recipe shapes_mixgrpo --run.folder {folder} --run.seed 1"
-        assert train in output.splitlines()
+        train = f"train --recipe shapes_mixgrpo --run.folder {folder} --run.seed 1"
+        assert re.search(f"^-m mixgrpo launch --nproc_per_node [12] {train}$", output, re.MULTILINE)
         assert re.search(r"installing took \d+ s", output)
         assert re.search(r"training took \d+ s", output)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "fine-tune a model by a recipe",
+    "launch": "train in several processes: torchrun, with shorter errors",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }
 

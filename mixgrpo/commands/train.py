@@ -22,22 +22,25 @@ def run(arguments: Sequence[str]) -> int:
     try:
         config = parse(arguments)
     except (ValueError, FileNotFoundError) as error:
-        return _complain(error)
+        return complain(error)
     # Only now: a mistyped knob should not have to wait for torch.
+    from transformers.utils.logging import disable_progress_bar
+
     from mixgrpo.checkpoint import CheckpointError
     from mixgrpo.rewards import RewardError
     from mixgrpo.trainer import TrainingStopped, train
 
+    disable_progress_bar()  # of each model part's loading; training has its own
     try:
         train(config)
     except KeyboardInterrupt:
-        return _complain(KeyboardInterrupt("ended at once; --run.resume true continues"), 130)
+        return complain(KeyboardInterrupt("ended at once; --run.resume true continues"), 130)
     except TrainingStopped as stopped:
-        return _complain(stopped, stopped.exit_code)
+        return complain(stopped, stopped.exit_code)
     except (ValueError, OSError, CheckpointError, RewardError) as error:
         if os.environ.get("MIXGRPO_TRACEBACK"):
             traceback.print_exc()
-        return _complain(error)
+        return complain(error)
     return 0
 
 
@@ -121,7 +124,8 @@ def recipe_path(name: str) -> Path:
     )
 
 
-def _complain(error: BaseException, exit_code: int = 1) -> int:
+def complain(error: BaseException, exit_code: int = 1) -> int:
+    """Prints an error in one line; returns the exit code."""
     rank = os.environ.get("RANK", "0")
     prefix = f"error (rank {rank})" if rank != "0" else "error"
     print(f"{prefix}: {error}", file=sys.stderr)

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 BATCH = 64
 GUIDANCE = 3.5
+# What a picture shows is decided above sigma 0.8, where a plain time shift of 1 trains seldom.
+SHIFT = 2.0
 
 
 def train_flux(
@@ -81,7 +83,7 @@ def _loss(
 ) -> Tensor:
     """Mean squared error of the velocity x1 - x0 at noise levels that favour high noise."""
     x1 = torch.randn(x0.shape, generator=generator)
-    sigma = shift_time(torch.rand(len(x0), generator=generator), 2.0)
+    sigma = shift_time(torch.rand(len(x0), generator=generator), SHIFT)
     at = sigma[:, None, None]
     predicted = model["transformer"](
         hidden_states=(1 - at) * x0 + at * x1,

@@ -1,0 +1,48 @@
+"""``python -m mixgrpo launch [torchrun's options] train [options]``: several processes at once.
+
+It is torchrun, but an error that a process has explained is not buried under the launcher's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from mixgrpo.commands.train import complain, parse
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Starts the processes, waits, and returns the exit code of the first that failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser
+    from torch.distributed.run import run as torchrun
+
+    if "train" not in arguments:
+        print(
+            "error: no command to run; usage: python -m mixgrpo launch [--nproc_per_node N] "
+            "[torchrun's other options] train [options]",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        parse(arguments[arguments.index("train") + 1 :])  # a mistyped knob is told of once
+    except (ValueError, FileNotFoundError) as error:
+        return complain(error)
+    # torchrun takes "train" for the script's name; it is the first argument of this package.
+    given: argparse.Namespace = get_args_parser().parse_args(["--module", *arguments])
+    given.training_script_args = [given.training_script, *given.training_script_args]
+    given.training_script = "mixgrpo"
+    if given.nnodes == "1:1":
+        given.standalone = True  # a free port, so that two runs on one machine do not collide
+    logging.disable(logging.ERROR)  # in this process alone, which only waits
+    try:
+        torchrun(given)
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    return 0

@@ -1,0 +1,61 @@
+"""The launch command: torchrun, whose own complaints do not bury a process's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_world import ROOT
+
+LAUNCH = [sys.executable, "-m", "mixgrpo", "launch", "--nproc_per_node", "2"]
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*LAUNCH, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_a_mistyped_knob_is_told_of_once_and_alone():
+    done = launch("train", "--recipe", "shapes_mixgrpo", "--update.lerning_rate", "1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: there is no knob update.lerning_rate; did you mean update.learning_rate?"
+    ]
+
+
+def test_without_a_command_it_says_how_to_call_it():
+    done = launch("trian")
+    assert done.returncode == 2
+    assert "usage: python -m mixgrpo launch" in done.stderr
+
+
+def test_what_a_process_complains_of_is_not_buried():
+    done = launch("train", "--recipe", "shapes_mixgrpo", "--batch.prompts", "3")
+    assert done.returncode == 1
+    assert "batch.prompts (3) must be a multiple of the number of processes (2)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_all_processes(tmp_path, number):
+    folder = tmp_path / "run"
+    arguments = ["train", "--recipe", "shapes_mixgrpo", "--run.folder", str(folder)]
+    small = ["--validation.prompts", "2", "--batch.prompts", "2", "--log.progress", "false"]
+    process = subprocess.Popen(
+        [*LAUNCH, *arguments, *small], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + number
+    assert "continue with --run.resume true" in errors
+    assert "Traceback" not in errors
+    assert (folder / "checkpoints" / "latest").exists()
