@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.checkpoint import Checkpoint
-from mixgrpo.config import Config, check_resumable
+from mixgrpo.checks import check_resumable
+from mixgrpo.config import Config
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import dynamic_shift, flash_sigmas
 from mixgrpo.maths.transitions import make_log_ratio, make_transition

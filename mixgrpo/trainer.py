@@ -30,7 +30,8 @@ from mixgrpo.assembly import (
     shift_for,
 )
 from mixgrpo.checkpoint import Checkpoint
-from mixgrpo.config import Config, check, flatten
+from mixgrpo.checks import check
+from mixgrpo.config import Config, flatten
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
 from mixgrpo.engines import Engine

@@ -16,9 +16,10 @@ from conftest import SECRET
 
 import mixgrpo.config
 from mixgrpo.assembly import make_windows
+from mixgrpo.checks import check, check_resumable
 from mixgrpo.commands import main
 from mixgrpo.commands.train import parse
-from mixgrpo.config import RECIPES, Config, RewardConfig, check, check_resumable, flatten
+from mixgrpo.config import RECIPES, Config, RewardConfig, flatten
 from mixgrpo.types import Window
 
 RECIPE_NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

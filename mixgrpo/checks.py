@@ -1,0 +1,129 @@
+"""What no type can check: combinations of knobs that cannot work, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mixgrpo.config import Config, flatten
+
+# What a resumed run may change: nothing here alters the weights that training arrives at.
+MAY_CHANGE = (
+    "run.iterations",
+    "run.folder",
+    "run.resume",
+    "run.threads",
+    "validation.",
+    "checkpoint.",
+    "log.",
+)
+
+
+def check(config: Config, world_size: int) -> None:
+    """Cross-field checks, all in one place, before anything is loaded.
+
+    Raises:
+        ValueError: the first combination that cannot work, with both numbers and the remedy.
+    """
+    for complaint in _complaints(config, world_size):
+        raise ValueError(complaint)
+
+
+def _complaints(config: Config, world_size: int) -> Iterator[str]:
+    model, batch, update = config.model, config.batch, config.update
+    yield from _too_small(config)
+    yield from _sampling_complaints(config)
+    for side in ("height", "width"):
+        if getattr(model, side) < 16 or getattr(model, side) % 16:
+            yield f"model.{side} is {getattr(model, side)}; it must be a positive multiple of 16"
+    if batch.samples < 2:
+        yield (
+            f"batch.samples is {batch.samples}: a group of one has nothing to be compared with; "
+            "set --batch.samples to at least 2"
+        )
+    if batch.prompts % world_size:
+        yield (
+            f"batch.prompts ({batch.prompts}) must be a multiple of the number of processes "
+            f"({world_size}); set --batch.prompts to {_multiple(batch.prompts, world_size)}"
+        )
+    if batch.samples % update.optimizer_steps:
+        yield (
+            f"batch.samples ({batch.samples}) must be a multiple of update.optimizer_steps "
+            f"({update.optimizer_steps}), which takes an equal part of every group; set "
+            f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
+            "--update.optimizer_steps to a divisor"
+        )
+    if not config.rewards:
+        yield "there is no reward; add one, as the recipes in scripts/recipes show"
+    weights = {name: reward.weight for name, reward in config.rewards.items()}
+    if config.rewards and (min(weights.values()) < 0 or not any(weights.values())):
+        yield f"reward weights are {weights}; they must not be negative, and one must be positive"
+    if not 0 < config.tail.ratio <= 1:
+        yield f"tail.ratio is {config.tail.ratio}; it must lie in (0, 1]"
+    if not 1 <= config.tail.order <= 3:
+        yield f"tail.order is {config.tail.order}; DPM-Solver++ has orders 1, 2 and 3"
+    if not 0 <= config.ema.decay < 1:
+        yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
+
+
+def _sampling_complaints(config: Config) -> Iterator[str]:
+    if config.sampling.eta <= 0:
+        yield (
+            f"sampling.eta is {config.sampling.eta}; without noise there is no log-probability to "
+            "train on, so it must be positive"
+        )
+    if config.sampling.transition == "cps" and config.sampling.eta > 1:
+        yield f"sampling.eta is {config.sampling.eta}; with transition cps it must lie in (0, 1]"
+    if config.sampling.shift < 0:
+        yield f"sampling.shift is {config.sampling.shift}; it must be positive, or 0 for dynamic"
+
+
+def _too_small(config: Config) -> Iterator[str]:
+    least = {
+        "run.iterations": 1,
+        "sampling.steps": 2,
+        "sampling.micro_batch": 1,
+        "sampling.decode_batch": 1,
+        "batch.prompts": 1,
+        "scoring.micro_batch": 1,
+        "update.optimizer_steps": 1,
+        "update.micro_batch": 1,
+        "update.clip": 1e-12,
+        "update.learning_rate": 1e-12,
+        "update.max_grad_norm": 1e-12,
+        "update.kl": 0,
+        "update.warmup": 0,
+        "model.lora_rank": 1,
+        "model.text_length": 1,
+        "ema.every": 1,
+        "validation.every": 0,
+        "validation.prompts": 0,
+        "validation.steps": 2,
+        "validation.pictures": 0,
+        "checkpoint.every": 0,
+        "checkpoint.keep": 0,
+        "advantage.clip": 1e-12,
+    }
+    values = flatten(config)
+    for key, bound in least.items():
+        if not values[key] >= bound:
+            yield f"{key} is {values[key]}; it must be at least {bound}"
+
+
+def _multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def check_resumable(saved: dict[str, Any], config: Config) -> None:
+    """Raises ValueError naming every knob that differs from the saved run and may not."""
+    now = flatten(config)
+    differing = [
+        f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if differing:
+        raise ValueError(
+            f"this run cannot be resumed with another recipe: {'; '.join(differing)}; "
+            "give the saved values, or train into another --run.folder"
+        )
