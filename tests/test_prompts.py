@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tiny_world import ROOT
 
 from mixgrpo.prompts import PromptBatches, read_prompts
 
@@ -118,3 +119,16 @@ def test_a_resumed_run_takes_the_same_prompts() -> None:
     expected = [whole.at(iteration) for iteration in range(10)]
     assert PromptBatches(PROMPTS, 4, seed=3).at(7) == expected[7]
     assert whole.at(2) == expected[2]
+
+
+# ---- what is shipped
+
+
+def test_the_shipped_prompts_are_enough_and_do_not_overlap():
+    training = read_prompts(str(ROOT / "data" / "prompts.txt"), "batch.prompts_file")
+    test = read_prompts(str(ROOT / "data" / "prompts_test.txt"), "validation.prompts_file")
+    assert len(set(training)) == len(training) >= 256
+    assert len(set(test)) == len(test) >= 64
+    assert not set(training) & set(test)
+    for prompts in (training, test):
+        assert sum(prompt.count('"') == 2 for prompt in prompts) >= 5  # text to be drawn
