@@ -72,12 +72,3 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "imagereward": lambda folder: train_imagereward(folder / "imagereward", REWARD_STEPS, seed=5),
     "clip": lambda folder: train_open_clip(folder / "clip", REWARD_STEPS, seed=6),
 }
-# Parts of a chain need the ones before; chains do not need each other. The longest comes first.
-CHAINS = (
-    ("vae", "flux"),
-    ("imagereward",),
-    ("hpsv2",),
-    ("pickscore",),
-    ("clip",),
-    ("prompts",),
-)
