@@ -13,7 +13,7 @@ MAY_CHANGE = (
     "run.folder",
     "run.resume",
     "run.threads",
-    "validation.",
+    "validation.every",
     "checkpoint.",
     "log.",
 )

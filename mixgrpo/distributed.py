@@ -37,7 +37,7 @@ def process_group(threads: int) -> Iterator[Process]:
     else:
         device = torch.device("cpu")
     if threads or local_size > 1:
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
         return

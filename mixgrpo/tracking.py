@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -78,7 +79,13 @@ class Tracker:
         if not self.active:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self.file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+        try:
+            self.file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{self.file.name} could not be written ({error.strerror}); free some disk space, "
+                "then continue from the newest checkpoint with --run.resume true"
+            ) from error
         if self.wandb:
             self.wandb.log({k: v for k, v in finite.items() if v is not None}, step=iteration)
 
@@ -107,7 +114,8 @@ class Tracker:
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            self.file.close()
+            with contextlib.suppress(OSError):  # what was not written has been told of
+                self.file.close()
             if self.wandb:
                 self.wandb.finish()
 

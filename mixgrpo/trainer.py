@@ -14,6 +14,7 @@ from time import monotonic
 from types import FrameType
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mixgrpo import checkpoint as checkpoints
@@ -121,7 +122,6 @@ class Trainer:
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
         self.phases = Phases(process.device)
         self.iteration = 0  # iterations done
-        self.saved_at = -1  # iteration of the newest checkpoint
         self.stop_signal: int | None = None
 
     def run(self) -> None:
@@ -190,10 +190,12 @@ class Trainer:
             with self.phases("update"):
                 return update(self.engine, self.velocity, batch.trajectory, mine, objective, knobs)
         except NonFiniteUpdate as error:
-            # Later in an iteration the weights are between two: a whole iteration's are better.
-            if error.optimizer_step == 0 or self.saved_at != self.iteration:
+            # After the first optimizer step the weights are between two iterations, and it may be
+            # that step which broke them: an older checkpoint is better, if there is one.
+            root = checkpoints_root(self.config)
+            if error.optimizer_step == 0 or checkpoints.latest(root) is None:
                 self._save()
-            newest = checkpoints.latest(checkpoints_root(self.config))
+            newest = checkpoints.latest(root)
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}, window {batch.trajectory.window}: {error}; this "
                 f"process's prompts: {batch.texts}; the optimizer step was not taken; the newest "
@@ -207,6 +209,8 @@ class Trainer:
     def _after_iteration(self) -> None:
         config = self.config
         last = self.iteration == config.run.iterations
+        if not last:
+            self._stop_if_asked()  # whoever asked will not wait for a validation
         if config.validation.every and self.iteration % config.validation.every == 0 and not last:
             self._validate()
         if last or (config.checkpoint.every and self.iteration % config.checkpoint.every == 0):
@@ -265,9 +269,19 @@ class Trainer:
         if self.engine.rank == 0:
             from mixgrpo.summary import summarize
 
-            self.policy.export(self.folder / "model")
+            self._export(self.folder / "model")
             self.tracker.say(summarize(self.folder, self.config))
         self.engine.barrier()
+
+    def _export(self, folder: Path) -> None:
+        try:
+            self.policy.export(folder)
+        except (OSError, SafetensorError) as error:
+            raise checkpoints.CheckpointError(
+                f"the trained model {folder} could not be written ({error}); the newest checkpoint "
+                f"is {checkpoints.latest(checkpoints_root(self.config))}; free some disk space, "
+                "then --run.resume true writes it"
+            ) from error
 
     # ---- saving and stopping
 
@@ -282,7 +296,6 @@ class Trainer:
                 error = caught
         if self.engine.any(error is not None):
             raise error or checkpoints.CheckpointError("rank 0 could not write a checkpoint")
-        self.saved_at = self.iteration
         return path
 
     def _state(self) -> Checkpoint:
@@ -304,7 +317,7 @@ class Trainer:
         if self.ema:
             self.ema.load([saved.ema[name] for name in self.weights], saved.ema_updates)
         self.engine.load_state(saved.engine)
-        self.iteration = self.saved_at = saved.iteration
+        self.iteration = saved.iteration
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -348,20 +361,21 @@ class Trainer:
 
     def _tell_start(self) -> None:
         say = self.tracker.say
-        truncated = self.policy.count_truncated(self.batches.prompts) if self.tracker.active else 0
+        prompts = [*self.batches.prompts, *self.validator.prompts]
+        truncated = self.policy.count_truncated(prompts) if self.tracker.active else 0
         if truncated:
             say(
-                f"warning: {truncated} of {len(self.batches.prompts)} training prompts are longer "
-                "than the text encoder takes and are truncated"
+                f"warning: {truncated} of {len(prompts)} training and validation prompts are "
+                "longer than the text encoder takes and are truncated"
             )
-        first = self.windows.at(self.iteration)
-        last = self.windows.at(self.config.run.iterations - 1)
+        windows = [self.windows.at(i) for i in range(self.iteration, self.config.run.iterations)]
+        start, stop = min(w.start for w in windows), max(w.stop for w in windows)
         trained = sum(p.numel() for p in self.weights.values())
         say(
             f"iterations {self.iteration + 1} to {self.config.run.iterations} on "
             f"{self.engine.world_size} x {self.engine.device.type}, {trained / 1e6:.2f}M trained "
-            f"weights; the window goes from {first} to {last} of {self.config.sampling.steps} "
-            f"steps; results in {self.folder}"
+            f"weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) of "
+            f"{self.config.sampling.steps}; results in {self.folder}"
         )
 
 

@@ -17,7 +17,7 @@ done
 # The model is small: two processes on half of the cores each are faster than one on all of them,
 # and a GPU is faster with one.
 processes=1
-if [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && ! nvidia-smi -L >/dev/null 2>&1; then
+if [ "$(nproc)" -ge 2 ] && ! nvidia-smi -L >/dev/null 2>&1; then
     processes=2
 fi
 

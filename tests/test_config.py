@@ -264,9 +264,9 @@ def test_rewards_that_cannot_work(weights, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": 16}, "size 16 .*16 steps.*1..9"),
-        ({"start": 7}, r"size 4 at start 7 .*16 steps: valid starts are 0..5"),
-        ({"envelope": (3, 17)}, r"\[3, 17\).*\[0, 15\)"),
+        ({"size": 16}, "size 16 .*10 steps.*1..5"),
+        ({"start": 7}, r"size 4 at start 7 .*10 steps: valid starts are 0..1"),
+        ({"envelope": (3, 17)}, r"\[3, 17\).*\[0, 9\)"),
         ({"stride": -1}, "-1"),
     ],
 )
@@ -286,10 +286,11 @@ def test_a_resumed_run_may_change_only_what_does_not_alter_its_weights():
                     ["--run.folder", "elsewhere"], ["--run.resume", "true"]):  # fmt: skip
         check_resumable(saved, parse(["--recipe", "shapes_mixgrpo", *allowed]))
     for refused, words in (
-        (["--update.learning_rate", "0.5"], "update.learning_rate was 0.0001, is 0.5"),
+        (["--update.learning_rate", "0.5"], "update.learning_rate was 7e-05, is 0.5"),
         (["--rewards.hpsv2.weight", "2"], "rewards.hpsv2.weight was 1.0, is 2.0"),
         (["--run.seed", "1"], "run.seed was 714, is 1"),
-        (["--window.envelope", "null"], r"window.envelope was \[0, 9\], is None"),
+        (["--validation.prompts", "8"], "validation.prompts was 256, is 8"),
+        (["--window.envelope", "null"], r"window.envelope was \[0, 5\], is None"),
     ):
         with pytest.raises(ValueError, match=words):
             check_resumable(saved, parse(["--recipe", "shapes_mixgrpo", *refused]))
@@ -390,3 +391,26 @@ def test_flatten_is_what_json_gives_back():
     assert flat["update.betas"] == [0.9, 0.999]
     assert flat["rewards.hpsv2.options"] == {}
     assert json.loads(json.dumps(flat)) == flat
+
+
+# ---- recipes that are none
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; a recipe sets knobs"),
+        (b"\xff\xfe\x80", "is not UTF-8 text"),
+        (b"foo: 1\n", "there is no knob foo"),
+        (b"window: {sise: 2}\n", "there is no knob window.sise; did you mean window.size"),
+        (
+            b"rewards: {a: {kind: jpeg_size, wieght: 1}}\n",
+            "no knob rewards.NAME.wieght; did you mean rewards.NAME.weight",
+        ),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_clear_error(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        parse(["--recipe", str(path)])

@@ -42,6 +42,21 @@ def test_what_a_process_complains_of_is_not_buried():
     assert len(done.stderr.splitlines()) <= 2
 
 
+def test_a_process_that_was_killed_is_told_of(tmp_path):
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal\ndef reward(images, texts): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [*LAUNCH, "train", "--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path / "run"),
+         "--rewards.mine.kind", "deadly:reward", "--validation.prompts", "2"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "was killed by SIGKILL" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_all_processes(tmp_path, number):
     folder = tmp_path / "run"

@@ -6,16 +6,20 @@ It is torchrun, but an error that a process has explained is not buried under th
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
 from mixgrpo.commands.train import complain, parse
 
+PATIENCE = 900  # seconds
+
 
 def run(arguments: Sequence[str]) -> int:
     """Starts the processes, waits, and returns the exit code of the first that failed."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
@@ -37,12 +41,22 @@ def run(arguments: Sequence[str]) -> int:
     given.training_script = "mixgrpo"
     if given.nnodes == "1:1":
         given.standalone = True  # a free port, so that two runs on one machine do not collide
+    # A process that was told to stop first ends what it is doing and saves; torchrun, which offers
+    # no knob for it, would kill it after 30 s.
+    PContext.close = functools.partialmethod(PContext.close, timeout=PATIENCE)  # type: ignore[method-assign, assignment]
     logging.disable(logging.ERROR)  # in this process alone, which only waits
     try:
         torchrun(given)
     except ChildFailedError as failed:
-        _, first = failed.get_first_failure()
-        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+        rank, first = failed.get_first_failure()
+        if first.exitcode > 0:
+            return first.exitcode
+        killed = RuntimeError(
+            f"process {rank} was killed by {signal.Signals(-first.exitcode).name}; if nobody did "
+            "so, the machine ran out of memory: lower sampling.micro_batch, update.micro_batch "
+            "and sampling.decode_batch"
+        )
+        return complain(killed, 128 - first.exitcode)
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jsonargparse
 
-from mixgrpo.config import RECIPES, Config, flatten
+from mixgrpo.config import RECIPES, Config, RewardConfig, flatten
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -41,6 +41,11 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("MIXGRPO_TRACEBACK"):
             traceback.print_exc()
         return complain(error)
+    except RuntimeError as error:
+        # Communication fails where another process has left; that one has said why.
+        if not re.search(r"gloo|NCCL", str(error)):
+            raise
+        return complain(ConnectionError(f"lost another process of this run: {_first_line(error)}"))
     return 0
 
 
@@ -83,10 +88,17 @@ def _in_one_line(message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", text) or re.search(
         r"'([\w.]+)' does not accept option '([\w.]+)'", text
     )
-    if unknown is None:
+    known = list(flatten(Config()))
+    if unknown is not None:
+        knob = ".".join(unknown.groups())
+    elif (bad := re.search(r"[Oo]ption '(\w+)' is not accepted", text)) is not None:
+        knob = bad[1]
+        if "RewardConfig" in text:
+            knob = f"rewards.NAME.{knob}"
+            known = [f"rewards.NAME.{field.name}" for field in fields(RewardConfig)]
+    else:
         return text
-    knob = ".".join(unknown.groups())
-    nearest = difflib.get_close_matches(knob, flatten(Config()), n=1)
+    nearest = difflib.get_close_matches(knob, known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "--help lists them"
     return f"there is no knob {knob}; {hint}"
 
@@ -110,9 +122,11 @@ def recipe_path(name: str) -> Path:
 
     Raises:
         FileNotFoundError: it is neither; the message lists the known ones and the nearest.
+        ValueError: the file holds nothing, or no text.
     """
     path = Path(name)
     if path.is_file():
+        _check_recipe(path)
         return path
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     if name in known:
@@ -124,9 +138,22 @@ def recipe_path(name: str) -> Path:
     )
 
 
+def _check_recipe(path: Path) -> None:
+    try:
+        if path.read_text(encoding="utf-8").strip():
+            return
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text; a recipe is YAML") from error
+    raise ValueError(f"{path} is empty; a recipe sets knobs, as those in scripts/recipes do")
+
+
 def complain(error: BaseException, exit_code: int = 1) -> int:
     """Prints an error in one line; returns the exit code."""
     rank = os.environ.get("RANK", "0")
     prefix = f"error (rank {rank})" if rank != "0" else "error"
     print(f"{prefix}: {error}", file=sys.stderr)
     return exit_code
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
