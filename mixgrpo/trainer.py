@@ -368,6 +368,9 @@ class Trainer:
                 f"warning: {truncated} of {len(prompts)} training and validation prompts are "
                 "longer than the text encoder takes and are truncated"
             )
+        if self.iteration >= self.config.run.iterations:
+            say(f"all {self.config.run.iterations} iterations are done; results in {self.folder}")
+            return
         windows = [self.windows.at(i) for i in range(self.iteration, self.config.run.iterations)]
         start, stop = min(w.start for w in windows), max(w.stop for w in windows)
         trained = sum(p.numel() for p in self.weights.values())

@@ -169,7 +169,7 @@ def test_long_prompts_are_truncated_with_one_warning_that_counts_them(
         if "truncated" in line or "longer than" in line
     ]
     assert len(warnings) == 1, warnings
-    assert "2 of 3 training prompts" in warnings[0]
+    assert "2 of 4 training and validation prompts" in warnings[0]
 
 
 # ---- commands, recipes, knobs
