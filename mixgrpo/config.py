@@ -266,8 +266,8 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted path -> value, as JSON would give it back (tuples are lists)."""
+def flatten(config: Any) -> dict[str, Any]:
+    """Dotted path -> value of any configuration, as JSON would give it back (tuples are lists)."""
     return dict(_leaves("", asdict(config)))
 
 

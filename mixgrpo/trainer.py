@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,6 +40,7 @@ from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.models import Policy
 from mixgrpo.prompts import PromptBatches, read_prompts
+from mixgrpo.revision import git_revision
 from mixgrpo.rewards import Reward, score
 from mixgrpo.rollout import rollout
 from mixgrpo.tracking import Phases, Tracker
@@ -355,7 +355,7 @@ class Trainer:
     def _prepare_folder(self) -> None:
         if self.engine.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            saved = {"revision": _git_revision(), "config": asdict(self.config)}
+            saved = {"revision": git_revision(), "config": asdict(self.config)}
             (self.folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
         self.engine.barrier()
 
@@ -380,14 +380,3 @@ class Trainer:
             f"weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) of "
             f"{self.config.sampling.steps}; results in {self.folder}"
         )
-
-
-def _git_revision() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

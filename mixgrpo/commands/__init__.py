@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "fine-tune a model by a recipe",
-    "launch": "train in several processes: torchrun, with shorter errors",
+    "sample": "draw pictures of test prompts",
+    "launch": "train or sample in several processes: torchrun, with shorter errors",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }
 

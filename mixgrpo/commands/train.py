@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -69,11 +69,11 @@ def parse(arguments: Sequence[str]) -> Config:
         help="a recipe's name in scripts/recipes, or the path of a YAML file",
     )
     parser.add_class_arguments(Config)
-    words = _with_recipe_paths(list(arguments))
+    words = with_recipe_paths(arguments, RECIPES)
     try:
         values = parser.parse_args(words)
     except argparse.ArgumentError as error:
-        message = _in_one_line(str(error))
+        message = in_one_line(str(error), flatten(Config()))
         if message.startswith("Problems parsing config"):
             recipes = [word for word in words if word.startswith("--recipe=")]
             message = f"{' '.join(recipes)} is no recipe: {message}"
@@ -82,13 +82,13 @@ def parse(arguments: Sequence[str]) -> Config:
     return Config(**{field.name: built[field.name] for field in fields(Config)})
 
 
-def _in_one_line(message: str) -> str:
-    """A parser's message, with the nearest knob where one was mistyped."""
+def in_one_line(message: str, knobs: Iterable[str]) -> str:
+    """A parser's message, with the nearest of the knobs where one was mistyped."""
     text = " ".join(message.split())
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", text) or re.search(
         r"'([\w.]+)' does not accept option '([\w.]+)'", text
     )
-    known = list(flatten(Config()))
+    known = list(knobs)
     if unknown is not None:
         knob = ".".join(unknown.groups())
     elif (bad := re.search(r"[Oo]ption '(\w+)' is not accepted", text)) is not None:
@@ -103,22 +103,22 @@ def _in_one_line(message: str) -> str:
     return f"there is no knob {knob}; {hint}"
 
 
-def _with_recipe_paths(arguments: list[str]) -> list[str]:
+def with_recipe_paths(arguments: Sequence[str], folder: Path) -> list[str]:
     """``--recipe NAME`` (or ``--recipe=NAME``) -> ``--recipe=PATH``, before all overrides."""
     recipes, overrides = [], []
     words = iter(arguments)
     for word in words:
         if word == "--recipe":
-            recipes.append(f"--recipe={recipe_path(next(words, ''))}")
+            recipes.append(f"--recipe={recipe_path(next(words, ''), folder)}")
         elif word.startswith("--recipe="):
-            recipes.append(f"--recipe={recipe_path(word.removeprefix('--recipe='))}")
+            recipes.append(f"--recipe={recipe_path(word.removeprefix('--recipe='), folder)}")
         else:
             overrides.append(word)
     return [*recipes, *overrides]
 
 
-def recipe_path(name: str) -> Path:
-    """The file of a recipe, by its name or path.
+def recipe_path(name: str, folder: Path = RECIPES) -> Path:
+    """The file of a recipe, by its path or its name in ``folder``.
 
     Raises:
         FileNotFoundError: it is neither; the message lists the known ones and the nearest.
@@ -128,9 +128,9 @@ def recipe_path(name: str) -> Path:
     if path.is_file():
         _check_recipe(path)
         return path
-    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
     if name in known:
-        return RECIPES / f"{name}.yaml"
+        return folder / f"{name}.yaml"
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     raise FileNotFoundError(

@@ -64,22 +64,34 @@ class Flux:
         Raises:
             FileNotFoundError: the folder or one of its parts is missing.
         """
-        folder = Path(config.path)
-        for part in ("", "model_index.json", *PARTS):
-            if not (folder / part).exists():
-                raise FileNotFoundError(
-                    f"model.path is {str(folder)!r}, but {str(folder / part)!r} does not exist; "
-                    "set --model.path to a diffusers FLUX pipeline folder"
-                )
-        compute = getattr(torch, config.compute_dtype)
-        trained = torch.float32 if config.train == "full" else compute
-        with _quiet():
-            pipeline = FluxPipeline.from_pretrained(
-                folder, dtype={"transformer": trained, "default": compute}
-            )
-        policy = cls(pipeline, config, device)
+        frozen = config.compute_dtype
+        policy = cls._open(config, device, "float32" if config.train == "full" else frozen)
         policy._make_trainable(seed)
         return policy
+
+    @classmethod
+    def frozen(cls, config: ModelConfig, device: torch.device) -> Flux:
+        """Loads a pipeline folder to sample from it: every weight in ``compute_dtype``.
+
+        Raises:
+            FileNotFoundError: the folder or one of its parts is missing.
+        """
+        policy = cls._open(config, device, config.compute_dtype)
+        policy.module.requires_grad_(False).eval()
+        return policy
+
+    @classmethod
+    def _open(cls, config: ModelConfig, device: torch.device, transformer: str) -> Flux:
+        require_parts(config.path)
+        with _quiet():
+            pipeline = FluxPipeline.from_pretrained(
+                Path(config.path),
+                dtype={
+                    "transformer": getattr(torch, transformer),
+                    "default": getattr(torch, config.compute_dtype),
+                },
+            )
+        return cls(pipeline, config, device)
 
     def _make_trainable(self, seed: int) -> None:
         transformer = self.pipeline.transformer
@@ -192,6 +204,22 @@ class Flux:
                 shutil.copytree(
                     source / part, folder / part, copy_function=_link_or_copy, dirs_exist_ok=True
                 )
+
+
+def require_parts(path: str) -> list[Path]:
+    """The parts of a pipeline folder.
+
+    Raises:
+        FileNotFoundError: the folder or one of its parts is missing.
+    """
+    folder = Path(path)
+    for part in ("", "model_index.json", *PARTS):
+        if not (folder / part).exists():
+            raise FileNotFoundError(
+                f"model.path is {str(folder)!r}, but {str(folder / part)!r} does not exist; "
+                "set --model.path to a diffusers FLUX pipeline folder"
+            )
+    return [folder / part for part in PARTS]
 
 
 # diffusers casts sigma and guidance to the activations' dtype before it embeds them: in bfloat16

@@ -25,7 +25,6 @@ from mixgrpo.rewards.images import (
     resize_shortest,
 )
 from mixgrpo.rewards.weights import (
-    check_fits,
     find_file,
     parse_dtype,
     read_json,
@@ -33,6 +32,7 @@ from mixgrpo.rewards.weights import (
     require_file,
     require_folder,
 )
+from mixgrpo.weight_files import check_fits
 
 __all__ = ["ImageReward", "ImageRewardModel", "VisionSize", "to_imagereward_keys"]
 

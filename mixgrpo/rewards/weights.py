@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixgrpo.weight_files import check_fits
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SHOWN = 3
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -99,34 +100,3 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
     """Copy ``state``, read from ``path``, into ``module``; see ``check_fits``."""
     check_fits(module.state_dict(), state, path)
     module.load_state_dict(state)
-
-
-def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
-    """Every key of ``own`` must be in ``state``, none more, all of the right shape.
-
-    Raises:
-        ValueError: naming ``path`` and the first keys that do not fit.
-    """
-    faults = [
-        _listed("missing", [key for key in own if key not in state]),
-        _listed("unexpected", [key for key in state if key not in own]),
-        _listed(
-            "of another size",
-            [
-                f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
-                for key in own
-                if key in state and state[key].shape != own[key].shape
-            ],
-        ),
-    ]
-    if any(faults):
-        raise ValueError(
-            f"{path} does not fit the model: {'; '.join(fault for fault in faults if fault)}"
-        )
-
-
-def _listed(kind: str, keys: list[str]) -> str:
-    if not keys:
-        return ""
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return f"{kind}: {', '.join(keys[:_SHOWN])}{more}"

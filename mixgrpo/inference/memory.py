@@ -1,0 +1,69 @@
+"""How much GPU memory sampling takes, by a rule of thumb, for when there was not enough."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixgrpo.inference.config import InferenceConfig
+from mixgrpo.weight_files import read_shapes
+
+# Values of the transformer's width that live at once for each token, in a single-stream block:
+# the residual and its norm, q, k and v, the feed-forward's four before and four after its
+# activation, attention's result, and the five that are concatenated; one for copies.
+_WIDTHS = 20
+# Feature maps at full size that live at once in the decoder's last block: input, norm, activation,
+# convolution's result and its workspace, each of twice the decoder's first width.
+_MAPS = 5
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, estimated.
+
+    Attributes:
+        weights: of all parts of the model.
+        evaluation: activations of one model evaluation of ``micro_batch`` pictures.
+        decoding: activations of decoding ``decode_batch`` pictures.
+    """
+
+    weights: int
+    evaluation: int
+    decoding: int
+
+
+def estimate(config: InferenceConfig) -> Memory:
+    """Read off the model folder, without loading it."""
+    folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
+    parameters = sum(t.numel() for t in read_shapes(folder.glob("*/*.safetensors")).values())
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    decoder = json.loads((folder / "vae" / "config.json").read_text())
+    pixels = config.model.height * config.model.width
+    tokens = pixels // 256 + config.model.text_length
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    maps = _MAPS * 2 * decoder["block_out_channels"][0]
+    return Memory(
+        weights=parameters * size,
+        evaluation=config.micro_batch * tokens * width * _WIDTHS * size,
+        decoding=min(config.decode_batch, config.micro_batch) * pixels * maps * size,
+    )
+
+
+def explain(config: InferenceConfig, total: int) -> str:
+    """One sentence for a GPU of ``total`` bytes that did not suffice."""
+    needed, model = estimate(config), config.model
+    smaller = " or take --model.compute_dtype bfloat16" if model.compute_dtype == "float32" else ""
+    return (
+        f"the GPU's {_gib(total)} did not suffice: about {_gib(needed.weights)} of weights in "
+        f"{model.compute_dtype}, {_gib(needed.evaluation)} to evaluate {config.micro_batch} "
+        f"pictures of {model.width}x{model.height} together, {_gib(needed.decoding)} to decode "
+        f"{min(config.decode_batch, config.micro_batch)}; lower --micro_batch, --decode_batch, "
+        f"--model.height and --model.width{smaller}"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,230 @@
+"""From prompts to pictures: noise, tuned steps, base steps, decoding, files.
+
+Every picture's noise depends on the seed, its prompt's place in the file and its sample alone, and
+pictures go through the model in fixed company, so any number of processes draws the same ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from mixgrpo.assembly import FAMILIES
+from mixgrpo.config import flatten
+from mixgrpo.distributed import Process, process_group
+from mixgrpo.inference.config import InferenceConfig, check, model_config, tuned_steps
+from mixgrpo.inference.folder import Picture, PictureFolder
+from mixgrpo.inference.memory import explain
+from mixgrpo.inference.tuned import Tuned, find_tuned, load_tuned
+from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
+from mixgrpo.models import Policy
+from mixgrpo.models.flux import require_parts
+from mixgrpo.noise import Noise
+from mixgrpo.pictures import to_bytes
+from mixgrpo.prompts import read_prompts
+from mixgrpo.revision import git_revision
+from mixgrpo.rollout import sample_ode
+from mixgrpo.types import TextEmbedding
+from mixgrpo.weight_files import fingerprint
+
+Block = list[Picture]  # pictures that go through the model together
+
+
+class OutOfMemory(RuntimeError):
+    """The GPU's memory did not suffice; the message says what would take less."""
+
+
+def sample(config: InferenceConfig) -> Path:
+    """Draws what is missing in the folder, in all processes together; returns the folder.
+
+    Raises:
+        ValueError, FileNotFoundError: something that the user can mend, before the model loads or,
+            for tuned weights of another model, right after.
+        OutOfMemory: the GPU is too small.
+    """
+    check(config)
+    prompts = read_prompts(config.prompts_file, "prompts_file")
+    folder = PictureFolder(config, settings_of(config, prompts), prompts)
+    folder.check()
+    with process_group(config.threads) as process, _explained(config, process):
+        blocks = _mine(_unfinished(folder, config.micro_batch), process)
+        wait = _barrier(process)
+        wait()  # until every process has seen what is there; it changes from here on
+        if process.rank == 0:
+            folder.write_manifest()
+        try:
+            if blocks:
+                _draw(config, folder, blocks, process)
+            wait()
+        finally:
+            if process.rank == 0:
+                folder.write_manifest()
+    return folder.path
+
+
+def settings_of(config: InferenceConfig, prompts: list[str]) -> dict[str, object]:
+    """What the manifest says of how the pictures came about, dotted path -> value."""
+    model = [f for part in require_parts(config.model.path) for f in sorted(part.rglob("*"))]
+    tuned = find_tuned(config)
+    return {
+        **flatten(config),
+        "fingerprints.model": fingerprint([file for file in model if file.is_file()]),
+        "fingerprints.checkpoint": fingerprint(tuned) if tuned else None,
+        "fingerprints.prompts": hashlib.blake2b(
+            "\n".join(prompts).encode(), digest_size=8
+        ).hexdigest(),
+        "revision": git_revision(),
+    }
+
+
+def _unfinished(folder: PictureFolder, size: int) -> list[Block]:
+    """Blocks that lack a picture; always cut at the same places, so that nothing changes in one."""
+    every = folder.pictures
+    blocks = [every[start : start + size] for start in range(0, len(every), size)]
+    return [block for block in blocks if not all(map(folder.is_there, block))]
+
+
+def _mine(blocks: list[Block], process: Process) -> list[Block]:
+    return blocks[process.rank :: process.world_size]
+
+
+# ---- drawing
+
+
+@dataclass(frozen=True)
+class Part:
+    """Steps ``start .. stop-1``, made by the model that ``enter`` puts in place."""
+
+    enter: Callable[[], None]
+    start: int
+    stop: int
+
+
+def _parts(tuned: Tuned, config: InferenceConfig) -> list[Part]:
+    change = tuned_steps(config)
+    parts = [Part(tuned.apply, 0, change), Part(tuned.remove, change, config.steps)]
+    return [part for part in parts if part.start < part.stop]
+
+
+def _draw(
+    config: InferenceConfig, folder: PictureFolder, blocks: list[Block], process: Process
+) -> None:
+    knobs = model_config(config)
+    policy = FAMILIES[knobs.family].frozen(knobs, process.device)
+    tuned = load_tuned(policy.module, config)
+    parts = _parts(tuned, config)
+    painter = _Painter(config, policy, folder)
+    if process.rank == 0:
+        _warn_of_truncation(policy, folder.prompts)
+    # Where changing the weights is dear it is done once: all blocks take the tuned steps, and are
+    # kept as latents, before any takes a base step.
+    groups = [blocks] if tuned.dear and len(parts) > 1 else [[block] for block in blocks]
+    quiet = process.rank > 0 or not config.progress
+    total = config.steps * sum(map(len, blocks))
+    with tqdm(total=total, unit="step", dynamic_ncols=True, disable=quiet) as bar:
+        for group in groups:
+            latents: list[Tensor | None] = [None] * len(group)
+            for part in parts:
+                part.enter()
+                for place, block in enumerate(group):
+                    latents[place] = painter.advance(block, latents[place], part)
+                    bar.update(len(block) * (part.stop - part.start))
+
+
+class _Painter:
+    """Takes blocks of pictures from noise to files."""
+
+    def __init__(self, config: InferenceConfig, policy: Policy, folder: PictureFolder) -> None:
+        tokens = policy.latent_shape[0]
+        self.config = config
+        self.policy = policy
+        self.folder = folder
+        self.sigmas = make_sigmas(config.steps, config.shift or dynamic_shift(tokens))
+        self.velocity = policy.velocity(policy.module)
+
+    @torch.no_grad()
+    def advance(self, block: Block, latents: Tensor | None, part: Part) -> Tensor | None:
+        """The block's latents behind a part, kept off the GPU; None once they are pictures."""
+        x = self._noise(block) if latents is None else latents
+        text = self._encode(block)
+        x = sample_ode(
+            self.velocity,
+            x.to(text.tokens.device),
+            text,
+            self.sigmas[part.start : part.stop + 1],
+            self.config.micro_batch,
+        )
+        if part.stop < self.config.steps:
+            return x.cpu()
+        self._finish(block, x)
+        return None
+
+    def _noise(self, block: Block) -> Tensor:
+        """[N, S, C]. The first sample's is the noise that a run's validation takes."""
+        drawn = [
+            Noise(
+                seed=self.config.seed,
+                iteration=picture.sample,
+                prompts=[picture.index],
+                samples=1,
+                shape=self.policy.latent_shape,
+                shared=True,
+                device=torch.device("cpu"),
+            ).initial()
+            for picture in block
+        ]
+        return torch.cat(drawn)
+
+    def _encode(self, block: Block) -> TextEmbedding:
+        first = block[0].index  # a block's prompts follow one another
+        text = self.policy.encode(self.folder.prompts[first : block[-1].index + 1])
+        rows = torch.tensor([picture.index - first for picture in block])
+        return text[rows.to(text.tokens.device)]
+
+    def _finish(self, block: Block, latents: Tensor) -> None:
+        parts = latents.split(self.config.decode_batch)
+        images = torch.cat([to_bytes(self.policy.decode(part)).cpu() for part in parts])
+        for picture, image in zip(block, images, strict=True):
+            if not self.folder.is_there(picture):
+                self.folder.save(picture, image)
+
+
+def _warn_of_truncation(policy: Policy, prompts: Sequence[str]) -> None:
+    truncated = policy.count_truncated(prompts)
+    if truncated:
+        tqdm.write(
+            f"warning: {truncated} of {len(prompts)} prompts are longer than the text encoder "
+            "takes and are truncated"
+        )
+
+
+# ---- several processes, and one that is too small
+
+
+def _barrier(process: Process) -> Callable[[], None]:
+    """Waits for every process, on the CPU: a wait for a lost one must not outlive it on a GPU."""
+    if process.world_size == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    return lambda: dist.barrier(group)
+
+
+@contextlib.contextmanager
+def _explained(config: InferenceConfig, process: Process) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(explain(config, _memory_of(process.device))) from error
+
+
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory

@@ -1,0 +1,119 @@
+"""LoRA files for a FLUX transformer that is only sampled from: read, checked, attached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_PREFIX = "transformer."
+_NAME = "tuned"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters as diffusers takes them.
+
+    Attributes:
+        state: ``transformer.MODULE.lora_A.weight`` [rank, in] and ``lora_B.weight`` [out, rank].
+        alphas: scales of single modules, for files that hold them beside the weights.
+        metadata: the adapters' configuration, for files that hold one.
+        path: the file.
+    """
+
+    state: dict[str, Tensor]
+    alphas: dict[str, Any] | None
+    metadata: dict[str, Any] | None
+    path: Path
+
+
+def read_lora(path: Path, training: Mapping[str, Any] | None) -> Lora:
+    """A LoRA from a file in diffusers' form, or in one of those that diffusers converts.
+
+    Args:
+        training: the configuration of the run, dotted path -> value, if the file is the weights of
+            one of its checkpoints; these name the adapters as the training does.
+
+    Raises:
+        ValueError: the keys are not those of a LoRA for FLUX.
+    """
+    if training is not None:
+        return _of_checkpoint(path, training)
+    try:
+        state, alphas, metadata = FluxPipeline.lora_state_dict(
+            str(path.parent), weight_name=path.name, return_alphas=True, return_lora_metadata=True
+        )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"{path} is no LoRA for a FLUX transformer: {error}") from error
+    return Lora(state, None if metadata else alphas, metadata or None, path)
+
+
+def _of_checkpoint(path: Path, training: Mapping[str, Any]) -> Lora:
+    weights = load_file(path)
+    state = {_PREFIX + key.replace(".default.weight", ".weight"): w for key, w in weights.items()}
+    knobs = {
+        "r": training["model.lora_rank"],
+        "lora_alpha": training["model.lora_alpha"],
+        "target_modules": sorted({key.partition(".lora_")[0] for key in weights}),
+    }
+    return Lora(state, None, {_PREFIX + key: value for key, value in knobs.items()}, path)
+
+
+def attach_lora(transformer: Any, lora: Lora, scale: float) -> None:
+    """Puts the adapters beside the transformer's layers, in float32, switched on.
+
+    Args:
+        scale: multiplies what the adapters add.
+
+    Raises:
+        ValueError: they are another model's; the message names the first that does not fit.
+    """
+    for complaint in _complaints(lora.state, dict(transformer.named_modules())):
+        raise ValueError(f"{lora.path} is a LoRA for another model: {complaint}")
+    transformer.load_lora_adapter(
+        dict(lora.state),
+        prefix=_PREFIX.removesuffix("."),
+        adapter_name=_NAME,
+        network_alphas=lora.alphas or None,
+        metadata=lora.metadata,
+    )
+    transformer.set_adapters([_NAME], weights=[scale])
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def _complaints(state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    for key, weight in state.items():
+        if not key.startswith(_PREFIX):
+            yield f"{key} changes something else than the transformer"
+        module, _, half = key.removeprefix(_PREFIX).partition(".lora_")
+        if half not in ("A.weight", "B.weight"):
+            yield f"{key} is no adapter's weight"
+        if module not in modules:
+            yield f"it changes {module}, which the model does not have"
+        other = state.get(f"{_PREFIX}{module}.lora_{'B' if half[0] == 'A' else 'A'}.weight")
+        if other is None:
+            yield f"{key} lacks its other half"
+        else:
+            yield from _shape_complaints(key, half[0], weight, other, modules[module])
+
+
+def _shape_complaints(
+    key: str, half: str, weight: Tensor, other: Tensor, layer: nn.Module
+) -> Iterator[str]:
+    """``lora_A`` is [rank, in] and ``lora_B`` [out, rank] beside a layer of [out, in]."""
+    own = getattr(layer, "weight", None)
+    if own is None or own.ndim != 2:
+        yield f"{key} belongs to no linear layer"
+    elif half == "A":
+        wanted = [other.shape[-1], own.shape[1]]
+        if list(weight.shape) != wanted:
+            yield f"{key} is {list(weight.shape)}, the model and the other half ask for {wanted}"
+    elif weight.shape[0] != own.shape[0]:
+        yield f"{key} is {list(weight.shape)}, the model's layer has {own.shape[0]} outputs"

@@ -1,0 +1,123 @@
+"""Weights on disk: which files hold them, whether they fit a module, and filling it from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+NAME = "diffusion_pytorch_model.safetensors"  # as diffusers names a model's weights
+_SHOWN = 3
+_CHUNK, _CHUNKS = 1 << 16, 32
+
+
+def find_shards(path: Path) -> list[Path]:
+    """The safetensors files that make up ``path``: itself, an index's, or those of a folder.
+
+    Raises:
+        FileNotFoundError: there are none, or one that the index names is missing.
+        ValueError: the index is no index.
+    """
+    if path.is_dir():
+        path = next((p for p in (path / NAME, path / f"{NAME}.index.json") if p.exists()), path)
+    if path.name.endswith(".index.json") and path.exists():
+        return _of_index(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} holds no weights: there is no {NAME}, nor its index")
+    return [path]
+
+
+def _of_index(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights: fetch it again") from error
+    files = [index.parent / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{index} names {file.name}, which is not there: fetch it")
+    return files
+
+
+def read_shapes(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Name -> tensor without memory (on the meta device), from the files' heads alone.
+
+    Raises:
+        ValueError: a file is damaged or none of safetensors.
+    """
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for key in list(opened.keys()):
+                    shape = opened.get_slice(key).get_shape()
+                    shapes[key] = torch.empty(shape, device="meta")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file} cannot be read as safetensors ({str(error).splitlines()[0]}): it may be "
+                "truncated, fetch it again"
+            ) from error
+    return shapes
+
+
+@torch.no_grad()
+def fill(module: nn.Module, files: Iterable[Path]) -> None:
+    """Copies the weights into the module's own, tensor by tensor: no second copy is held."""
+    own = module.state_dict()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for key in list(opened.keys()):
+                own[key].copy_(opened.get_tensor(key))
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Tells files of different contents apart without reading them whole.
+
+    It takes sizes and 32 stretches of 64 KiB of each file, the first of which holds the names and
+    shapes of the weights. Training changes weights everywhere, so the stretches show it.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as opened:
+            for place in range(_CHUNKS):
+                opened.seek(size * place // _CHUNKS)
+                digest.update(opened.read(_CHUNK))
+    return digest.hexdigest()
+
+
+def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """Every key of ``own`` must be in ``state``, none more, all of the right shape.
+
+    Raises:
+        ValueError: naming ``path`` and the first keys that do not fit.
+    """
+    faults = [
+        _listed("missing", [key for key in own if key not in state]),
+        _listed("unexpected", [key for key in state if key not in own]),
+        _listed(
+            "of another size",
+            [
+                f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+                for key in own
+                if key in state and state[key].shape != own[key].shape
+            ],
+        ),
+    ]
+    if any(faults):
+        raise ValueError(
+            f"{path} does not fit the model: {'; '.join(fault for fault in faults if fault)}"
+        )
+
+
+def _listed(kind: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return f"{kind}: {', '.join(keys[:_SHOWN])}{more}"
