@@ -72,13 +72,14 @@ class PictureFolder:
 
     def check(self) -> None:
         """Raises ValueError if the folder holds pictures by other settings."""
-        if not self.manifest.exists():
-            if found := next(iter(sorted(self.path.glob("*.png"))), None):
-                raise ValueError(
-                    f"{self.path} holds pictures, such as {found.name}, but no {MANIFEST} that "
-                    "tells how they were drawn; choose another --folder"
-                )
+        found = min(self.path.glob("*.png"), default=None)
+        if found is None:
             return
+        if not self.manifest.exists():
+            raise ValueError(
+                f"{self.path} holds pictures, such as {found.name}, but no {MANIFEST} that "
+                "tells how they were drawn; choose another --folder"
+            )
         try:
             saved = json.loads(self.manifest.read_text(encoding="utf-8"))["settings"]
             differing = list(_differences(saved, self.settings))
@@ -121,7 +122,7 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[s
             continue
         if key in _CONTENTS:
             path = _CONTENTS[key]
-            yield f"{path} was {saved.get(path)!r} and has other contents now, {now.get(path)!r}"
+            yield f"{path} was {saved.get(path)!r}, is {now.get(path)!r} with other contents"
         else:
             yield f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"
 
