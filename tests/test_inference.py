@@ -40,7 +40,7 @@ from mixgrpo.inference.config import InferenceConfig, SampledModelConfig, check,
 from mixgrpo.inference.folder import PictureFolder
 from mixgrpo.inference.memory import estimate, explain
 from mixgrpo.inference.sample import OutOfMemory, sample
-from mixgrpo.maths.schedule import make_sigmas
+from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
 from mixgrpo.models.flux import Flux
 from mixgrpo.models.flux_lora import attach_lora, read_lora
 from mixgrpo.noise import Noise
@@ -50,6 +50,7 @@ from mixgrpo.weight_files import NAME, fingerprint
 
 STEPS = 4
 PROMPTS = 3
+SHIFT = 3.0
 LORA = {**QUICK, "update__learning_rate": 1e-2}
 INDEX = f"{NAME}.index.json"
 Draw = Callable[..., Tensor]
@@ -73,7 +74,7 @@ def knobs(world, tmp_path) -> Callable[..., InferenceConfig]:
             prompts_file=str(world.validation_prompts),
             folder=str(tmp_path / "pictures"),
             steps=STEPS,
-            shift=3.0,
+            shift=SHIFT,
             micro_batch=8,
             decode_batch=8,
             threads=1,
@@ -105,7 +106,7 @@ def read(folder: Path) -> Tensor:
 @torch.no_grad()
 def by_hand(prompts: Sequence[str], *parts: tuple[Flux, int]) -> Tensor:
     """Pictures [N, H, W, 3] by these models, each up to its step."""
-    policy, sigmas, start = parts[0][0], make_sigmas(STEPS, 3.0), 0
+    policy, sigmas, start = parts[0][0], make_sigmas(STEPS, SHIFT), 0
     x = Noise(617, 0, range(len(prompts)), 1, policy.latent_shape, True, CPU).initial()
     text = policy.encode(prompts)
     for policy, stop in parts:
@@ -191,6 +192,12 @@ def test_the_base_model_draws_as_plain_diffusers_does(world, draw, base, prompts
         output_type="pt",
     ).images
     assert largest(draw(), to_bytes(images).permute(0, 2, 3, 1).int()) <= 1
+
+
+def test_shift_0_takes_the_schedule_of_flux_for_the_pictures_size(draw, base, prompts):
+    with mock.patch(f"{__name__}.SHIFT", dynamic_shift(16)):
+        expected = by_hand(prompts, (base, STEPS))
+    assert torch.equal(draw(shift=0.0), expected)
 
 
 def test_a_runs_model_folder(draw, straight, trained_pictures):

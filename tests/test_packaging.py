@@ -375,6 +375,21 @@ def test_quickstart_fails_when_training_fails(tmp_path: Path) -> None:
     assert subprocess.call(wrapping("scripts/quickstart.sh", tmp_path, "exit 3")) == 3
 
 
+@pytest.mark.parametrize(("gpus", "processes"), [(0, 1), (1, 1), (8, 8)])
+def test_inference_takes_all_gpus_or_the_cpu(tmp_path: Path, gpus: int, processes: int) -> None:
+    python = f'[ "$1" = -c ] && echo {gpus} || echo "$@"'
+    command = wrapping("scripts/inference/inference_flux.sh", tmp_path, python)
+    output = subprocess.check_output([*command, "--hybrid", "0.8"], cwd="/", text=True)
+    launch = f"-m mixgrpo launch --nproc_per_node {processes} sample --recipe flux --hybrid 0.8"
+    assert output.splitlines() == ["env_setup", launch]
+
+
+def test_inference_fails_when_sampling_fails(tmp_path: Path) -> None:
+    python = '[ "$1" = -c ] && echo 2 || exit 3'
+    command = wrapping("scripts/inference/inference_flux.sh", tmp_path, python)
+    assert subprocess.call(command) == 3
+
+
 def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
     command = wrapping("scripts/test.sh", tmp_path, 'echo "$OMP_NUM_THREADS $@"; pwd; exit 5')
     environment = {**os.environ, "OMP_NUM_THREADS": "7"}

@@ -2,11 +2,15 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mixgrpo.commands.sample import parse
+from mixgrpo.inference.config import check
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -43,6 +47,7 @@ def shown_commands() -> list[str]:
     return [line for line in lines if line]
 
 
+SAMPLING = [c for c in shown_commands() if " sample " in c]
 TRAINING = [c for c in shown_commands() if " train " in c and "flux_mixgrpo" not in c]
 
 
@@ -85,6 +90,29 @@ def test_training_commands_run(place):
         done = run([*as_here(command), *SHORT], place)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
         assert "trained model:" in done.stdout
+
+
+def test_sampling_commands_run(place):
+    """In their order, on the first prompts; the tuned ones with a trained model where they want."""
+    (place / "few.txt").write_text("a red circle on a gray background\n" * 3)
+    tuned = place / "runs" / "quickstart" / "model"
+    tuned.parent.mkdir(parents=True)
+    shutil.copytree(ROOT / "data" / "shapes" / "flux", tuned)
+    assert len(SAMPLING) >= 3
+    for command in SAMPLING:
+        done = run([*as_here(command), "--prompts_file", "few.txt", "--steps", "2"], place)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        folder = re.search(r"--folder (\S+)", command).group(1)
+        assert len(list((place / folder).glob("*.png"))) == 3
+
+
+def test_inference_commands_have_knobs_that_are_there():
+    """Those for FLUX.1-dev need its weights, so they are read, not run."""
+    commands = [c for c in shown_commands() if "inference_flux.sh" in c]
+    assert commands
+    for command in commands:
+        words = as_here(command)
+        check(parse(["--recipe", "flux", *words[words.index("bash") + 2 :]]))
 
 
 def test_scripts_that_the_readme_names_exist():
