@@ -443,17 +443,24 @@ def test_a_signal_is_told_in_a_line(knobs, capfd):
     assert len(read(Path(knobs().folder))) == 1
 
 
-def test_a_picture_is_written_whole_or_not_at_all(knobs):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left"), r"00001_00\.png could not be written \(No space.*free some"),
+        (KeyboardInterrupt("a signal"), "a signal"),
+    ],
+)
+def test_a_picture_is_written_whole_or_not_at_all(knobs, error, message):
     flush, calls = os.fsync, iter(range(100))
 
-    def full_at_the_second_picture(handle: int) -> None:
+    def fail_at_the_second_picture(handle: int) -> None:
         if next(calls) == 2:  # the manifest and the first picture come before
-            raise OSError(28, "No space left on device")
+            raise error
         flush(handle)
 
     with (
-        mock.patch("mixgrpo.inference.folder.os.fsync", full_at_the_second_picture),
-        pytest.raises(OSError, match=r"00001_00\.png could not be written \(No space.*free some"),
+        mock.patch("mixgrpo.inference.folder.os.fsync", fail_at_the_second_picture),
+        pytest.raises(type(error), match=message),
     ):
         sample(knobs())
     left = sorted(path.name for path in Path(knobs().folder).iterdir())
@@ -716,6 +723,9 @@ def test_the_command_line(knobs, tmp_path, capfd):
         assert capfd.readouterr().err == "error: there is no knob stepz; did you mean steps?\n"
         assert main(["sample", "--recipe", "shaeps"]) == 1
         assert "did you mean 'shapes'? Known: flux, shapes" in capfd.readouterr().err
+        (tmp_path / "broken.yaml").write_text("steps: [1\n")
+        assert main(["sample", "--recipe", str(tmp_path / "broken.yaml")]) == 1
+        assert "broken.yaml is no recipe: " in capfd.readouterr().err
         assert main(["sample", "--recipe", "shapes", "--steps", "1"]) == 1
         assert capfd.readouterr().err == "error: steps is 1; it must be at least 2\n"
     finally:

@@ -82,6 +82,6 @@ def parse(arguments: Sequence[str]) -> InferenceConfig:
     try:
         values = parser.parse_args(words)
     except argparse.ArgumentError as error:
-        raise ValueError(in_one_line(str(error), flatten(InferenceConfig()))) from error
+        raise ValueError(in_one_line(str(error), words, flatten(InferenceConfig()))) from error
     built = parser.instantiate(values)
     return InferenceConfig(**{field.name: built[field.name] for field in fields(InferenceConfig)})

@@ -73,17 +73,13 @@ def parse(arguments: Sequence[str]) -> Config:
     try:
         values = parser.parse_args(words)
     except argparse.ArgumentError as error:
-        message = in_one_line(str(error), flatten(Config()))
-        if message.startswith("Problems parsing config"):
-            recipes = [word for word in words if word.startswith("--recipe=")]
-            message = f"{' '.join(recipes)} is no recipe: {message}"
-        raise ValueError(message) from error
+        raise ValueError(in_one_line(str(error), words, flatten(Config()))) from error
     built = parser.instantiate(values)
     return Config(**{field.name: built[field.name] for field in fields(Config)})
 
 
-def in_one_line(message: str, knobs: Iterable[str]) -> str:
-    """A parser's message, with the nearest of the knobs where one was mistyped."""
+def in_one_line(message: str, words: Sequence[str], knobs: Iterable[str]) -> str:
+    """A parser's message on these words, with the nearest knob where one was mistyped."""
     text = " ".join(message.split())
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", text) or re.search(
         r"'([\w.]+)' does not accept option '([\w.]+)'", text
@@ -96,6 +92,9 @@ def in_one_line(message: str, knobs: Iterable[str]) -> str:
         if "RewardConfig" in text:
             knob = f"rewards.NAME.{knob}"
             known = [f"rewards.NAME.{field.name}" for field in fields(RewardConfig)]
+    elif text.startswith("Problems parsing config"):
+        recipes = [word for word in words if word.startswith("--recipe=")]
+        return f"{' '.join(recipes)} is no recipe: {text}"
     else:
         return text
     nearest = difflib.get_close_matches(knob, known, n=1)

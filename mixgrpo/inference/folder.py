@@ -136,8 +136,9 @@ def _write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(
             f"{path} could not be written ({error.strerror}); free some disk space, then the same "
             "command goes on"
         ) from error
+    finally:
+        partial.unlink(missing_ok=True)  # whatever broke in: a full disk, a signal
