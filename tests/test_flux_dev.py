@@ -21,7 +21,7 @@ from mixgrpo.rollout import sample_ode
 from mixgrpo.types import TextEmbedding
 from mixgrpo.weight_files import NAME, check_fits, find_shards, read_shapes
 
-# https://huggingface.co/black-forest-labs/FLUX.1-dev, transformer/config.json
+# FLUX.1-dev's published transformer/config.json
 TRANSFORMER = {
     "patch_size": 1,
     "in_channels": 64,

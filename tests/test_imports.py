@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "mixgrpo.checks": ("mixgrpo.config",),
     "mixgrpo.maths": ("mixgrpo.types",),
     "mixgrpo.models": ("mixgrpo.maths", "mixgrpo.types", "mixgrpo.config"),
+    "mixgrpo.inference.config": ("mixgrpo.config",),
     "mixgrpo.weight_files": (),
     "mixgrpo.revision": (),
     "mixgrpo.rewards": ("mixgrpo.types", "mixgrpo.weight_files"),
@@ -48,6 +49,7 @@ BUILT_ON_NOTHING_ELSE = {
     "mixgrpo.types": {"torch"},
     "mixgrpo.maths": {"torch"},
     "mixgrpo.config": set(),
+    "mixgrpo.inference.config": set(),
 }
 HEAVY = {"deepspeed", "wandb", "open_clip", "matplotlib"}
 

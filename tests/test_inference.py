@@ -276,6 +276,38 @@ def test_a_lora_from_a_checkpoint_folder(draw, lora_run, lora_pictures):
     assert torch.equal(draw(checkpoint=str(checkpoint_folder(lora_run, 1))), lora_pictures)
 
 
+def test_a_lora_with_its_scale_beside_the_weights(draw, tmp_path):
+    """By diffusers' names with an alpha, and by kohya's, which diffusers converts; rank 2."""
+    generator = torch.Generator().manual_seed(4)
+    down, up = torch.randn(2, 128, generator=generator), torch.randn(128, 2, generator=generator)
+    module, alpha = "transformer.transformer_blocks.0.attn.to_out.0", torch.tensor(3.0)
+    kohya = "lora_unet_double_blocks_0_img_attn_proj"
+    forms = {
+        "folded": {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up * 1.5},
+        "alpha": {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up,
+                  f"{module}.alpha": alpha},
+        "kohya": {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up,
+                  f"{kohya}.alpha": alpha},
+    }  # fmt: skip
+    drawn = {}
+    for name, state in forms.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        drawn[name] = draw(checkpoint=str(tmp_path / f"{name}.safetensors"))
+    assert largest(drawn["alpha"], drawn["folded"]) <= 1
+    assert largest(drawn["kohya"], drawn["folded"]) <= 1
+    assert largest(drawn["folded"], draw(checkpoint=str(tmp_path / "alpha.safetensors"),
+                                         lora_scale=0.5)) > 1  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_hybrid_in_bfloat16(knobs, draw, straight, lora_run, base_pictures, kind):
+    model = replace(knobs().model, compute_dtype="bfloat16")
+    run = straight if kind == "full" else lora_run
+    drawn = draw(model=model, checkpoint=str(run / "model"), hybrid=0.5)
+    assert (drawn - base_pictures).abs().float().mean() < 8
+    assert not torch.equal(drawn, draw(model=model))
+
+
 def test_adapters_stay_float32_beside_weights_in_bfloat16(knobs, lora_run):
     policy = Flux.frozen(
         inference_config.model_config(
