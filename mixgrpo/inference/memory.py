@@ -38,7 +38,11 @@ class Memory:
 def estimate(config: InferenceConfig) -> Memory:
     """Read off the model folder, without loading it."""
     folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
-    parameters = sum(t.numel() for t in read_shapes(folder.glob("*/*.safetensors")).values())
+    parameters = sum(
+        weight.numel()
+        for file in folder.glob("*/*.safetensors")
+        for weight in read_shapes([file]).values()
+    )
     transformer = json.loads((folder / "transformer" / "config.json").read_text())
     decoder = json.loads((folder / "vae" / "config.json").read_text())
     pixels = config.model.height * config.model.width
