@@ -139,7 +139,8 @@ def take_records(folder: Path, index: Index) -> Index:
         for number, shard in enumerate(index.shards)
     ]
     complete = Index(index.encoder, shards)
-    write_index(folder, complete)
+    if complete != index:
+        write_index(folder, complete)
     for path in found.values():
         os.remove(path)
     return complete

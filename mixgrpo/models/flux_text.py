@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from mixgrpo.config import ModelConfig
@@ -39,8 +40,7 @@ class FluxText:
         self.text_length = text_length
         self.device = device
         self.placement = placement
-        self.encoders: list[nn.Module] = [pipeline.text_encoder, pipeline.text_encoder_2]
-        for encoder in self.encoders:
+        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
             encoder.requires_grad_(False).eval()
             encoder.to(device if placement == "device" else "cpu")
 
@@ -108,19 +108,29 @@ class FluxText:
 
     @contextlib.contextmanager
     def _at_hand(self) -> Iterator[None]:
-        """Frozen weights need no way back: the CPU's copy is kept, the device's dropped."""
-        if self.placement != "offload":
-            yield
-            return
-        tensors = [t for e in self.encoders for t in chain(e.parameters(), e.buffers())]
-        kept = [tensor.data for tensor in tensors]
+        """Frozen weights need no way back: the CPU keeps its own, the device's are dropped."""
+        pipeline, own = self.pipeline, (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
         try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(self.device)
+            if self.placement == "offload":
+                pipeline.text_encoder, pipeline.text_encoder_2 = (
+                    _copy_on(encoder, self.device) for encoder in own
+                )
             yield
         finally:
-            for tensor, data in zip(tensors, kept, strict=True):
-                tensor.data = data
+            pipeline.text_encoder, pipeline.text_encoder_2 = own
+
+
+def _copy_on(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy whose tensors are on the device; shared ones stay shared."""
+    tensors = chain(module.parameters(), module.buffers())
+    # What deepcopy finds in its memo it takes for copied already.
+    return copy.deepcopy(module, {id(tensor): _on(tensor, device) for tensor in tensors})
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.to(device), requires_grad=False)
+    return tensor.to(device)
 
 
 def require_parts(path: str, parts: Sequence[str]) -> list[Path]:
