@@ -82,14 +82,14 @@ def _read_before(folder: Path, encoder: Encoder) -> Index:
     Raises:
         ValueError: it holds something else.
     """
-    index = read_index(folder)
-    if index is None:
-        if any(folder.glob("shard_*")):
-            raise ValueError(
-                f"output is {str(folder)!r}, which holds shards but no index.json to say what is "
-                "in them; delete them, or choose another --output"
-            )
+    index, has_shards = read_index(folder), any(folder.glob("shard_*"))
+    if not has_shards and (index is None or index.encoder != encoder):
         return Index(encoder, [])
+    if index is None:
+        raise ValueError(
+            f"output is {str(folder)!r}, which holds shards but no index.json to say what is in "
+            "them; delete them, or choose another --output"
+        )
     differing = [key for key, value in encoder.items() if index.encoder.get(key) != value]
     if differing:
         raise ValueError(

@@ -551,6 +551,25 @@ def test_a_missing_encoder(world, tmp_path):
     refused(world, tmp_path / "o", "model.path is 'no/such'", model=EncoderConfig(path="no/such"))
 
 
+def test_a_damaged_encoder_is_one_error_and_may_be_mended(world, altered, tmp_path, stored):
+    weights = altered / "text_encoder_2" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:1000])
+    model = EncoderConfig(path=str(altered), text_length=16)
+    with pytest.raises(ValueError, match=rf"'{altered}', of which a part cannot be read"):
+        preprocess_here(world, tmp_path / "o", model=model)
+    weights.write_bytes(data)
+    preprocess_here(world, tmp_path / "o", model=model)
+    assert contents(tmp_path / "o") == contents(stored)
+
+
+def test_a_damaged_configuration_of_an_encoder(world, altered, tmp_path):
+    path = altered / "text_encoder_2" / "config.json"
+    path.write_text("{")
+    model = EncoderConfig(path=str(altered), text_length=16)
+    refused(world, tmp_path / "o", f"{path} cannot be read", model=model)
+
+
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.models import Text
-from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, quiet, require_parts
+from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, open_pipeline, require_parts
 from mixgrpo.types import TextEmbedding, Velocity
 
 PARTS = ("transformer", "vae", *TEXT_PARTS, "scheduler")
@@ -84,11 +84,8 @@ class Flux:
         require_parts(config.path, PARTS)
         compute = getattr(torch, config.compute_dtype)
         trained = torch.float32 if config.train == "full" else compute
-        absent = dict.fromkeys(TEXT_PARTS) if stored else {}  # None leaves a part out
-        with quiet():
-            pipeline = FluxPipeline.from_pretrained(
-                config.path, dtype={"transformer": trained, "default": compute}, **absent
-            )
+        dtypes = {"transformer": trained, "default": compute}
+        pipeline = open_pipeline(config.path, dtypes, without=TEXT_PARTS if stored else ())
         text = stored or FluxText(pipeline, config.text_length, device, text_placement)
         policy = cls(pipeline, config, device, text)
         policy._make_trainable(seed)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -52,13 +53,8 @@ class FluxText:
             FileNotFoundError: one of them, or the folder, is missing.
         """
         require_parts(config.path, TEXT_PARTS)
-        with quiet():
-            pipeline = FluxPipeline.from_pretrained(
-                config.path,
-                transformer=None,
-                vae=None,
-                dtype={"default": getattr(torch, config.compute_dtype)},
-            )
+        dtypes = {"default": getattr(torch, config.compute_dtype)}
+        pipeline = open_pipeline(config.path, dtypes, without=("transformer", "vae"))
         return cls(pipeline, config.text_length, device, "device")
 
     @staticmethod
@@ -75,12 +71,9 @@ class FluxText:
     @staticmethod
     def bytes_per_prompt(config: ModelConfig) -> int:
         """Size of one prompt's embedding."""
-        clip, t5 = (
-            json.loads((Path(config.path) / part / "config.json").read_text())
-            for part in ("text_encoder", "text_encoder_2")
-        )
-        values = config.text_length * t5["d_model"] + clip["hidden_size"]
-        return int(values) * getattr(torch, config.compute_dtype).itemsize
+        pooled = _read_size(config, "text_encoder", "hidden_size")
+        values = config.text_length * _read_size(config, "text_encoder_2", "d_model") + pooled
+        return values * getattr(torch, config.compute_dtype).itemsize
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
@@ -120,6 +113,14 @@ class FluxText:
             pipeline.text_encoder, pipeline.text_encoder_2 = own
 
 
+def _read_size(config: ModelConfig, part: str, key: str) -> int:
+    path = Path(config.path) / part / "config.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))[key])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as a text encoder's: fetch it again") from error
+
+
 def _copy_on(module: nn.Module, device: torch.device) -> nn.Module:
     """A copy whose tensors are on the device; shared ones stay shared."""
     tensors = chain(module.parameters(), module.buffers())
@@ -147,6 +148,23 @@ def require_parts(path: str, parts: Sequence[str]) -> list[Path]:
                 "set --model.path to a diffusers FLUX pipeline folder"
             )
     return [folder / part for part in parts]
+
+
+def open_pipeline(
+    path: str, dtypes: dict[str, torch.dtype], without: Sequence[str]
+) -> FluxPipeline:
+    """Loads a pipeline folder but for the parts that are not wanted.
+
+    Raises:
+        OSError, ValueError: a part is damaged.
+    """
+    try:
+        with quiet():
+            return FluxPipeline.from_pretrained(path, dtype=dtypes, **dict.fromkeys(without))
+    except SafetensorError as error:
+        raise ValueError(
+            f"model.path is {path!r}, of which a part cannot be read ({error}): fetch it again"
+        ) from error
 
 
 @contextlib.contextmanager
