@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         return _refuse(f"{command!r} is no command for several processes")
     try:
         parse(given.training_script_args)  # a mistyped knob is told of once
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return complain(error)
     given.training_script_args = [command, *given.training_script_args]
     given.training_script = "mixgrpo"
