@@ -96,6 +96,14 @@ def make_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
     return rewards
 
 
+def reward_device(
+    config: Config, device: torch.device, while_scoring: bool = False
+) -> torch.device:
+    """Where the reward models are: with placement offload, on the device only to score."""
+    away = {"cpu"} if while_scoring else {"cpu", "offload"}
+    return torch.device("cpu") if config.scoring.placement in away else device
+
+
 def make_optimizer(
     config: Config, parameters: list[torch.nn.Parameter]
 ) -> tuple[Optimizer, LRScheduler]:

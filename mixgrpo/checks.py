@@ -16,6 +16,8 @@ MAY_CHANGE = (
     "text.mode",  # stored embeddings are those of the encoders, to the last bit
     "text.embeddings",
     "validation.every",
+    "validation.patience",
+    "scoring.max_failed",
     "checkpoint.",
     "log.",
 )
@@ -61,6 +63,8 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
     weights = {name: reward.weight for name, reward in config.rewards.items()}
     if config.rewards and (min(weights.values()) < 0 or not any(weights.values())):
         yield f"reward weights are {weights}; they must not be negative, and one must be positive"
+    if config.scoring.max_failed > 1:
+        yield f"scoring.max_failed is {config.scoring.max_failed}; it is a share, at most 1"
     if not 0 < config.tail.ratio <= 1:
         yield f"tail.ratio is {config.tail.ratio}; it must lie in (0, 1]"
     if not 1 <= config.tail.order <= 3:
@@ -102,6 +106,7 @@ def _too_small(config: Config) -> Iterator[str]:
         "sampling.decode_batch": 1,
         "batch.prompts": 1,
         "scoring.micro_batch": 1,
+        "scoring.max_failed": 0,
         "update.optimizer_steps": 1,
         "update.micro_batch": 1,
         "update.clip": 1e-12,
@@ -116,6 +121,7 @@ def _too_small(config: Config) -> Iterator[str]:
         "validation.prompts": 0,
         "validation.steps": 2,
         "validation.pictures": 0,
+        "validation.patience": 0,
         "checkpoint.every": 0,
         "checkpoint.keep": 0,
         "advantage.clip": 1e-12,

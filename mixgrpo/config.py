@@ -171,7 +171,11 @@ class ScoringConfig:
     """How rewards are run."""
 
     micro_batch: int = 48
-    """pictures per call of a reward"""
+    """pictures per call of a reward; as soon as so many are sampled, they are scored"""
+    placement: Literal["device", "offload", "cpu"] = "device"
+    """the reward models stay where the policy is, are there only to score, or run on the CPU"""
+    max_failed: float = 0.5
+    """share of an iteration's pictures that a reward may fail on; beyond, training stops"""
 
 
 @dataclass
@@ -234,6 +238,9 @@ class ValidationConfig:
     """seed of the validation noise"""
     pictures: int = 16
     """pictures kept as files and shown in the grids"""
+    patience: int = 3
+    """validations in a row in which a held-out reward may fall while the trained ones rise, before
+    a warning of reward hacking; 0 never warns"""
 
 
 @dataclass

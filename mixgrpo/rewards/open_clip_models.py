@@ -12,7 +12,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,10 @@ class CosineReward:
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B texts -> [B] float32 in [-1, 1]."""
         return self.clip.cosine(self.pixels(images.to(self.clip.device)), texts)
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model."""
+        self.clip = replace(self.clip, model=self.clip.model.to(device), device=device)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Preprocessing: images [B, 3, H, W] in [0, 1] -> the model's input [B, 3, S, S]."""
