@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mixgrpo.config import Config, flatten
+from mixgrpo.config import Config, TextConfig, flatten
 
 # What a resumed run may change: nothing here alters the weights that training arrives at.
 MAY_CHANGE = (
@@ -13,6 +13,8 @@ MAY_CHANGE = (
     "run.folder",
     "run.resume",
     "run.threads",
+    "text.mode",  # stored embeddings are those of the encoders, to the last bit
+    "text.embeddings",
     "validation.every",
     "validation.patience",
     "scoring.max_failed",
@@ -55,6 +57,7 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
             f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
             "--update.optimizer_steps to a divisor"
         )
+    yield from _text_complaints(config.text)
     if not config.rewards:
         yield "there is no reward; add one, as the recipes in scripts/recipes show"
     weights = {name: reward.weight for name, reward in config.rewards.items()}
@@ -68,6 +71,19 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
         yield f"tail.order is {config.tail.order}; DPM-Solver++ has orders 1, 2 and 3"
     if not 0 <= config.ema.decay < 1:
         yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
+
+
+def _text_complaints(text: TextConfig) -> Iterator[str]:
+    if text.mode == "embeddings" and not text.embeddings:
+        yield (
+            "text.mode is 'embeddings', but no folder is given; set --text.embeddings to one that "
+            "`python -m mixgrpo preprocess` wrote"
+        )
+    if text.mode == "online" and text.embeddings:
+        yield (
+            f"text.embeddings is {text.embeddings!r}, but text.mode is 'online', which reads "
+            "none; set --text.mode embeddings"
+        )
 
 
 def _sampling_complaints(config: Config) -> Iterator[str]:

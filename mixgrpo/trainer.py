@@ -25,6 +25,7 @@ from mixgrpo.assembly import (
     make_plan,
     make_policy,
     make_rewards,
+    make_stored_text,
     make_windows,
     resumed_checkpoint,
     reward_device,
@@ -82,8 +83,9 @@ def train(config: Config) -> Path:
         validation_prompts = read_prompts(
             config.validation.prompts_file, "validation.prompts_file"
         )[: config.validation.prompts or None]
+        stored = make_stored_text(config, prompts + validation_prompts, process.device)
         rewards = make_rewards(config, reward_device(config, process.device))
-        policy = make_policy(config, process.device)
+        policy = make_policy(config, process.device, stored)
         trainer = Trainer(config, process, windows, policy, rewards, prompts, validation_prompts)
         if resumed is not None:
             trainer.restore(resumed)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 NAME = "diffusion_pytorch_model.safetensors"  # as diffusers names a model's weights
 _SHOWN = 3
-_CHUNK, _CHUNKS = 1 << 16, 32
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -73,23 +71,6 @@ def fill(module: nn.Module, files: Iterable[Path]) -> None:
         with safe_open(file, "pt") as opened:
             for key in list(opened.keys()):
                 own[key].copy_(opened.get_tensor(key))
-
-
-def fingerprint(files: Sequence[Path]) -> str:
-    """Tells files of different contents apart without reading them whole.
-
-    It takes sizes and 32 stretches of 64 KiB of each file, the first of which holds the names and
-    shapes of the weights. Training changes weights everywhere, so the stretches show it.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for file in files:
-        size = file.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with file.open("rb") as opened:
-            for place in range(_CHUNKS):
-                opened.seek(size * place // _CHUNKS)
-                digest.update(opened.read(_CHUNK))
-    return digest.hexdigest()
 
 
 def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:

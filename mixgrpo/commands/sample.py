@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import signal
-import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from types import FrameType
 
-import jsonargparse
-
-from mixgrpo.commands.train import complain, in_one_line, with_recipe_paths
+from mixgrpo.commands.command_line import (
+    carry_out,
+    complain,
+    new_parser,
+    no_such_knob,
+    read_words,
+    unknown_knob,
+)
+from mixgrpo.commands.train import or_no_recipe, with_recipe_paths
 from mixgrpo.config import RECIPES, flatten
 from mixgrpo.inference.config import InferenceConfig
 
 SAMPLING_RECIPES = RECIPES.parent / "inference"
+
+
+class Stopped(Exception):
+    """A signal ended the sampling; the message says what is left."""
+
+    def __init__(self, number: int, folder: str) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; the pictures in {folder} are whole, and "
+            "the same command draws the others"
+        )
+        self.exit_code = 128 + number
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,30 +42,23 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         return complain(error)
     # Only now: a mistyped knob should not have to wait for torch.
-    from mixgrpo.inference.sample import OutOfMemory, sample
+    from mixgrpo.inference.sample import OutOfMemory
 
     signal.signal(signal.SIGTERM, _interrupt)
+    expected = (ValueError, OSError, OutOfMemory, Stopped)
+    return carry_out(partial(_sample, config), expected, "the same command continues")
+
+
+def _sample(config: InferenceConfig) -> None:
+    from mixgrpo.inference.sample import sample
+
     try:
         folder = sample(config)
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
-        ended = KeyboardInterrupt(
-            f"stopped by {signal.Signals(number).name}; the pictures in {config.folder} are "
-            "whole, and the same command draws the others"
-        )
-        return complain(ended, 128 + number)
-    except (ValueError, OSError, OutOfMemory) as error:
-        if os.environ.get("MIXGRPO_TRACEBACK"):
-            traceback.print_exc()
-        return complain(error)
-    except RuntimeError as error:
-        # Communication fails where another process has left; that one has said why.
-        if not re.search(r"gloo|NCCL", str(error)):
-            raise
-        return complain(ConnectionError(f"lost another process: {str(error).splitlines()[0]}"))
+        raise Stopped(number, config.folder) from stopped
     if os.environ.get("RANK", "0") == "0":
-        print(f"pictures: {folder}", file=sys.stdout)
-    return 0
+        print(f"pictures: {folder}")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -65,12 +72,8 @@ def parse(arguments: Sequence[str]) -> InferenceConfig:
         FileNotFoundError: there is no such recipe.
         ValueError: a knob is unknown or has a wrong value.
     """
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m mixgrpo sample",
-        allow_abbrev=False,  # a shortened name is a mistyped one
-        description="Draws pictures of test prompts with the base model or a tuned one.",
-        exit_on_error=False,
+    parser = new_parser(
+        "sample", "Draws pictures of test prompts with the base model or a tuned one."
     )
     parser.add_argument(
         "--recipe",
@@ -79,9 +82,12 @@ def parse(arguments: Sequence[str]) -> InferenceConfig:
     )
     parser.add_class_arguments(InferenceConfig)
     words = with_recipe_paths(arguments, SAMPLING_RECIPES)
-    try:
-        values = parser.parse_args(words)
-    except argparse.ArgumentError as error:
-        raise ValueError(in_one_line(str(error), words, flatten(InferenceConfig()))) from error
-    built = parser.instantiate(values)
+    built = read_words(parser, words, partial(_in_one_line, words))
     return InferenceConfig(**{field.name: built[field.name] for field in fields(InferenceConfig)})
+
+
+def _in_one_line(words: Sequence[str], text: str) -> str:
+    knob = unknown_knob(text)
+    if knob is None:
+        return or_no_recipe(words, text)
+    return no_such_knob(knob, flatten(InferenceConfig()))

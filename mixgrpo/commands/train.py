@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import os
 import re
-import sys
-import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
-import jsonargparse
-
+from mixgrpo.commands.command_line import (
+    carry_out,
+    complain,
+    new_parser,
+    no_such_knob,
+    read_words,
+    unknown_knob,
+)
 from mixgrpo.config import RECIPES, Config, RewardConfig, flatten
 
 
@@ -31,22 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     from mixgrpo.trainer import TrainingStopped, train
 
     disable_progress_bar()  # of each model part's loading; training has its own
-    try:
-        train(config)
-    except KeyboardInterrupt:
-        return complain(KeyboardInterrupt("ended at once; --run.resume true continues"), 130)
-    except TrainingStopped as stopped:
-        return complain(stopped, stopped.exit_code)
-    except (ValueError, OSError, CheckpointError, RewardError) as error:
-        if os.environ.get("MIXGRPO_TRACEBACK"):
-            traceback.print_exc()
-        return complain(error)
-    except RuntimeError as error:
-        # Communication fails where another process has left; that one has said why.
-        if not re.search(r"gloo|NCCL", str(error)):
-            raise
-        return complain(ConnectionError(f"lost another process of this run: {_first_line(error)}"))
-    return 0
+    expected = (ValueError, OSError, CheckpointError, RewardError, TrainingStopped)
+    return carry_out(partial(train, config), expected, "--run.resume true continues")
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -56,13 +45,7 @@ def parse(arguments: Sequence[str]) -> Config:
         FileNotFoundError: there is no such recipe.
         ValueError: a knob is unknown or has a wrong value.
     """
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m mixgrpo train",
-        allow_abbrev=False,  # a shortened name is a mistyped one
-        description="Fine-tunes a flow-matching model with MixGRPO.",
-        exit_on_error=False,
-    )
+    parser = new_parser("train", "Fine-tunes a flow-matching model with MixGRPO.")
     parser.add_argument(
         "--recipe",
         action="config",
@@ -70,36 +53,30 @@ def parse(arguments: Sequence[str]) -> Config:
     )
     parser.add_class_arguments(Config)
     words = with_recipe_paths(arguments, RECIPES)
-    try:
-        values = parser.parse_args(words)
-    except argparse.ArgumentError as error:
-        raise ValueError(in_one_line(str(error), words, flatten(Config()))) from error
-    built = parser.instantiate(values)
+    built = read_words(parser, words, partial(_in_one_line, words))
     return Config(**{field.name: built[field.name] for field in fields(Config)})
 
 
-def in_one_line(message: str, words: Sequence[str], knobs: Iterable[str]) -> str:
-    """A parser's message on these words, with the nearest knob where one was mistyped."""
-    text = " ".join(message.split())
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text) or re.search(
-        r"'([\w.]+)' does not accept option '([\w.]+)'", text
-    )
-    known = list(knobs)
-    if unknown is not None:
-        knob = ".".join(unknown.groups())
-    elif (bad := re.search(r"[Oo]ption '(\w+)' is not accepted", text)) is not None:
+def _in_one_line(words: list[str], text: str) -> str:
+    """A parser's message, with the nearest knob where one was mistyped."""
+    known = list(flatten(Config()))
+    knob = unknown_knob(text)
+    if knob is None and (bad := re.search(r"[Oo]ption '(\w+)' is not accepted", text)) is not None:
         knob = bad[1]
         if "RewardConfig" in text:
             knob = f"rewards.NAME.{knob}"
             known = [f"rewards.NAME.{field.name}" for field in fields(RewardConfig)]
-    elif text.startswith("Problems parsing config"):
+    if knob is not None:
+        return no_such_knob(knob, known)
+    return or_no_recipe(words, text)
+
+
+def or_no_recipe(words: Sequence[str], text: str) -> str:
+    """A parser's message, with the recipe's name if that is what could not be parsed."""
+    if text.startswith("Problems parsing config"):
         recipes = [word for word in words if word.startswith("--recipe=")]
         return f"{' '.join(recipes)} is no recipe: {text}"
-    else:
-        return text
-    nearest = difflib.get_close_matches(knob, known, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists them"
-    return f"there is no knob {knob}; {hint}"
+    return text
 
 
 def with_recipe_paths(arguments: Sequence[str], folder: Path) -> list[str]:
@@ -144,15 +121,3 @@ def _check_recipe(path: Path) -> None:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text; a recipe is YAML") from error
     raise ValueError(f"{path} is empty; a recipe sets knobs, as those in scripts/recipes do")
-
-
-def complain(error: BaseException, exit_code: int = 1) -> int:
-    """Prints an error in one line; returns the exit code."""
-    rank = os.environ.get("RANK", "0")
-    prefix = f"error (rank {rank})" if rank != "0" else "error"
-    print(f"{prefix}: {error}", file=sys.stderr)
-    return exit_code
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]

@@ -21,20 +21,21 @@ from tqdm import tqdm
 from mixgrpo.assembly import FAMILIES
 from mixgrpo.config import flatten
 from mixgrpo.distributed import Process, process_group
+from mixgrpo.fingerprint import fingerprint, fingerprint_files
 from mixgrpo.inference.config import InferenceConfig, check, model_config, tuned_steps
 from mixgrpo.inference.folder import Picture, PictureFolder
 from mixgrpo.inference.memory import explain
 from mixgrpo.inference.tuned import Tuned, find_tuned, load_tuned
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
 from mixgrpo.models import Policy
-from mixgrpo.models.flux import require_parts
+from mixgrpo.models.flux import PARTS
+from mixgrpo.models.flux_text import require_parts
 from mixgrpo.noise import Noise
 from mixgrpo.pictures import to_bytes
 from mixgrpo.prompts import read_prompts
 from mixgrpo.revision import git_revision
 from mixgrpo.rollout import sample_ode
 from mixgrpo.types import TextEmbedding
-from mixgrpo.weight_files import fingerprint
 
 Block = list[Picture]  # pictures that go through the model together
 
@@ -73,17 +74,19 @@ def sample(config: InferenceConfig) -> Path:
 
 def settings_of(config: InferenceConfig, prompts: list[str]) -> dict[str, object]:
     """What the manifest says of how the pictures came about, dotted path -> value."""
-    model = [f for part in require_parts(config.model.path) for f in sorted(part.rglob("*"))]
+    model = "".join(map(fingerprint, require_parts(config.model.path, PARTS)))
     tuned = find_tuned(config)
     return {
         **flatten(config),
-        "fingerprints.model": fingerprint([file for file in model if file.is_file()]),
-        "fingerprints.checkpoint": fingerprint(tuned) if tuned else None,
-        "fingerprints.prompts": hashlib.blake2b(
-            "\n".join(prompts).encode(), digest_size=8
-        ).hexdigest(),
+        "fingerprints.model": _digest(model),
+        "fingerprints.checkpoint": fingerprint_files(tuned) if tuned else None,
+        "fingerprints.prompts": _digest("\n".join(prompts)),
         "revision": git_revision(),
     }
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _unfinished(folder: PictureFolder, size: int) -> list[Block]:
