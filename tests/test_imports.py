@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "mixgrpo.checkpoint": (),
     "mixgrpo.pictures": (),
     "mixgrpo.prompts": ("mixgrpo.noise",),
+    "mixgrpo.hpdv2": (),
+    "mixgrpo.downloads": ("mixgrpo.hpdv2",),
     "mixgrpo.tracking": ("mixgrpo.config",),
     "mixgrpo.rollout": ("mixgrpo.maths", "mixgrpo.noise", "mixgrpo.types"),
     "mixgrpo.update": ("mixgrpo.config", "mixgrpo.engines", "mixgrpo.maths", "mixgrpo.types"),

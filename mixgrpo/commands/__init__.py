@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "fine-tune a model by a recipe",
     "launch": "train in several processes: torchrun, with shorter errors",
+    "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }
 

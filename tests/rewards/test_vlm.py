@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import inspect
 import json
 import logging
 import math
@@ -10,15 +11,19 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mixgrpo.assembly import make_rewards
+from mixgrpo.commands.train import parse
 from mixgrpo.rewards import RewardError, build_reward, score
 from mixgrpo.rewards import chat as chat_module
 from mixgrpo.rewards.chat import Failure
+from mixgrpo.rewards.ocr import Ocr
 from mixgrpo.rewards.vlm import PATTERN, JudgeError, Vlm, read_score
 
 from . import tiny
@@ -134,6 +139,31 @@ def test_from_a_recipes_options(serve: Any) -> None:
     server = serve(replies())
     reward = build_reward("vlm", {"urls": server.url, "model": "judge"}, "cpu")
     assert score({"vlm": reward}, IMAGES, TEXTS, 3)["vlm"].tolist() == [3] * 4
+
+
+def test_the_readmes_recipe_builds(tmp_path: Path) -> None:
+    """As the train command reads it: the knobs and the options are the rewards' own."""
+    readme = Path(__file__).parents[2] / "README.md"
+    (block,) = re.findall(r"```yaml\n(rewards:\n.*?)```", readme.read_text(), re.DOTALL)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(block)
+    rewards = make_rewards(parse(["--recipe", str(recipe)]), torch.device("cpu"))
+    unified: Any = rewards["unified"]
+    assert unified.server.body["model"] == "UnifiedReward"
+    assert unified.server.concurrency == 32
+    assert unified.server.urls[1] == "http://judge-2:8080/v1/chat/completions"
+    assert isinstance(rewards["text"], Ocr)
+
+
+def test_the_readme_lists_every_option_and_its_default() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = readme.split("| option of `vlm` |")[1].split("\n\n")[0]
+    for name, parameter in inspect.signature(Vlm).parameters.items():
+        if name == "model":
+            continue  # a knob of every reward
+        (row,) = [line for line in table.splitlines() if f"`{name}`" in line.split("|")[1]]
+        if isinstance(parameter.default, int | float):
+            assert re.search(rf"\b{parameter.default:g}\b|false", row.split("|")[2])
 
 
 def test_no_picture_no_question(serve: Any) -> None:
