@@ -395,6 +395,13 @@ def test_the_deadline_counts_for_those_that_wait_for_a_slot(serve: Any) -> None:
     assert len(server.asked) == 2
 
 
+def test_waiting_for_a_slot_does_not_count_as_a_requests_time(serve: Any) -> None:
+    """Four replies of 0.4 s one after another, each allowed 1.2 s."""
+    server = serve(lambda asked, number: time.sleep(0.4) or says("Final Score: 2"))
+    reward = judge(server, concurrency=1, timeout=1.2, retries=0)
+    assert reward(IMAGES, TEXTS).tolist() == [2] * 4
+
+
 def test_connection_refused() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
