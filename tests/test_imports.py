@@ -39,6 +39,8 @@ MAY_IMPORT = {
     "mixgrpo.text": ("mixgrpo.config", "mixgrpo.embeddings", "mixgrpo.types"),
     "mixgrpo.pictures": (),
     "mixgrpo.prompts": ("mixgrpo.noise",),
+    "mixgrpo.hpdv2": (),
+    "mixgrpo.downloads": ("mixgrpo.hpdv2",),
     "mixgrpo.tracking": ("mixgrpo.config",),
     "mixgrpo.rollout": ("mixgrpo.maths", "mixgrpo.noise", "mixgrpo.types"),
     "mixgrpo.update": ("mixgrpo.config", "mixgrpo.engines", "mixgrpo.maths", "mixgrpo.types"),

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "fine-tune a model by a recipe",
     "preprocess": "encode prompts in advance, so that training needs no text encoder",
     "launch": "a command in several processes: torchrun, with shorter errors",
+    "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }
 

@@ -1,8 +1,8 @@
 """Rewards: one file per reward, a registry by name, and ``score`` to run them all.
 
 The published rewards run on batched tensors on the device, without a round trip through PIL:
-``hpsv2``, ``clip_score``, ``pickscore``, ``imagereward``, ``jpeg_size``; a user's own is named
-``package.module:callable``.
+``hpsv2``, ``clip_score``, ``pickscore``, ``imagereward``, ``jpeg_size``; so does ``ocr``, on the
+CPU; ``vlm`` asks a server; a user's own is named ``package.module:callable``.
 """
 
 from mixgrpo.rewards.protocol import Reward

@@ -19,6 +19,8 @@ KNOWN = {
     "pickscore": "mixgrpo.rewards.pickscore:PickScore",
     "imagereward": "mixgrpo.rewards.imagereward:ImageReward",
     "jpeg_size": "mixgrpo.rewards.jpeg_size:JpegSize",
+    "vlm": "mixgrpo.rewards.vlm:Vlm",
+    "ocr": "mixgrpo.rewards.ocr:Ocr",
 }
 
 
