@@ -6,7 +6,7 @@ The published rewards run on batched tensors on the device, without a round trip
 """
 
 from mixgrpo.rewards.protocol import Reward
-from mixgrpo.rewards.registry import build_reward
+from mixgrpo.rewards.registry import build_reward, find_reward
 from mixgrpo.rewards.scoring import RewardError, score
 
-__all__ = ["Reward", "RewardError", "build_reward", "score"]
+__all__ = ["Reward", "RewardError", "build_reward", "find_reward", "score"]
