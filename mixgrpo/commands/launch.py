@@ -1,4 +1,4 @@
-"""``python -m mixgrpo launch [torchrun's options] train [options]``: several processes at once.
+"""``python -m mixgrpo launch [torchrun's options] COMMAND [options]``: several processes at once.
 
 It is torchrun, but an error that a process has explained is not buried under the launcher's own.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import logging
 import signal
 import sys
 from collections.abc import Sequence
 
-from mixgrpo.commands.train import complain, parse
+from mixgrpo.commands.train import complain
 
+COMMANDS = ("train", "evaluate")  # those that know how to share their work
 PATIENCE = 900  # seconds
 
 
@@ -24,18 +26,20 @@ def run(arguments: Sequence[str]) -> int:
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
 
-    if "train" not in arguments:
+    command = next((word for word in arguments if word in COMMANDS), None)
+    if command is None:
         print(
             "error: no command to run; usage: python -m mixgrpo launch [--nproc_per_node N] "
-            "[torchrun's other options] train [options]",
+            f"[torchrun's other options] {'|'.join(COMMANDS)} [options]",
             file=sys.stderr,
         )
         return 2
+    parse = importlib.import_module(f"mixgrpo.commands.{command}").parse
     try:
-        parse(arguments[arguments.index("train") + 1 :])  # a mistyped knob is told of once
-    except (ValueError, FileNotFoundError) as error:
+        parse(arguments[arguments.index(command) + 1 :])  # a mistyped knob is told of once
+    except (ValueError, OSError) as error:
         return complain(error)
-    # torchrun takes "train" for the script's name; it is the first argument of this package.
+    # torchrun takes the command for the script's name; it is the first argument of this package.
     given: argparse.Namespace = get_args_parser().parse_args(["--module", *arguments])
     given.training_script_args = [given.training_script, *given.training_script_args]
     given.training_script = "mixgrpo"

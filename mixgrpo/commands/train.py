@@ -42,10 +42,7 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         return complain(error)
     except RuntimeError as error:
-        # Communication fails where another process has left; that one has said why.
-        if not re.search(r"gloo|NCCL", str(error)):
-            raise
-        return complain(ConnectionError(f"lost another process of this run: {_first_line(error)}"))
+        return complain(lost_process(error))
     return 0
 
 
@@ -153,6 +150,17 @@ def complain(error: BaseException, exit_code: int = 1) -> int:
     prefix = f"error (rank {rank})" if rank != "0" else "error"
     print(f"{prefix}: {error}", file=sys.stderr)
     return exit_code
+
+
+def lost_process(error: RuntimeError) -> ConnectionError:
+    """What to say where communication fails because another process has left, having said why.
+
+    Raises:
+        RuntimeError: ``error`` itself, if it is another.
+    """
+    if not re.search(r"gloo|NCCL", str(error)):
+        raise error
+    return ConnectionError(f"lost another process of this run: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:
