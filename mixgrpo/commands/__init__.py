@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "fine-tune a model by a recipe",
-    "launch": "train in several processes: torchrun, with shorter errors",
+    "evaluate": "score pictures of several models and compare them",
+    "launch": "a command in several processes: torchrun, with shorter errors",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }
 
