@@ -18,21 +18,42 @@ from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import dynamic_shift, flash_sigmas
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
 from mixgrpo.maths.window import WindowSchedule
-from mixgrpo.models import Policy
+from mixgrpo.models import Policy, Text
 from mixgrpo.models.flux import Flux
+from mixgrpo.models.flux_text import FluxText
 from mixgrpo.noise import Noise
 from mixgrpo.prompts import PromptBatch
 from mixgrpo.rewards import Reward, build_reward
 from mixgrpo.rollout import SamplingPlan
+from mixgrpo.text import open_stored
 from mixgrpo.types import Velocity, Window
 from mixgrpo.update import Objective
 
 FAMILIES = {"flux": Flux}
+ENCODERS = {"flux": FluxText}
 
 
-def make_policy(config: Config, device: torch.device) -> Policy:
-    """The model of the wanted family, loaded. Raises FileNotFoundError if a part is missing."""
-    return FAMILIES[config.model.family].load(config.model, device, config.run.seed)
+def make_policy(config: Config, device: torch.device, stored: Text | None = None) -> Policy:
+    """The model of the wanted family, loaded; ``stored`` embeddings replace its text encoders.
+
+    Raises:
+        FileNotFoundError: a part of it is missing.
+    """
+    return FAMILIES[config.model.family].load(
+        config.model, device, config.run.seed, config.text.placement, stored
+    )
+
+
+def make_stored_text(config: Config, prompts: list[str], device: torch.device) -> Text | None:
+    """The stored embeddings, checked to hold these prompts; None if prompts are encoded online.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``open_stored``.
+    """
+    if config.text.mode == "online":
+        return None
+    encoder = ENCODERS[config.model.family].identify(config.model)
+    return open_stored(config, encoder, prompts, device)
 
 
 def make_windows(config: Config) -> WindowSchedule:
@@ -73,6 +94,14 @@ def make_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"rewards.{name}: {error}") from error
     return rewards
+
+
+def reward_device(
+    config: Config, device: torch.device, while_scoring: bool = False
+) -> torch.device:
+    """Where the reward models are: with placement offload, on the device only to score."""
+    away = {"cpu"} if while_scoring else {"cpu", "offload"}
+    return torch.device("cpu") if config.scoring.placement in away else device
 
 
 def make_optimizer(

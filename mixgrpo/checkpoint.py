@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_PARTIAL = "partial_"
+from mixgrpo.disk import PARTIAL, flush
+
 _NAME_LENGTH = len("iteration_00000000")
 
 
@@ -57,15 +58,15 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         CheckpointError: it could not be written (a full disk, say); what was there is untouched.
     """
     name = _free_name(root, f"iteration_{checkpoint.iteration:08d}")
-    partial, final = root / f"{_PARTIAL}{name}", root / name
+    partial, final = root / f"{PARTIAL}{name}", root / name
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for abandoned in root.glob(f"{_PARTIAL}*"):
+        for abandoned in root.glob(f"{PARTIAL}*"):
             shutil.rmtree(abandoned)
         partial.mkdir()
         _write(partial, checkpoint)
         partial.rename(final)
-        _flush(root)
+        flush(root)
         _point(root, name)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -131,28 +132,19 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     }
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     for file in [*folder.iterdir(), folder]:
-        _flush(file)
+        flush(file)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _flush(path: Path) -> None:
-    """Until the disk has it, a rename may survive a crash that the contents do not."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _point(root: Path, name: str) -> None:
     pointer = root / "latest.partial"
     pointer.write_text(name + "\n")
-    _flush(pointer)
+    flush(pointer)
     os.replace(pointer, root / "latest")
-    _flush(root)
+    flush(root)
 
 
 def _free_name(root: Path, name: str) -> str:

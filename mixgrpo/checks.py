@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mixgrpo.config import Config, flatten
+from mixgrpo.config import Config, TextConfig, flatten
 
 # What a resumed run may change: nothing here alters the weights that training arrives at.
 MAY_CHANGE = (
@@ -13,7 +13,11 @@ MAY_CHANGE = (
     "run.folder",
     "run.resume",
     "run.threads",
+    "text.mode",  # stored embeddings are those of the encoders, to the last bit
+    "text.embeddings",
     "validation.every",
+    "validation.patience",
+    "scoring.max_failed",
     "checkpoint.",
     "log.",
 )
@@ -53,17 +57,33 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
             f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
             "--update.optimizer_steps to a divisor"
         )
+    yield from _text_complaints(config.text)
     if not config.rewards:
         yield "there is no reward; add one, as the recipes in scripts/recipes show"
     weights = {name: reward.weight for name, reward in config.rewards.items()}
     if config.rewards and (min(weights.values()) < 0 or not any(weights.values())):
         yield f"reward weights are {weights}; they must not be negative, and one must be positive"
+    if config.scoring.max_failed > 1:
+        yield f"scoring.max_failed is {config.scoring.max_failed}; it is a share, at most 1"
     if not 0 < config.tail.ratio <= 1:
         yield f"tail.ratio is {config.tail.ratio}; it must lie in (0, 1]"
     if not 1 <= config.tail.order <= 3:
         yield f"tail.order is {config.tail.order}; DPM-Solver++ has orders 1, 2 and 3"
     if not 0 <= config.ema.decay < 1:
         yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
+
+
+def _text_complaints(text: TextConfig) -> Iterator[str]:
+    if text.mode == "embeddings" and not text.embeddings:
+        yield (
+            "text.mode is 'embeddings', but no folder is given; set --text.embeddings to one that "
+            "`python -m mixgrpo preprocess` wrote"
+        )
+    if text.mode == "online" and text.embeddings:
+        yield (
+            f"text.embeddings is {text.embeddings!r}, but text.mode is 'online', which reads "
+            "none; set --text.mode embeddings"
+        )
 
 
 def _sampling_complaints(config: Config) -> Iterator[str]:
@@ -86,6 +106,7 @@ def _too_small(config: Config) -> Iterator[str]:
         "sampling.decode_batch": 1,
         "batch.prompts": 1,
         "scoring.micro_batch": 1,
+        "scoring.max_failed": 0,
         "update.optimizer_steps": 1,
         "update.micro_batch": 1,
         "update.clip": 1e-12,
@@ -100,6 +121,7 @@ def _too_small(config: Config) -> Iterator[str]:
         "validation.prompts": 0,
         "validation.steps": 2,
         "validation.pictures": 0,
+        "validation.patience": 0,
         "checkpoint.every": 0,
         "checkpoint.keep": 0,
         "advantage.clip": 1e-12,

@@ -60,6 +60,19 @@ class ModelConfig:
 
 
 @dataclass
+class TextConfig:
+    """Where the prompts' embeddings come from."""
+
+    mode: Literal["online", "embeddings"] = "online"
+    """online: the text encoders encode each iteration's prompts; embeddings: read from a folder"""
+    embeddings: str = ""
+    """embeddings: the folder that `python -m mixgrpo preprocess` wrote"""
+    placement: Literal["device", "cpu", "offload"] = "device"
+    """online: the text encoders stay on the device, or on the CPU and encode there, or come to the
+    device just for the encoding"""
+
+
+@dataclass
 class SamplingConfig:
     """How pictures are sampled in the rollout."""
 
@@ -158,7 +171,11 @@ class ScoringConfig:
     """How rewards are run."""
 
     micro_batch: int = 48
-    """pictures per call of a reward"""
+    """pictures per call of a reward; as soon as so many are sampled, they are scored"""
+    placement: Literal["device", "offload", "cpu"] = "device"
+    """the reward models stay where the policy is, are there only to score, or run on the CPU"""
+    max_failed: float = 0.5
+    """share of an iteration's pictures that a reward may fail on; beyond, training stops"""
 
 
 @dataclass
@@ -221,6 +238,9 @@ class ValidationConfig:
     """seed of the validation noise"""
     pictures: int = 16
     """pictures kept as files and shown in the grids"""
+    patience: int = 3
+    """validations in a row in which a held-out reward may fall while the trained ones rise, before
+    a warning of reward hacking; 0 never warns"""
 
 
 @dataclass
@@ -251,6 +271,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
     tail: TailConfig = field(default_factory=TailConfig)
@@ -266,8 +287,39 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted path -> value, as JSON would give it back (tuples are lists)."""
+@dataclass
+class EncoderConfig:
+    """The model whose text encoders are used."""
+
+    family: Literal["flux"] = "flux"
+    """model family"""
+    path: str = "data/models/FLUX.1-dev"
+    """diffusers pipeline folder with two text encoders and tokenizers"""
+    text_length: int = 512
+    """tokens that the T5 encoder sees; longer prompts are truncated, with a warning"""
+
+
+@dataclass
+class PreprocessConfig:
+    """Encoding prompts in advance."""
+
+    prompts_files: list[str]
+    """files of prompts, one a line, UTF-8; each distinct prompt is encoded once"""
+    output: str
+    """folder of the embeddings; prompts that it holds already are kept"""
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype of the encoders and of what is stored; training needs the same model.compute_dtype"""
+    shard_size: int = 64
+    """prompts in one file"""
+    threads: int = 0
+    """CPU threads per process; 0 leaves torch's choice, or an equal share under torchrun"""
+    progress: bool = True
+    """show a progress bar"""
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Dotted path -> value of any configuration, as JSON would give it back (tuples are lists)."""
     return dict(_leaves("", asdict(config)))
 
 

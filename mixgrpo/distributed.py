@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,10 @@ def process_group(threads: int) -> Iterator[Process]:
         yield Process(0, 1, device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # A group is destroyed with whoever held it last. DDP does so holding the interpreter's lock,
+    # joins gloo's threads, and hangs if one of these wants that lock; Python's own reference, kept
+    # here to the end, is given up without it.
+    atexit.register(lambda group: None, dist.group.WORLD)
     try:
         yield Process(rank, world_size, device)
     finally:

@@ -43,7 +43,12 @@ class SamplingPlan:
 
 @torch.no_grad()
 def rollout(
-    velocity: Velocity, text: TextEmbedding, plan: SamplingPlan, noise: Noise, micro_batch: int
+    velocity: Velocity,
+    text: TextEmbedding,
+    plan: SamplingPlan,
+    noise: Noise,
+    micro_batch: int,
+    finished: Callable[[Tensor, range], None] | None = None,
 ) -> Trajectory:
     """Samples G pictures for each of P prompts.
 
@@ -53,6 +58,8 @@ def rollout(
         plan: schedule, window, transition, tail.
         noise: initial noise and the noise of every stochastic step.
         micro_batch: samples in one model evaluation.
+        finished: called with final latents [b, S, C] and their rows, in order, as soon as they are
+            sampled: they can be decoded and scored while the next ones are on their way.
     """
     x = noise.initial()  # [P, S, C] if shared, else [B, S, C]
     spread = noise.samples if noise.shared else 1
@@ -65,18 +72,12 @@ def rollout(
 
     x, v = x.repeat_interleave(spread, 0), v.repeat_interleave(spread, 0)  # [B, S, C]
     group = torch.arange(len(text)).repeat_interleave(noise.samples)
-    branches = [
-        _branch(
-            velocity,
-            x[rows.start : rows.stop],
-            v[rows.start : rows.stop],
-            text[group[rows.start : rows.stop]],
-            plan,
-            noise,
-            rows,
-        )
-        for rows in _chunks(len(x), micro_batch)
-    ]
+    branches = []
+    for rows in _chunks(len(x), micro_batch):
+        part = slice(rows.start, rows.stop)
+        branches.append(_branch(velocity, x[part], v[part], text[group[part]], plan, noise, rows))
+        if finished:
+            finished(branches[-1][-1], rows)
     evaluations += len(x) * (plan.steps - plan.window.start - 1)
     states, means, final = (torch.cat(parts) for parts in zip(*branches, strict=True))
     return Trajectory(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from mixgrpo.config import Config
+from mixgrpo.hacking import hacking_warning
 from mixgrpo.pictures import before_after, reward_curves
 from mixgrpo.prompts import read_prompts
 from mixgrpo.tracking import read_metrics
@@ -25,6 +26,10 @@ def summarize(folder: Path, config: Config) -> str:
     if grid is not None:
         lines.append(f"before and after: {grid}")
     lines.append(f"trained model: {folder / 'model'}")
+    weights = {name: knobs.weight for name, knobs in config.rewards.items()}
+    warning = hacking_warning(history, weights, config.validation.patience)
+    if warning is not None:
+        lines.append(f"warning: {warning}")
     return "\n".join(lines)
 
 

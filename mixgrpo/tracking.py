@@ -22,19 +22,27 @@ from mixgrpo.config import Config, flatten
 
 
 class Phases:
-    """Seconds spent in each named phase since the last ``take``."""
+    """Seconds spent in each named phase since the last ``take``, without the phases inside it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
+        self._inside = 0.0  # seconds of the phases that ended inside the present one
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        outer, self._inside = self._inside, 0.0
         start = perf_counter()
         yield
         if self.device.type == "cuda":  # once per phase, so that its kernels are counted in it
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+            torch.cuda.current_stream(self.device).synchronize()
+        seconds = perf_counter() - start
+        self.add(name, seconds - self._inside)
+        self._inside = outer + seconds
+
+    def add(self, name: str, seconds: float) -> None:
+        """Counts seconds that were measured elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         taken, self.seconds = self.seconds, {}
@@ -110,6 +118,12 @@ class Tracker:
         """Prints without breaking the progress bar."""
         if self.active:
             tqdm.write(text)
+
+    def warn(self, title: str, text: str) -> None:
+        """Prints a warning, and raises an alert in wandb."""
+        self.say(f"warning: {text}")
+        if self.wandb:
+            self.wandb.alert(title=title, text=text)
 
     def close(self) -> None:
         if self.active:

@@ -26,8 +26,10 @@ from mixgrpo.assembly import (
     make_plan,
     make_policy,
     make_rewards,
+    make_stored_text,
     make_windows,
     resumed_checkpoint,
+    reward_device,
     shift_for,
 )
 from mixgrpo.checkpoint import Checkpoint
@@ -37,13 +39,21 @@ from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
 from mixgrpo.engines import Engine
 from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.hacking import hacking_warning
 from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.models import Policy
 from mixgrpo.prompts import PromptBatches, read_prompts
-from mixgrpo.rewards import Reward, score
+from mixgrpo.rewards import (
+    Reward,
+    RewardError,
+    ScoreStream,
+    Scoring,
+    check_failures,
+    resident,
+)
 from mixgrpo.rollout import rollout
-from mixgrpo.tracking import Phases, Tracker
+from mixgrpo.tracking import Phases, Tracker, read_metrics
 from mixgrpo.types import Scores, Trajectory, Window
 from mixgrpo.update import NonFiniteUpdate, update
 from mixgrpo.validation import Validation, Validator
@@ -73,8 +83,9 @@ def train(config: Config) -> Path:
         validation_prompts = read_prompts(
             config.validation.prompts_file, "validation.prompts_file"
         )[: config.validation.prompts or None]
-        rewards = make_rewards(config, process.device)
-        policy = make_policy(config, process.device)
+        stored = make_stored_text(config, prompts + validation_prompts, process.device)
+        rewards = make_rewards(config, reward_device(config, process.device))
+        policy = make_policy(config, process.device, stored)
         trainer = Trainer(config, process, windows, policy, rewards, prompts, validation_prompts)
         if resumed is not None:
             trainer.restore(resumed)
@@ -88,7 +99,7 @@ class Batch:
 
     trajectory: Trajectory
     texts: list[str]
-    scores: Scores
+    scoring: Scoring
 
 
 class Trainer:
@@ -145,7 +156,7 @@ class Trainer:
         window = self.windows.at(self.iteration)
         batch = self._sample(window)
         self._stop_if_asked()
-        scores = {name: self.engine.gather(values) for name, values in batch.scores.items()}
+        scores = self._gather(batch.scoring)
         advantages = self._advantages(scores)
         metrics = self._update(batch, advantages)
         self.iteration += 1
@@ -154,7 +165,7 @@ class Trainer:
         self._log(window, batch, scores, advantages, metrics)
 
     def _sample(self, window: Window) -> Batch:
-        """Rollout, decoding and scoring of this process's prompts."""
+        """Rollout of this process's prompts; pictures are scored while others are sampled."""
         config = self.config
         prompts = self.batches.at(self.iteration)
         with self.phases("text"):
@@ -162,17 +173,42 @@ class Trainer:
         noise = make_noise(
             config, prompts, self.iteration, self.policy.latent_shape, self.engine.device
         )
-        with self.phases("rollout"):
-            trajectory = rollout(
-                self.velocity, text, make_plan(config, window), noise, config.sampling.micro_batch
-            )
-        with self.phases("decode"):
-            parts = trajectory.final.split(config.sampling.decode_batch)
-            images = torch.cat([self.policy.decode(part) for part in parts])
         texts = [text for text in prompts.texts for _ in range(config.batch.samples)]
-        with self.phases("reward"):
-            scores = score(self.trained_rewards, images, texts, config.scoring.micro_batch)
-        return Batch(trajectory, prompts.texts, scores)
+        with resident(self.trained_rewards, config.scoring.placement, self.engine.device):
+            stream = self._score_stream()
+
+            def decode_and_score(latents: Tensor, rows: range) -> None:
+                with self.phases("decode"):
+                    parts = latents.split(config.sampling.decode_batch)
+                    images = torch.cat([self.policy.decode(part) for part in parts])
+                stream.submit(images, texts[rows.start : rows.stop])
+
+            with self.phases("rollout"):
+                plan, size = make_plan(config, window), config.sampling.micro_batch
+                trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
+            with self.phases("reward"):
+                scoring = stream.result()
+        self.phases.add("reward_hidden", stream.busy - stream.waited)
+        return Batch(trajectory, prompts.texts, scoring)
+
+    def _score_stream(self) -> ScoreStream:
+        device = reward_device(self.config, self.engine.device, while_scoring=True)
+        return ScoreStream(self.trained_rewards, self.config.scoring.micro_batch, device)
+
+    def _gather(self, scoring: Scoring) -> Scores:
+        """[world*B] scores of every process, on every process the same."""
+        local = {name: values.to(self.engine.device) for name, values in scoring.scores.items()}
+        scores = {name: self.engine.gather(values) for name, values in local.items()}
+        try:
+            check_failures(Scoring(scores, scoring.causes), self.config.scoring.max_failed)
+        except RewardError as error:
+            path = self._save()
+            raise TrainingStopped(
+                f"iteration {self.iteration + 1}: {error}; saved {path}; mend the reward or raise "
+                "--scoring.max_failed, then continue with --run.resume true",
+                exit_code=1,
+            ) from error
+        return scores
 
     def _advantages(self, scores: Scores) -> Tensor:
         """[world*B] advantages over the global batch, on every rank the same."""
@@ -248,7 +284,8 @@ class Trainer:
 
     def _validate(self) -> Validation:
         """Scores the fixed prompts, with and without the average; logs and keeps pictures."""
-        with self.phases("validation"):
+        rewards, placement = self.validator.rewards, self.config.scoring.placement
+        with self.phases("validation"), resident(rewards, placement, self.engine.device):
             plain = self.validator(self.engine, self.velocity)
             average = None
             if self.ema and self.iteration > 0:
@@ -259,10 +296,19 @@ class Trainer:
             record |= {f"validation_ema/{name}": value for name, value in average.means.items()}
         record["seconds/validation"] = self.phases.take()["validation"]
         self.tracker.log(self.iteration, record)
+        self._watch()
         if self.engine.rank == 0:
             plain.save_pictures(self.folder / "pictures" / f"iteration_{self.iteration:08d}")
             self.tracker.pictures(self.iteration, plain.pictures, plain.prompts)
         return plain
+
+    def _watch(self) -> None:
+        """Warns of reward hacking."""
+        weights = {name: knobs.weight for name, knobs in self.config.rewards.items()}
+        history = read_metrics(self.folder) if self.tracker.active else []
+        warning = hacking_warning(history, weights, self.config.validation.patience)
+        if warning:
+            self.tracker.warn("reward hacking", warning)
 
     def _finish(self) -> None:
         self._validate()

@@ -228,6 +228,7 @@ def test_an_unknown_key_on_the_command_line(complain):
             ["batch.samples (5)", "update.optimizer_steps (2)", "--batch.samples to 6"],
         ),
         ({"model__height": 60}, ["model.height is 60", "multiple of 16"]),
+        ({"scoring__max_failed": 1.5}, ["scoring.max_failed is 1.5", "at most 1"]),
         ({"rewards": {}}, ["no reward"]),
     ],
 )

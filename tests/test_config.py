@@ -230,6 +230,12 @@ COMPLAINTS = {
     "kl": ({"update.kl": -0.1}, 1, "update.kl is -0.1.*at least 0"),
     "keep": ({"checkpoint.keep": -1}, 1, "checkpoint.keep is -1.*at least 0"),
     "eta": ({"sampling.eta": 0.0}, 1, "eta.* 0.0"),
+    "no embeddings": ({"text.mode": "embeddings"}, 1, "no folder is given; set --text.embeddings"),
+    "unread embeddings": (
+        {"text.embeddings": "somewhere"},
+        1,
+        "text.embeddings is 'somewhere', but text.mode is 'online'.*--text.mode embeddings",
+    ),
     "cps": ({"sampling.transition": "cps", "sampling.eta": 1.2}, 1, "(cps.*1.2|1.2.*cps)"),
 }
 

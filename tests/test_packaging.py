@@ -375,6 +375,22 @@ def test_quickstart_fails_when_training_fails(tmp_path: Path) -> None:
     assert subprocess.call(wrapping("scripts/quickstart.sh", tmp_path, "exit 3")) == 3
 
 
+@pytest.mark.parametrize(("gpus", "chosen", "expected"), [(0, "", 1), (8, "", 8), (8, "3", 3)])
+def test_preprocessing_script(tmp_path: Path, gpus: int, chosen: str, expected: int) -> None:
+    command = wrapping("scripts/preprocess/preprocess_flux.sh", tmp_path, 'echo "$@"')
+    smi = tmp_path / "programs" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(f"#!/usr/bin/env bash\nfor ((i = 0; i < {gpus}; i++)); do echo GPU $i; done\n")
+    smi.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{smi.parent}:{os.environ['PATH']}", "PROCESSES": chosen}
+    words = [*command, "--output", "a b"]
+    said = subprocess.check_output(words, cwd="/", env=environment, text=True).splitlines()
+    started = f"-m mixgrpo launch --nproc_per_node {expected} preprocess --model.path data/models"
+    assert said[0] == "env_setup"
+    assert said[1].startswith(started)
+    assert said[1].endswith("--output data/embeddings/flux --output a b")
+
+
 def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
     command = wrapping("scripts/test.sh", tmp_path, 'echo "$OMP_NUM_THREADS $@"; pwd; exit 5')
     environment = {**os.environ, "OMP_NUM_THREADS": "7"}

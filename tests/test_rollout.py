@@ -114,6 +114,21 @@ def test_equals_the_plain_rollout(start: int, tail: str, shared: bool) -> None:
         assert relative_error(found.old_means, expected.means) < 1e-5
 
 
+def test_finished_pictures_are_handed_on_in_order_before_the_next_are_sampled() -> None:
+    net = Counted(SmallNet())
+    plan, noise = small_plan(8, 3, 2), small_noise(samples=3)
+    seen: list[tuple[range, Tensor, int]] = []
+
+    def finished(latents: Tensor, rows: range) -> None:
+        seen.append((rows, latents, net.evaluations))
+
+    found = rollout(net, small_text(2), plan, noise, 4, finished)
+    assert [rows for rows, _, _ in seen] == [range(4), range(4, 6)]
+    assert torch.equal(torch.cat([latents for _, latents, _ in seen]), found.final)
+    shared = 2 * 4  # both prompts, the steps before the window and its first
+    assert [count for _, _, count in seen] == [shared + 4 * 4, shared + 6 * 4]
+
+
 @pytest.mark.parametrize("order", [0, 2])
 def test_equals_the_plain_rollout_on_flux(order: int) -> None:
     flux = tiny_flux()

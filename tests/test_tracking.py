@@ -142,6 +142,18 @@ def test_phases_add_up_and_are_taken_once():
     assert phases.take() == {}
 
 
+def test_a_phase_leaves_out_the_ones_inside_it(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 4.0, 7.0, 10.0])  # rollout 0-10, in it decode 1-3 and 4-7
+    monkeypatch.setattr("mixgrpo.tracking.perf_counter", lambda: next(clock))
+    phases = Phases(torch.device("cpu"))
+    with phases("rollout"):
+        for _ in range(2):
+            with phases("decode"):
+                pass
+    phases.add("reward_hidden", 1.5)
+    assert phases.take() == {"decode": 5.0, "rollout": 5.0, "reward_hidden": 1.5}
+
+
 # ---- wandb
 
 

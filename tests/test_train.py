@@ -318,6 +318,40 @@ def test_a_reward_that_never_works_is_one_error(world, folder):
     assert not (folder / "checkpoints").exists()
 
 
+def test_a_reward_that_fails_too_often_stops_and_loses_nothing(world, folder):
+    rewards = {**REWARDS, "holes": RewardConfig(kind="tiny_world:sometimes_nan")}
+    knobs = {**QUICK, "run__iterations": 2, "rewards": rewards}
+    with pytest.raises(TrainingStopped, match=r"iteration 1: .*'holes' gave no score for 3 of 8"):
+        train_here(world.config(folder, **knobs, scoring__max_failed=0.3))
+    assert training_records(folder) == []
+    train_here(world.config(folder, **knobs, run__resume=True))
+    assert len(training_records(folder)) == 2
+
+
+def test_rewards_off_loaded_or_in_small_batches_train_the_same(straight, world, folder):
+    config = world.config(folder, scoring__placement="offload", scoring__micro_batch=3)
+    train_here(config)
+    assert without_times(records(folder)) == without_times(records(straight))
+    (first, *_) = training_records(folder)
+    assert first["seconds/reward"] >= 0
+    assert first["seconds/reward_hidden"] >= 0
+
+
+def test_falling_held_out_rewards_are_warned_of(world, folder, capsys):
+    """Redness is trained; its negative, which nobody trains on, falls as it rises."""
+    rewards = {
+        "redness": RewardConfig(kind="tiny_world:redness"),
+        "paleness": RewardConfig(kind="tiny_world:paleness", weight=0),
+    }
+    knobs = {"run__iterations": 3, "validation__every": 1, "validation__patience": 1}
+    train_here(world.config(folder, **knobs, rewards=rewards), summary=True)
+    validations = [r["validation/redness"] for r in records(folder) if "validation/redness" in r]
+    assert validations[-1] > validations[-2], "the run does not show what it is to show"
+    said = capsys.readouterr().out
+    assert "warning: the trained rewards rose over the last 1 validations" in said
+    assert "paleness" in said.splitlines()[-1]
+
+
 # ---- the reference policy
 
 

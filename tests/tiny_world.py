@@ -50,6 +50,10 @@ def redness(images: Tensor, texts: Sequence[str]) -> Tensor:
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
+def paleness(images: Tensor, texts: Sequence[str]) -> Tensor:
+    return -redness(images, texts)
+
+
 def contrast(images: Tensor, texts: Sequence[str]) -> Tensor:
     return images.std((1, 2, 3))
 

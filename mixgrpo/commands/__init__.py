@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "fine-tune a model by a recipe",
     "evaluate": "score pictures of several models and compare them",
+    "preprocess": "encode prompts in advance, so that training needs no text encoder",
     "launch": "a command in several processes: torchrun, with shorter errors",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         ["usage: python -m mixgrpo COMMAND [options]; COMMAND --help for its options", *lines]
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
-import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mixgrpo.commands.train import complain, lost_process
+from mixgrpo.commands.command_line import carry_out, complain
 from mixgrpo.commands.train import parse as parse_recipe
 from mixgrpo.config import Config, RewardConfig
 
@@ -88,18 +87,9 @@ def run(arguments: Sequence[str]) -> int:
     from mixgrpo.rewards import RewardError
 
     disable_progress_bar()
-    try:
-        _evaluate(request)
-    except KeyboardInterrupt:
-        kept = f"ended at once; {request.store.path} keeps what was scored"
-        return complain(KeyboardInterrupt(kept), 130)
-    except (ValueError, OSError, RewardError) as error:
-        if os.environ.get("MIXGRPO_TRACEBACK"):
-            traceback.print_exc()
-        return complain(error)
-    except RuntimeError as error:
-        return complain(lost_process(error))
-    return 0
+    expected = (ValueError, OSError, RewardError)
+    kept = f"{request.store.path} keeps what was scored"
+    return carry_out(partial(_evaluate, request), expected, kept)
 
 
 def _evaluate(request: Request) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import os
 import re
-import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
-import jsonargparse
-
+from mixgrpo.commands.command_line import (
+    carry_out,
+    complain,
+    new_parser,
+    no_such_knob,
+    read_words,
+    unknown_knob,
+)
 from mixgrpo.config import RECIPES, Config, RewardConfig, flatten
 
 
@@ -31,19 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     from mixgrpo.trainer import TrainingStopped, train
 
     disable_progress_bar()  # of each model part's loading; training has its own
-    try:
-        train(config)
-    except KeyboardInterrupt:
-        return complain(KeyboardInterrupt("ended at once; --run.resume true continues"), 130)
-    except TrainingStopped as stopped:
-        return complain(stopped, stopped.exit_code)
-    except (ValueError, OSError, CheckpointError, RewardError) as error:
-        if os.environ.get("MIXGRPO_TRACEBACK"):
-            traceback.print_exc()
-        return complain(error)
-    except RuntimeError as error:
-        return complain(lost_process(error))
-    return 0
+    expected = (ValueError, OSError, CheckpointError, RewardError, TrainingStopped)
+    return carry_out(partial(train, config), expected, "--run.resume true continues")
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -53,13 +45,7 @@ def parse(arguments: Sequence[str]) -> Config:
         FileNotFoundError: there is no such recipe.
         ValueError: a knob is unknown or has a wrong value.
     """
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m mixgrpo train",
-        allow_abbrev=False,  # a shortened name is a mistyped one
-        description="Fine-tunes a flow-matching model with MixGRPO.",
-        exit_on_error=False,
-    )
+    parser = new_parser("train", "Fine-tunes a flow-matching model with MixGRPO.")
     parser.add_argument(
         "--recipe",
         action="config",
@@ -67,37 +53,25 @@ def parse(arguments: Sequence[str]) -> Config:
     )
     parser.add_class_arguments(Config)
     words = _with_recipe_paths(list(arguments))
-    try:
-        values = parser.parse_args(words)
-    except argparse.ArgumentError as error:
-        message = _in_one_line(str(error))
-        if message.startswith("Problems parsing config"):
-            recipes = [word for word in words if word.startswith("--recipe=")]
-            message = f"{' '.join(recipes)} is no recipe: {message}"
-        raise ValueError(message) from error
-    built = parser.instantiate(values)
+    built = read_words(parser, words, partial(_in_one_line, words))
     return Config(**{field.name: built[field.name] for field in fields(Config)})
 
 
-def _in_one_line(message: str) -> str:
+def _in_one_line(words: list[str], text: str) -> str:
     """A parser's message, with the nearest knob where one was mistyped."""
-    text = " ".join(message.split())
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text) or re.search(
-        r"'([\w.]+)' does not accept option '([\w.]+)'", text
-    )
     known = list(flatten(Config()))
-    if unknown is not None:
-        knob = ".".join(unknown.groups())
-    elif (bad := re.search(r"[Oo]ption '(\w+)' is not accepted", text)) is not None:
+    knob = unknown_knob(text)
+    if knob is None and (bad := re.search(r"[Oo]ption '(\w+)' is not accepted", text)) is not None:
         knob = bad[1]
         if "RewardConfig" in text:
             knob = f"rewards.NAME.{knob}"
             known = [f"rewards.NAME.{field.name}" for field in fields(RewardConfig)]
-    else:
-        return text
-    nearest = difflib.get_close_matches(knob, known, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists them"
-    return f"there is no knob {knob}; {hint}"
+    if knob is not None:
+        return no_such_knob(knob, known)
+    if text.startswith("Problems parsing config"):
+        recipes = [word for word in words if word.startswith("--recipe=")]
+        return f"{' '.join(recipes)} is no recipe: {text}"
+    return text
 
 
 def _with_recipe_paths(arguments: list[str]) -> list[str]:
@@ -142,26 +116,3 @@ def _check_recipe(path: Path) -> None:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text; a recipe is YAML") from error
     raise ValueError(f"{path} is empty; a recipe sets knobs, as those in scripts/recipes do")
-
-
-def complain(error: BaseException, exit_code: int = 1) -> int:
-    """Prints an error in one line; returns the exit code."""
-    rank = os.environ.get("RANK", "0")
-    prefix = f"error (rank {rank})" if rank != "0" else "error"
-    print(f"{prefix}: {error}", file=sys.stderr)
-    return exit_code
-
-
-def lost_process(error: RuntimeError) -> ConnectionError:
-    """What to say where communication fails because another process has left, having said why.
-
-    Raises:
-        RuntimeError: ``error`` itself, if it is another.
-    """
-    if not re.search(r"gloo|NCCL", str(error)):
-        raise error
-    return ConnectionError(f"lost another process of this run: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]

@@ -11,8 +11,28 @@ from torch import Tensor, nn
 from mixgrpo.types import TextEmbedding, Velocity
 
 
-class Policy(Protocol):
-    """A generative model with its text encoders and decoder.
+class Text(Protocol):
+    """Where embeddings come from: text encoders, or a folder of stored ones."""
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Embeddings of N prompts, on the policy's device."""
+        ...
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts are longer than the text encoder takes."""
+        ...
+
+
+class TextEncoder(Text, Protocol):
+    """Text encoders."""
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Each prompt's tokens before truncation."""
+        ...
+
+
+class Policy(Text, Protocol):
+    """A generative model with its text and decoder.
 
     Attributes:
         module: the trained network; an engine may wrap it.
@@ -28,14 +48,6 @@ class Policy(Protocol):
 
     def reference(self) -> Velocity:
         """The velocity of the untrained model; to be taken before training starts."""
-        ...
-
-    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
-        """Embeddings of N prompts, on the policy's device."""
-        ...
-
-    def count_truncated(self, prompts: Sequence[str]) -> int:
-        """How many of the prompts are longer than the text encoder takes."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""FLUX from a diffusers pipeline folder: velocity, text, decoding, adapters, export."""
+"""FLUX from a diffusers pipeline folder: velocity, decoding, adapters, export."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import contextlib
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from mixgrpo.config import ModelConfig
+from mixgrpo.models import Text
+from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, open_pipeline, require_parts
 from mixgrpo.types import TextEmbedding, Velocity
 
-PARTS = (
-    "transformer", "vae", "text_encoder", "text_encoder_2",
-    "tokenizer", "tokenizer_2", "scheduler",
-)  # fmt: skip
+PARTS = ("transformer", "vae", *TEXT_PARTS, "scheduler")
 _BLOCKS = r"(single_)?transformer_blocks\.\d+\."
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
@@ -42,8 +39,17 @@ class Flux:
     are stored in ``compute_dtype``.
     """
 
-    def __init__(self, pipeline: FluxPipeline, config: ModelConfig, device: torch.device) -> None:
-        self.pipeline = pipeline.to(device)
+    def __init__(
+        self,
+        pipeline: FluxPipeline,
+        config: ModelConfig,
+        device: torch.device,
+        text: Text | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        pipeline.transformer.to(device)
+        pipeline.vae.to(device)
+        self.text = text or FluxText(pipeline, config.text_length, device, "device")
         self.config = config
         self.device = device
         self.compute_dtype = getattr(torch, config.compute_dtype)
@@ -58,33 +64,36 @@ class Flux:
         )
 
     @classmethod
-    def load(cls, config: ModelConfig, device: torch.device, seed: int) -> Flux:
+    def load(
+        cls,
+        config: ModelConfig,
+        device: torch.device,
+        seed: int,
+        text_placement: str = "device",
+        stored: Text | None = None,
+    ) -> Flux:
         """Loads a pipeline folder and makes the wanted weights trainable.
+
+        Args:
+            text_placement: where the text encoders are kept; see ``FluxText``.
+            stored: takes the text encoders' place; then they are not loaded.
 
         Raises:
             FileNotFoundError: the folder or one of its parts is missing.
         """
-        folder = Path(config.path)
-        for part in ("", "model_index.json", *PARTS):
-            if not (folder / part).exists():
-                raise FileNotFoundError(
-                    f"model.path is {str(folder)!r}, but {str(folder / part)!r} does not exist; "
-                    "set --model.path to a diffusers FLUX pipeline folder"
-                )
+        require_parts(config.path, PARTS)
         compute = getattr(torch, config.compute_dtype)
         trained = torch.float32 if config.train == "full" else compute
-        with _quiet():
-            pipeline = FluxPipeline.from_pretrained(
-                folder, dtype={"transformer": trained, "default": compute}
-            )
-        policy = cls(pipeline, config, device)
+        dtypes = {"transformer": trained, "default": compute}
+        pipeline = open_pipeline(config.path, dtypes, without=TEXT_PARTS if stored else ())
+        text = stored or FluxText(pipeline, config.text_length, device, text_placement)
+        policy = cls(pipeline, config, device, text)
         policy._make_trainable(seed)
         return policy
 
     def _make_trainable(self, seed: int) -> None:
         transformer = self.pipeline.transformer
-        for model in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
-            model.requires_grad_(False).eval()
+        self.pipeline.vae.requires_grad_(False).eval()
         if self.config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         transformer.train()
@@ -146,19 +155,11 @@ class Flux:
 
         return evaluate
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
-        with _quiet():  # diffusers would warn about each truncated prompt, each time
-            tokens, pooled, _ = self.pipeline.encode_prompt(
-                prompt=list(prompts),
-                device=self.device,
-                max_sequence_length=self.config.text_length,
-            )
-        return TextEmbedding(tokens, pooled)
+        return self.text.encode(prompts)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        lengths = map(len, self.pipeline.tokenizer_2(list(prompts), verbose=False).input_ids)
-        return sum(length > self.config.text_length for length in lengths)
+        return self.text.count_truncated(prompts)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -215,19 +216,3 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' warnings and progress bars."""
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-            library.enable_progress_bar()

@@ -7,6 +7,17 @@ The published rewards run on batched tensors on the device, without a round trip
 
 from mixgrpo.rewards.protocol import Reward
 from mixgrpo.rewards.registry import build_reward, find_reward
-from mixgrpo.rewards.scoring import RewardError, score
+from mixgrpo.rewards.scoring import RewardError, Scoring, check_failures, score
+from mixgrpo.rewards.stream import ScoreStream, resident
 
-__all__ = ["Reward", "RewardError", "build_reward", "find_reward", "score"]
+__all__ = [
+    "Reward",
+    "RewardError",
+    "ScoreStream",
+    "Scoring",
+    "build_reward",
+    "check_failures",
+    "find_reward",
+    "resident",
+    "score",
+]

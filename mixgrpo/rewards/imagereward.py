@@ -93,6 +93,10 @@ class ImageReward:
         raw = self.model(pixels, tokens["input_ids"], tokens["attention_mask"])  # [B]
         return (raw - SCORE_MEAN) / SCORE_STD
 
+    def to(self, device: torch.device) -> None:
+        """Moves the model."""
+        self.device, self.model = device, self.model.to(device)
+
     def pixels(self, images: Tensor) -> Tensor:
         """Shorter edge resized by bicubic, centre cropped, normalised as for CLIP."""
         size = self.vision.image_size

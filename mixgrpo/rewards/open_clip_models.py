@@ -12,7 +12,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,10 @@ class CosineReward:
     def image_features(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B, C] float32, of any length: the image's side."""
         return self.clip.image_features(self.pixels(images.to(self.clip.device)))
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model."""
+        self.clip = replace(self.clip, model=self.clip.model.to(device), device=device)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Preprocessing: images [B, 3, H, W] in [0, 1] -> the model's input [B, 3, S, S]."""

@@ -77,6 +77,10 @@ class PickScore:
         score = self.logit_scale * cosine_similarity(image, text)
         return (score - self.shift) / self.scale
 
+    def to(self, device: torch.device) -> None:
+        """Moves the model."""
+        self.device, self.model = device, self.model.to(device)
+
     def pixels(self, images: Tensor) -> Tensor:
         """The processor's own steps: shorter edge resized, centre cropped, normalised."""
         size, crop = dict(self.settings.size), dict(self.settings.crop_size)

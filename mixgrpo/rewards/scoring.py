@@ -21,7 +21,7 @@ _PROVEN: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class RewardError(RuntimeError):
-    """A reward has never worked: its configuration or code is at fault, not a sample."""
+    """A reward does not work: its configuration, code or service is at fault, not a sample."""
 
 
 class Failure(NamedTuple):
@@ -31,7 +31,13 @@ class Failure(NamedTuple):
     cause: Exception
 
 
-@torch.no_grad()
+class Scoring(NamedTuple):
+    """Scores by reward, [B] each, and for rewards that raised, the first thing they raised."""
+
+    scores: dict[str, Tensor]
+    causes: dict[str, str]
+
+
 def score(
     rewards: Mapping[str, Reward], images: Tensor, texts: Sequence[str], micro_batch: int
 ) -> dict[str, Tensor]:
@@ -44,19 +50,30 @@ def score(
         RewardError: a reward failed on every sample and has never worked before.
         ValueError: inputs that do not fit, or a reward that does not return [B] numbers.
     """
+    return score_and_tell(rewards, images, texts, micro_batch).scores
+
+
+@torch.no_grad()
+def score_and_tell(
+    rewards: Mapping[str, Reward], images: Tensor, texts: Sequence[str], micro_batch: int
+) -> Scoring:
+    """As ``score``, with the causes of failures."""
     _check_inputs(images, texts, micro_batch)
     finite = images.isfinite().flatten(1).all(1)
-    scores = {}
+    scored = Scoring({}, {})
     for name, reward in rewards.items():
-        values = _score_one(name, reward, images, list(texts), micro_batch)
-        scores[name] = values.masked_fill(~(finite & values.isfinite()), float("nan"))
-    return scores
+        values, failures = _score_one(name, reward, images, list(texts), micro_batch)
+        scored.scores[name] = values.masked_fill(~(finite & values.isfinite()), float("nan"))
+        if failures:
+            cause = failures[0].cause
+            scored.causes[name] = f"{type(cause).__name__}: {cause}"
+    return scored
 
 
 def _score_one(
     name: str, reward: Reward, images: Tensor, texts: list[str], micro_batch: int
-) -> Tensor:
-    """[B] float32, NaN where the reward raised."""
+) -> tuple[Tensor, list[Failure]]:
+    """[B] float32, NaN where the reward raised; and where it raised what."""
     values = torch.full([len(texts)], float("nan"), device=images.device)
     failures: list[Failure] = []
     starts = range(0, len(texts), micro_batch)
@@ -74,7 +91,19 @@ def _score_one(
             _PROVEN[id(reward)] = reward
     if failures:
         _report(name, reward, failures, len(starts))
-    return values
+    return values, failures
+
+
+def check_failures(scoring: Scoring, most: float) -> None:
+    """Raises RewardError if a reward gave no score for more than this share of the samples."""
+    for name, values in scoring.scores.items():
+        failed, count = int(values.isnan().sum()), values.numel()
+        if failed > most * count:
+            cause = scoring.causes.get(name, "the log above or another process's says why")
+            raise RewardError(
+                f"reward {name!r} gave no score for {failed} of {count} pictures, more than "
+                f"scoring.max_failed ({most:g}) of them: {cause}"
+            )
 
 
 def _report(name: str, reward: Reward, failures: list[Failure], micro_batches: int) -> None:

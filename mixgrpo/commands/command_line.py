@@ -1,0 +1,92 @@
+"""What the commands share: knobs from words, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+
+import jsonargparse
+
+
+def new_parser(command: str, description: str) -> jsonargparse.ArgumentParser:
+    """A parser that takes knobs from dataclasses, with their texts, and shortens no name."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return jsonargparse.ArgumentParser(
+        prog=f"python -m mixgrpo {command}",
+        allow_abbrev=False,  # a shortened name is a mistyped one
+        description=description,
+        exit_on_error=False,
+    )
+
+
+def read_words(
+    parser: jsonargparse.ArgumentParser,
+    words: Sequence[str],
+    one_line: Callable[[str], str],
+) -> jsonargparse.Namespace:
+    """The parsed and instantiated words.
+
+    Args:
+        one_line: makes the parser's message one line that helps.
+
+    Raises:
+        ValueError: a knob is unknown or has a wrong value.
+    """
+    try:
+        return parser.instantiate(parser.parse_args(list(words)))
+    except argparse.ArgumentError as error:
+        raise ValueError(one_line(" ".join(str(error).split()))) from error
+
+
+def unknown_knob(message: str) -> str | None:
+    """The dotted path of the knob that a parser's message calls unknown."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
+        r"'([\w.]+)' does not accept option '([\w.]+)'", message
+    )
+    return ".".join(unknown.groups()) if unknown else None
+
+
+def no_such_knob(knob: str, known: Iterable[str]) -> str:
+    """The message for a mistyped knob, with the nearest that there is."""
+    nearest = difflib.get_close_matches(knob, list(known), n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists them"
+    return f"there is no knob {knob}; {hint}"
+
+
+def carry_out(
+    action: Callable[[], object], expected: tuple[type[Exception], ...], how_to_continue: str
+) -> int:
+    """Runs a command's action; returns the exit code. Expected errors are told in one line.
+
+    Args:
+        expected: errors that explain themselves; an ``exit_code`` of theirs is the command's.
+        how_to_continue: told after Ctrl-C.
+    """
+    try:
+        action()
+    except KeyboardInterrupt:
+        return complain(KeyboardInterrupt(f"ended at once; {how_to_continue}"), 130)
+    except expected as error:
+        if os.environ.get("MIXGRPO_TRACEBACK"):
+            traceback.print_exc()
+        return complain(error, getattr(error, "exit_code", 1))
+    except RuntimeError as error:
+        # Communication fails where another process has left; that one has said why.
+        if not re.search(r"gloo|NCCL", str(error)):
+            raise
+        first_line = str(error).splitlines()[0]
+        return complain(ConnectionError(f"lost another process of this run: {first_line}"))
+    return 0
+
+
+def complain(error: BaseException, exit_code: int = 1) -> int:
+    """Prints an error in one line; returns the exit code."""
+    rank = os.environ.get("RANK", "0")
+    prefix = f"error (rank {rank})" if rank != "0" else "error"
+    print(f"{prefix}: {error}", file=sys.stderr)
+    return exit_code

@@ -1,0 +1,188 @@
+"""Stored text embeddings: a folder of shards, and the index that says what is where.
+
+``shard_00000.safetensors`` holds ``tokens`` [n, L, C_text] and ``pooled`` [n, C_pooled] of n
+prompts. ``index.json`` names the encoder, every shard's prompts, and for finished shards the
+checksums. Until the index takes it over, a finished shard's record lies beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mixgrpo.disk import write_whole
+from mixgrpo.types import TextEmbedding
+
+Encoder = dict[str, str | int]  # what decides an embedding -> its digest or value
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a finished shard.
+
+    Attributes:
+        size: bytes of the file.
+        checksum: BLAKE2b of the file.
+        digests: BLAKE2b of each prompt's values, so that reading one need not read all.
+        lengths: each prompt's tokens before truncation.
+    """
+
+    size: int
+    checksum: str
+    digests: list[str]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The prompts of one file; without a record it is yet to be made."""
+
+    prompts: list[str]
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
+class Index:
+    """All shards of a folder, in order, and the encoder that made them."""
+
+    encoder: Encoder
+    shards: list[Shard]
+
+    def extended(self, prompts: Iterable[str], shard_size: int) -> Index:
+        """With new shards for those of the prompts that are not in it yet, each once."""
+        known = {prompt for shard in self.shards for prompt in shard.prompts}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        parts = [new[start : start + shard_size] for start in range(0, len(new), shard_size)]
+        return Index(self.encoder, [*self.shards, *map(Shard, parts)])
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard_{number:05d}.safetensors"
+
+
+def _record_path(folder: Path, number: int) -> Path:
+    return folder / f"shard_{number:05d}.json"
+
+
+def read_index(folder: Path) -> Index | None:
+    """The folder's index; None if it has none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = folder / "index.json"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        shards = [
+            Shard(shard["prompts"], shard["record"] and Record(**shard["record"]))
+            for shard in found["shards"]
+        ]
+        return Index(dict(found["encoder"]), shards)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as an index of embeddings ({error}); delete {folder} and make "
+            "the embeddings again"
+        ) from error
+
+
+def write_index(folder: Path, index: Index) -> None:
+    _write_json(folder / "index.json", asdict(index))
+
+
+def _write_json(path: Path, content: object) -> None:
+    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_shard(folder: Path, number: int, text: TextEmbedding, lengths: list[int]) -> None:
+    """Writes the embeddings of one shard's prompts, and its record.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    path = shard_path(folder, number)
+    tensors = {"tokens": text.tokens.cpu().contiguous(), "pooled": text.pooled.cpu().contiguous()}
+    _record_path(folder, number).unlink(missing_ok=True)
+    data = save(tensors)  # not save_file, whose files are for their owner's eyes alone
+    write_whole(path, lambda partial: partial.write_bytes(data))
+    digests = [_digest(*row) for row in zip(tensors["tokens"], tensors["pooled"], strict=True)]
+    record = Record(len(data), _new_digest(data).hexdigest(), digests, lengths)
+    _write_json(_record_path(folder, number), asdict(record))
+
+
+def finished_record(folder: Path, number: int, shard: Shard) -> Record | None:
+    """The record beside a shard, else the index's; None if the file is not what it says."""
+    beside, path = _record_path(folder, number), shard_path(folder, number)
+    record = Record(**json.loads(beside.read_text())) if beside.exists() else shard.record
+    whole = record is not None and path.exists() and path.stat().st_size == record.size
+    return record if record and whole and _checksum(path) == record.checksum else None
+
+
+def take_records(folder: Path, index: Index) -> Index:
+    """Puts into the index, and there alone, the records that lie beside the shards."""
+    beside = {number: _record_path(folder, number) for number in range(len(index.shards))}
+    found = {number: path for number, path in beside.items() if path.exists()}
+    read = {number: Record(**json.loads(path.read_text())) for number, path in found.items()}
+    shards = [
+        Shard(shard.prompts, read.get(number, shard.record))
+        for number, shard in enumerate(index.shards)
+    ]
+    complete = Index(index.encoder, shards)
+    if complete != index:
+        write_index(folder, complete)
+    for path in found.values():
+        os.remove(path)
+    return complete
+
+
+def read_row(folder: Path, number: int, shard: Shard, row: int) -> TextEmbedding:
+    """Reads one prompt of a finished shard alone, and checks it; N = 1.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    path = shard_path(folder, number)
+    assert shard.record is not None
+    try:
+        with safe_open(path, "pt") as opened:
+            tokens, pooled = (
+                opened.get_slice(name)[row : row + 1].clone() for name in ("tokens", "pooled")
+            )
+    except (SafetensorError, OSError, IndexError) as error:
+        raise ValueError(f"{path} is damaged ({_first_line(error)})") from error
+    if _digest(tokens[0], pooled[0]) != shard.record.digests[row]:
+        raise ValueError(
+            f"{path} is damaged: the embedding of {shard.prompts[row]!r} is not what was stored"
+        )
+    return TextEmbedding(tokens, pooled)
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = _new_digest()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _new_digest(data: bytes = b"") -> hashlib.blake2b:
+    return hashlib.blake2b(data, digest_size=16)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _new_digest).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,187 @@
+"""Encoding prompts in advance, by any number of processes, resumable."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from mixgrpo.assembly import ENCODERS
+from mixgrpo.config import ModelConfig, PreprocessConfig
+from mixgrpo.disk import PARTIAL
+from mixgrpo.distributed import Process, process_group
+from mixgrpo.embeddings import (
+    Encoder,
+    Index,
+    finished_record,
+    read_index,
+    shard_path,
+    take_records,
+    write_index,
+    write_shard,
+)
+from mixgrpo.models import TextEncoder
+from mixgrpo.prompts import read_prompts
+from mixgrpo.types import TextEmbedding
+
+GIB = 2**30
+
+
+def preprocess(config: PreprocessConfig) -> None:
+    """Encodes the files' prompts into the output folder; what is there and whole is kept.
+
+    Raises:
+        ValueError, FileNotFoundError: something that the user can mend, before anything is loaded.
+        OSError: a shard could not be written.
+    """
+    with process_group(config.threads) as process:
+        _check(config)
+        files = [read_prompts(path, "prompts_files") for path in config.prompts_files]
+        model, family = _model(config), ENCODERS[config.model.family]
+        folder = Path(config.output)
+        before = _read_before(folder, family.identify(model))
+        index = before.extended([prompt for file in files for prompt in file], config.shard_size)
+        _check_space(folder, index, family.bytes_per_prompt(model))
+        if process.rank == 0:
+            _prepare(folder, before, index)
+        _wait(process)
+        load = functools.cache(functools.partial(family.load, model, process.device))
+        _make_shards(folder, index, load, process, config.progress)
+        _wait(process)
+        if process.rank == 0:
+            _tell(folder, take_records(folder, index), config.model.text_length)
+
+
+def _check(config: PreprocessConfig) -> None:
+    for key, value in (
+        ("shard_size", config.shard_size),
+        ("model.text_length", config.model.text_length),
+    ):
+        if value < 1:
+            raise ValueError(f"{key} is {value}; it must be at least 1")
+
+
+def _model(config: PreprocessConfig) -> ModelConfig:
+    return ModelConfig(
+        family=config.model.family,
+        path=config.model.path,
+        text_length=config.model.text_length,
+        compute_dtype=config.dtype,
+    )
+
+
+def _read_before(folder: Path, encoder: Encoder) -> Index:
+    """The folder's index as it is, or an empty one.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    index, has_shards = read_index(folder), any(folder.glob("shard_*"))
+    if not has_shards and (index is None or index.encoder != encoder):
+        return Index(encoder, [])
+    if index is None:
+        raise ValueError(
+            f"output is {str(folder)!r}, which holds shards but no index.json to say what is in "
+            "them; delete them, or choose another --output"
+        )
+    differing = [key for key, value in encoder.items() if index.encoder.get(key) != value]
+    if differing:
+        raise ValueError(
+            f"output is {str(folder)!r}, which holds embeddings made with another "
+            f"{', another '.join(differing)}; delete it, or choose another --output"
+        )
+    return index
+
+
+def _check_space(folder: Path, index: Index, bytes_per_prompt: int) -> None:
+    missing = [
+        len(shard.prompts)
+        for number, shard in enumerate(index.shards)
+        if not shard_path(folder, number).exists()
+    ]
+    needed = sum(missing) * bytes_per_prompt
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"output is {str(folder)!r}: the embeddings of {sum(missing)} prompts take "
+            f"{needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free there; free some disk space, "
+            "or choose another --output"
+        )
+
+
+def _prepare(folder: Path, before: Index, index: Index) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(f"{PARTIAL}*"):
+        abandoned.unlink()
+    if index != before or not before.shards:
+        write_index(folder, index)
+
+
+def _wait(process: Process) -> None:
+    if process.world_size > 1:
+        dist.barrier()
+
+
+def _make_shards(
+    folder: Path,
+    index: Index,
+    load: Callable[[], TextEncoder],
+    process: Process,
+    progress: bool,
+) -> None:
+    """Makes every world_size-th shard, unless it is there and whole."""
+    mine = range(process.rank, len(index.shards), process.world_size)
+    bar = tqdm(
+        total=sum(len(index.shards[number].prompts) for number in mine),
+        unit="prompt",
+        desc="encoding" if process.world_size == 1 else f"encoding, 1/{process.world_size} of all",
+        disable=not progress or process.rank != 0,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )
+    with bar:
+        for number in mine:
+            shard = index.shards[number]
+            if finished_record(folder, number, shard) is not None:
+                bar.update(len(shard.prompts))
+                continue
+            _make_shard(folder, number, shard.prompts, load(), bar)
+
+
+def _make_shard(
+    folder: Path, number: int, prompts: list[str], encoder: TextEncoder, bar: tqdm
+) -> None:
+    each = []
+    for prompt in prompts:
+        each.append(encoder.encode([prompt]).to(torch.device("cpu")))
+        bar.update()
+    text = TextEmbedding(torch.cat([e.tokens for e in each]), torch.cat([e.pooled for e in each]))
+    try:
+        write_shard(folder, number, text, encoder.lengths(prompts))
+    except OSError as error:
+        raise OSError(
+            f"{shard_path(folder, number)} could not be written ({error}); free some disk space, "
+            "then run the same command again: finished shards are kept"
+        ) from error
+
+
+def _tell(folder: Path, index: Index, text_length: int) -> None:
+    records = [shard.record for shard in index.shards if shard.record]
+    lengths = [length for record in records for length in record.lengths]
+    size = sum(record.size for record in records) / GIB
+    truncated = sum(length > text_length for length in lengths)
+    if truncated:
+        print(
+            f"warning: {truncated} of {len(lengths)} prompts are longer than the text encoder "
+            "takes and are truncated"
+        )
+    print(
+        f"{len(lengths)} prompts in {len(records)} shards, {size:.3f} GiB, in {folder}; "
+        f"train with --text.mode embeddings --text.embeddings {folder}"
+    )

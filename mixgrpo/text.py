@@ -1,0 +1,137 @@
+"""Stored embeddings in the text encoders' place."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixgrpo.config import Config
+from mixgrpo.embeddings import Encoder, Index, read_index, read_row, shard_path
+from mixgrpo.types import TextEmbedding
+
+
+class StoredText:
+    """See ``mixgrpo.models.Text``. Reads the wanted prompts' embeddings and no others.
+
+    Args:
+        folder: what ``python -m mixgrpo preprocess`` wrote.
+        index: its index, all shards finished.
+        device: where embeddings are wanted.
+        remedy: the command that makes the embeddings again, for messages.
+    """
+
+    def __init__(self, folder: Path, index: Index, device: torch.device, remedy: str) -> None:
+        self.folder = folder
+        self.index = index
+        self.device = device
+        self.remedy = remedy
+        self.places = {
+            prompt: (number, row)
+            for number, shard in enumerate(index.shards)
+            for row, prompt in enumerate(shard.prompts)
+        }
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        each = [self._read(*self.places[prompt]) for prompt in prompts]
+        return TextEmbedding(
+            self._to_device(torch.cat([text.tokens for text in each])),
+            self._to_device(torch.cat([text.pooled for text in each])),
+        )
+
+    def _read(self, number: int, row: int) -> TextEmbedding:
+        try:
+            return read_row(self.folder, number, self.index.shards[number], row)
+        except ValueError as error:
+            raise ValueError(f"{error}; make it again with: {self.remedy}") from error
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            values = values.pin_memory()  # only from there does a copy not make the host wait
+        return values.to(self.device, non_blocking=True)
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        limit = int(self.index.encoder["text_length"])
+        return sum(self._length(*self.places[prompt]) > limit for prompt in prompts)
+
+    def _length(self, number: int, row: int) -> int:
+        record = self.index.shards[number].record
+        assert record is not None
+        return record.lengths[row]
+
+    def check_shards(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError if a shard that these prompts need is missing or cut short."""
+        for number in sorted({self.places[prompt][0] for prompt in prompts}):
+            path, record = shard_path(self.folder, number), self.index.shards[number].record
+            assert record is not None
+            size = path.stat().st_size if path.exists() else 0
+            if size != record.size:
+                raise ValueError(
+                    f"{path} has {size} bytes instead of {record.size}; make it again with: "
+                    f"{self.remedy}"
+                )
+
+
+def open_stored(
+    config: Config, encoder: Encoder, prompts: Sequence[str], device: torch.device
+) -> StoredText:
+    """The embeddings in ``text.embeddings``, checked against the model and the prompts.
+
+    Args:
+        encoder: what decides embeddings in the run's own model.
+        prompts: every prompt that the run will need.
+
+    Raises:
+        FileNotFoundError: the folder holds no embeddings.
+        ValueError: they are another encoder's, unfinished or damaged, or prompts are missing.
+    """
+    folder, remedy = Path(config.text.embeddings), preprocess_command(config)
+    index = read_index(folder)
+    if index is None:
+        raise FileNotFoundError(
+            f"text.embeddings is {str(folder)!r}, which holds no index.json; make it with: {remedy}"
+        )
+    _check_encoder(folder, index.encoder, encoder)
+    unfinished = sum(shard.record is None for shard in index.shards)
+    if unfinished:
+        raise ValueError(
+            f"text.embeddings is {str(folder)!r}, of whose {len(index.shards)} shards {unfinished} "
+            f"are not finished; finish them with: {remedy}"
+        )
+    stored = StoredText(folder, index, device, remedy)
+    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in stored.places]
+    if missing:
+        raise ValueError(
+            f"text.embeddings is {str(folder)!r}, which lacks {len(missing)} of "
+            f"{len(set(prompts))} training and validation prompts, the first of them "
+            f"{missing[0]!r}; add them with: {remedy}"
+        )
+    stored.check_shards(prompts)
+    return stored
+
+
+def _check_encoder(folder: Path, theirs: Encoder, ours: Encoder) -> None:
+    differing = [
+        f"{key} ({theirs.get(key)} there, {value} here)"
+        for key, value in ours.items()
+        if theirs.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"text.embeddings is {str(folder)!r}, whose embeddings were made with another "
+            f"{', another '.join(differing)}; set --model.path, --model.text_length and "
+            "--model.compute_dtype to what they were made with (there: --dtype), or make others "
+            "with `python -m mixgrpo preprocess` in another --output"
+        )
+
+
+def preprocess_command(config: Config) -> str:
+    """The command that makes the embeddings that a run needs."""
+    files = dict.fromkeys([config.batch.prompts_file, config.validation.prompts_file])
+    words = ["python", "-m", "mixgrpo", "preprocess", "--model.path", config.model.path]
+    words += ["--model.text_length", str(config.model.text_length)]
+    words += ["--dtype", config.model.compute_dtype, "--prompts_files", *files]
+    return shlex.join([*words, "--output", config.text.embeddings])

@@ -1,0 +1,118 @@
+"""Scores from the rewards' own thread are those of one call; pictures do not wait for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixgrpo.rewards import RewardError, ScoreStream, Scoring, check_failures, resident, score
+
+CPU = torch.device("cpu")
+IMAGES = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+TEXTS = list("abcdefg")
+
+
+class Batches:
+    """A reward whose score depends on the whole call, and which remembers its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        self.calls.append("".join(texts))
+        return images.mean((1, 2, 3)) + images.std()
+
+
+def streamed(rewards: dict, micro_batch: int, sizes: Sequence[int]) -> Scoring:
+    stream = ScoreStream(rewards, micro_batch, CPU)
+    texts = iter(TEXTS)
+    for images in IMAGES.split(list(sizes)):
+        stream.submit(images, [next(texts) for _ in images])
+    return stream.result()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 3, 1), (2, 5)])
+def test_equals_one_call_whatever_the_pieces(micro_batch: int, sizes: tuple[int, ...]) -> None:
+    whole, pieces = Batches(), Batches()
+    expected = score({"z": whole, "a": whole}, IMAGES, TEXTS, micro_batch)
+    found = streamed({"z": pieces, "a": pieces}, micro_batch, sizes).scores
+    assert list(found) == ["z", "a"]
+    for name, values in expected.items():
+        assert torch.equal(found[name], values)
+    assert sorted(pieces.calls) == sorted(whole.calls)
+
+
+def test_pictures_do_not_wait_for_their_scores() -> None:
+    """Everything is submitted while the reward is still held in its first call."""
+    held = threading.Event()
+
+    def slow(images: Tensor, texts: Sequence[str]) -> Tensor:
+        assert held.wait(30)
+        return torch.ones(len(images))
+
+    stream = ScoreStream({"slow": slow}, 1, CPU)
+    for i in range(7):
+        stream.submit(IMAGES[i : i + 1], TEXTS[i : i + 1])
+    held.set()
+    assert stream.result().scores["slow"].tolist() == [1.0] * 7
+    assert stream.busy > 0
+    assert stream.waited > 0
+
+
+def test_what_a_reward_raises_comes_out_of_result() -> None:
+    def broken(images: Tensor, texts: Sequence[str]) -> Tensor:
+        raise ConnectionError("away")
+
+    with pytest.raises(RewardError, match=r"'broken' failed .* ConnectionError: away"):
+        streamed({"broken": broken}, 2, (7,))
+
+
+def test_a_failed_micro_batch_is_nan_and_its_cause_is_known() -> None:
+    def picky(images: Tensor, texts: Sequence[str]) -> Tensor:
+        if "c" in texts:
+            raise TimeoutError("too slow")
+        return torch.ones(len(images))
+
+    found = streamed({"picky": picky}, 2, (3, 4))
+    assert found.scores["picky"].isnan().tolist() == [False, False, True, True] + [False] * 3
+    assert found.causes == {"picky": "TimeoutError: too slow"}
+
+
+def test_nothing_submitted_gives_no_scores() -> None:
+    assert ScoreStream({"r": Batches()}, 2, CPU).result().scores["r"].shape == (0,)
+
+
+def test_a_reward_that_fails_too_often_is_an_error_with_its_cause() -> None:
+    half = Scoring({"r": torch.tensor([1.0, torch.nan])}, {"r": "TimeoutError: too slow"})
+    check_failures(half, 0.5)
+    with pytest.raises(RewardError, match=r"'r' gave no score for 1 of 2.*0\.4\).*too slow"):
+        check_failures(half, 0.4)
+    with pytest.raises(RewardError, match="the log above"):
+        check_failures(Scoring(half.scores, {}), 0)
+
+
+class Movable:
+    def __init__(self) -> None:
+        self.device = CPU
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+
+
+def test_off_loaded_rewards_are_on_the_device_only_to_score() -> None:
+    movable, meta = Movable(), torch.device("meta")
+    rewards = {"movable": movable, "function": Batches()}
+    with resident(rewards, "offload", meta):
+        assert movable.device == meta
+    assert movable.device == CPU
+    with pytest.raises(KeyError), resident(rewards, "offload", meta):
+        raise KeyError
+    assert movable.device == CPU
+    for placement in ("device", "cpu"):
+        with resident(rewards, placement, meta):
+            assert movable.device == CPU
