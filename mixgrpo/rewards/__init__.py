@@ -6,7 +6,7 @@ CPU; ``vlm`` asks a server; a user's own is named ``package.module:callable``.
 """
 
 from mixgrpo.rewards.protocol import Reward
-from mixgrpo.rewards.registry import build_reward
+from mixgrpo.rewards.registry import build_reward, find_reward
 from mixgrpo.rewards.scoring import RewardError, Scoring, check_failures, score
 from mixgrpo.rewards.stream import ScoreStream, resident
 
@@ -17,6 +17,7 @@ __all__ = [
     "Scoring",
     "build_reward",
     "check_failures",
+    "find_reward",
     "resident",
     "score",
 ]
