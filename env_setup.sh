@@ -10,7 +10,7 @@
 #                    set to nothing to go back to pip's own index
 set -euo pipefail
 
-NEEDED_GB=9 # .venv 5.4, downloads while they are being unpacked 1.3, pip's cache of them 2.6
+NEEDED_GB=10 # .venv 5.7, downloads while they are being unpacked 1.3, pip's cache of them 2.7
 
 [[ ${PYTHON:-} == [!/]*/* ]] && PYTHON=$PWD/$PYTHON
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"

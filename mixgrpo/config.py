@@ -155,15 +155,17 @@ class RewardConfig:
     """One reward. Those with weight 0 are held out: scored in validation, never trained on."""
 
     kind: str
-    """hpsv2, clip_score, pickscore, imagereward, jpeg_size, or your own package.module:callable"""
+    """hpsv2, clip_score, pickscore, imagereward, jpeg_size, vlm (a vision-language judge behind an
+    HTTP endpoint), ocr (text drawn in the picture), or your own package.module:callable"""
     weight: float = 1.0
     """share in the advantage; the weights are normalised to 1"""
     model: str | None = None
-    """architecture name or model folder"""
+    """architecture name or model folder; vlm: the model's name on its server"""
     checkpoint: str | None = None
     """file with the weights"""
     options: dict[str, Any] = field(default_factory=dict)
-    """further options of this kind: dtype; tokenizer or processor, where not in the model folder"""
+    """further options of this kind: dtype; tokenizer or processor, where not in the model folder;
+    those of vlm and ocr are in the README"""
 
 
 @dataclass

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+T = TypeVar("T")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+ROUND = 8  # items that each process works on before results are gathered
 
 
 @dataclass(frozen=True)
@@ -51,3 +59,36 @@ def process_group(threads: int) -> Iterator[Process]:
         yield Process(rank, world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def gather_objects(process: Process, value: T) -> list[T]:
+    """Every process's value, in the order of their ranks, on every process."""
+    if process.world_size == 1:
+        return [value]
+    gathered: list[T | None] = [None] * process.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered  # type: ignore[return-value]
+
+
+def spread(
+    process: Process,
+    items: Sequence[T],
+    do: Callable[[T], dict[Key, Value]],
+    label: str | None = None,
+) -> Iterator[dict[Key, Value]]:
+    """What ``do`` gives for every item, on every process, in rounds; items are dealt like cards.
+
+    Args:
+        label: of a progress bar; None shows none.
+    """
+    step = ROUND * process.world_size
+    hidden = label is None or process.rank > 0 or not items
+    with tqdm(total=len(items), desc=label, disable=hidden) as progress:
+        for start in range(0, len(items), step):
+            dealt = items[start : start + step]
+            found: dict[Key, Value] = {}
+            for item in dealt[process.rank :: process.world_size]:
+                found |= do(item)
+            parts = gather_objects(process, found)
+            yield {key: value for part in parts for key, value in part.items()}
+            progress.update(len(dealt))

@@ -174,7 +174,7 @@ def test_another_python_that_has_the_venv_module(checkout: Checkout) -> None:
 def test_too_little_disk(checkout: Checkout) -> None:
     checkout.python("python3.11", "3.11.7")
     checkout.program("df", "#!/usr/bin/env bash\nprintf 'head\\ndisk 9 9 3500000 9%% /\\n'\n")
-    fails(checkout.setup(), "3 GB", "needs 9 GB", "free some space")
+    fails(checkout.setup(), "3 GB", "needs 10 GB", "free some space")
     assert checkout.take_calls() == []
 
 

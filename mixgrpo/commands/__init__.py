@@ -10,8 +10,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "fine-tune a model by a recipe",
     "sample": "draw pictures of test prompts",
+    "evaluate": "score pictures of several models and compare them",
     "preprocess": "encode prompts in advance, so that training needs no text encoder",
     "launch": "a command in several processes: torchrun, with shorter errors",
+    "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }
 

@@ -1,6 +1,7 @@
 """The rewards' image preprocessing, on batched tensors wherever they live.
 
-All functions take [B, 3, H, W] float images in [0, 1] (``normalise`` aside). Resizing is
+All functions take [B, 3, H, W] float images in [0, 1] (``normalise`` aside). ``to_uint8`` is for
+the rewards that look at files or arrays. Resizing is
 antialiased and clipped as in the published PIL pipelines, but for their rounding to 8 bits:
 pixels differ by about 1/255 (measured in tests/rewards/test_images.py).
 """
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
@@ -68,3 +71,9 @@ def center_crop(
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std, per channel."""
     return F.normalize(images, list(mean), list(std))
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """[B, H, W, 3], RGB from 0 to 255, on the CPU; a pixel that is no number becomes 0."""
+    pixels = images.float().nan_to_num(0.0).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixgrpo.rewards.images import to_uint8
+
 
 class JpegSize:
     """Minus the size of the image as JPEG, in kB (1000 bytes); the text is not looked at.
@@ -26,9 +28,7 @@ class JpegSize:
 
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B texts -> [B] float32."""
-        pixels = images.float().mul(255).round().clamp(0, 255).to(torch.uint8)
-        arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
-        sizes = [self.sign * self._bytes(array) / 1000 for array in arrays]
+        sizes = [self.sign * self._bytes(array) / 1000 for array in to_uint8(images)]
         return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
     def _bytes(self, array: Any) -> int:

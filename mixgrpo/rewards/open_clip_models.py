@@ -63,9 +63,14 @@ class OpenClip:
         """Normalised pixels [B, 3, S, S], B texts -> [B] float32, cosine of the two features."""
         model: Any = self.model
         tokens = self.tokenize(list(texts)).to(self.device)
-        image = model.encode_image(pixels.to(self.dtype)).float()  # [B, C]
         text = model.encode_text(tokens).float()  # [B, C]
-        return nn.functional.cosine_similarity(image, text)
+        return nn.functional.cosine_similarity(self.image_features(pixels), text)
+
+    @torch.no_grad()
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, S, S] -> [B, C] float32."""
+        model: Any = self.model
+        return model.encode_image(pixels.to(self.dtype)).float()
 
 
 class CosineReward:
@@ -109,6 +114,10 @@ class CosineReward:
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B texts -> [B] float32 in [-1, 1]."""
         return self.clip.cosine(self.pixels(images.to(self.clip.device)), texts)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> [B, C] float32, of any length: the image's side."""
+        return self.clip.image_features(self.pixels(images.to(self.clip.device)))
 
     def to(self, device: torch.device) -> None:
         """Moves the model."""

@@ -19,6 +19,8 @@ KNOWN = {
     "pickscore": "mixgrpo.rewards.pickscore:PickScore",
     "imagereward": "mixgrpo.rewards.imagereward:ImageReward",
     "jpeg_size": "mixgrpo.rewards.jpeg_size:JpegSize",
+    "vlm": "mixgrpo.rewards.vlm:Vlm",
+    "ocr": "mixgrpo.rewards.ocr:Ocr",
 }
 
 
@@ -37,9 +39,7 @@ def build_reward(
         ValueError: unknown name, unknown or missing option, nothing importable at the path.
         FileNotFoundError: a model folder or checkpoint is missing.
     """
-    if kind not in KNOWN and ":" not in kind:
-        raise ValueError(_unknown_name(kind))
-    target = _import(KNOWN.get(kind, kind), kind)
+    target = find_reward(kind)
     if not inspect.isclass(target):
         if options:
             raise ValueError(
@@ -53,6 +53,13 @@ def build_reward(
     _check_options(kind, target, options, arguments)
     reward: Any = target(**arguments)
     return reward
+
+
+def find_reward(kind: str) -> Any:
+    """The class or function that ``kind`` names, imported. Raises ValueError if there is none."""
+    if kind not in KNOWN and ":" not in kind:
+        raise ValueError(_unknown_name(kind))
+    return _import(KNOWN.get(kind, kind), kind)
 
 
 def _unknown_name(kind: str) -> str:

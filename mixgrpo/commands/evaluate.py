@@ -1,0 +1,226 @@
+"""``python -m mixgrpo evaluate MANIFEST ... --recipe NAME --output FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mixgrpo.commands.command_line import carry_out, complain
+from mixgrpo.commands.train import parse as parse_recipe
+from mixgrpo.config import Config, RewardConfig
+
+if TYPE_CHECKING:
+    from mixgrpo.comparison import Bootstrap
+    from mixgrpo.gallery import Choice
+    from mixgrpo.manifests import Manifest
+    from mixgrpo.score_store import Store
+
+# What of a recipe is taken; the rest of it is about training.
+OF_THE_RECIPE = ("recipe", "rewards", "scoring.", "run.threads", "log.progress")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "output": {
+        "type": Path,
+        "required": True,
+        "metavar": "FOLDER",
+        "help": "for table.md, summary.json, gallery.html and scores.json, whose scores are reused",
+    },
+    "baseline": {
+        "metavar": "NAME",
+        "help": "manifest that the others are compared with (default: the first)",
+    },
+    "resamples": {
+        "type": int,
+        "default": 2000,
+        "help": "resamples of the bootstrap (default: %(default)s)",
+    },
+    "seed": {
+        "type": int,
+        "default": 0,
+        "help": "seed of the bootstrap (default: %(default)s)",
+    },
+    "gallery_prompts": {
+        "type": int,
+        "default": 60,
+        "help": "prompts in the gallery, at most; 0 writes none (default: %(default)s)",
+    },
+    "gallery_samples": {
+        "type": int,
+        "default": 4,
+        "help": "pictures of a prompt and manifest in the gallery, at most (default: %(default)s)",
+    },
+    "gallery_by": {
+        "default": "all",
+        "metavar": "REWARD",
+        "help": "reward by which prompts are the best, the worst and the most changed "
+        "(default: %(default)s, the mean of all rewards' z-scores)",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated, with what, and where the results go."""
+
+    manifests: list[Manifest]
+    baseline: str
+    config: Config
+    output: Path
+    store: Store
+    bootstrap: Bootstrap
+    gallery: Choice
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluates; returns the exit code."""
+    try:
+        request = parse(arguments)
+    except (ValueError, OSError) as error:
+        return complain(error)
+    from transformers.utils.logging import disable_progress_bar
+
+    from mixgrpo.rewards import RewardError
+
+    disable_progress_bar()
+    expected = (ValueError, OSError, RewardError)
+    kept = f"{request.store.path} keeps what was scored"
+    return carry_out(partial(_evaluate, request), expected, kept)
+
+
+def _evaluate(request: Request) -> None:
+    from mixgrpo.distributed import process_group
+    from mixgrpo.evaluation import evaluate
+    from mixgrpo.evaluation_report import write_report
+
+    with process_group(request.config.run.threads) as process:
+        evaluation = evaluate(request.config, request.manifests, request.store, process)
+        if process.rank == 0:
+            print(
+                write_report(
+                    evaluation,
+                    request.baseline,
+                    request.output,
+                    request.bootstrap,
+                    request.gallery,
+                )
+            )
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """The request that a command line makes; manifests and known scores are read.
+
+    Raises:
+        FileNotFoundError: there is no such manifest or recipe.
+        ValueError: an option is unknown or has a wrong value, or a file is none of its kind.
+    """
+    own, of_recipe = _divided(arguments)
+    parser = _parser()
+    given, unknown = parser.parse_known_args(own)
+    if unknown:
+        known = [f"--{name}" for name in OPTIONS]
+        raise ValueError(f"there is no option {unknown[0]}{_nearest(unknown[0], known)}")
+    config = _in_own_scale(parse_recipe(of_recipe))
+    _check(given, config)
+    # Only now: a mistyped option should not have to wait for torch.
+    from mixgrpo.comparison import Bootstrap
+    from mixgrpo.gallery import ALL, Choice
+    from mixgrpo.manifests import read_manifests
+    from mixgrpo.score_store import Store
+
+    manifests = read_manifests(given.manifests)
+    names = [manifest.name for manifest in manifests]
+    return Request(
+        manifests=manifests,
+        baseline=_one_of("--baseline", given.baseline or names[0], names),
+        config=config,
+        output=given.output,
+        store=Store.load(given.output / "scores.json"),
+        bootstrap=Bootstrap(given.resamples, given.seed),
+        gallery=Choice(
+            prompts=given.gallery_prompts,
+            samples=given.gallery_samples,
+            by=_one_of("--gallery_by", given.gallery_by, [ALL, *config.rewards]),
+        ),
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help shows the usage")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m mixgrpo evaluate",
+        allow_abbrev=False,
+        description="Scores pictures by a recipe's rewards and compares them prompt by prompt.",
+        epilog="The rewards are a recipe's, their weights aside: --recipe NAME, overridden as in "
+        "training by --rewards.NAME.KNOB; --scoring.micro_batch, --run.threads and --log.progress "
+        "are training's too.",
+    )
+    parser.add_argument(
+        "manifests",
+        nargs="+",
+        metavar="MANIFEST",
+        help="folder that the sample command wrote, or its manifest.json; NAME=PATH names it",
+    )
+    for name, knobs in OPTIONS.items():
+        parser.add_argument(f"--{name}", **knobs)
+    return parser
+
+
+def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words for this command, and those for the recipe. Every option takes one value."""
+    own: list[str] = []
+    of_recipe: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--") or not word[2:].startswith(OF_THE_RECIPE):
+            own.append(word)
+            continue
+        of_recipe.append(word)
+        if "=" not in word:
+            of_recipe += [value for value in [next(words, None)] if value is not None]
+    return own, of_recipe
+
+
+def _in_own_scale(config: Config) -> Config:
+    """PickScore without the shift and scale that recipes give it for mixing with others."""
+    rewards = {name: _unscaled(knobs) for name, knobs in config.rewards.items()}
+    return replace(config, rewards=rewards)
+
+
+def _unscaled(knobs: RewardConfig) -> RewardConfig:
+    if knobs.kind != "pickscore":
+        return knobs
+    kept = {name: value for name, value in knobs.options.items() if name not in ("shift", "scale")}
+    return replace(knobs, options=kept)
+
+
+def _check(given: argparse.Namespace, config: Config) -> None:
+    if not config.rewards:
+        raise ValueError("there is no reward; take a recipe's with --recipe NAME")
+    least = {"resamples": 1, "seed": 0, "gallery_prompts": 0, "gallery_samples": 1}
+    values = {f"--{name}": (getattr(given, name), bound) for name, bound in least.items()}
+    values["--scoring.micro_batch"] = (config.scoring.micro_batch, 1)
+    for name, (value, bound) in values.items():
+        if value < bound:
+            raise ValueError(f"{name} is {value}; it must be at least {bound}")
+
+
+def _one_of(option: str, name: str, known: Sequence[str]) -> str:
+    if name in known:
+        return name
+    raise ValueError(
+        f"{option} is {name!r}, which is none of {', '.join(known)}{_nearest(name, known)}"
+    )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

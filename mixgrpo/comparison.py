@@ -1,0 +1,174 @@
+"""What scores say of one set of pictures against another: means, wins, differences, intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# (index, sample) -> score; NaN where a picture could not be scored.
+Values = Mapping[tuple[int, int], float]
+
+_CHUNK = 2**21  # numbers drawn at once
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are drawn: 95% of the resamples' means lie inside, 2.5% on either side."""
+
+    resamples: int = 2000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95% interval; NaN where there is nothing to estimate it from."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One reward of one manifest, and how it stands against the baseline.
+
+    Attributes:
+        mean: over all scored pictures.
+        scored: pictures with a score.
+        pictures: pictures in all.
+        pairs: (index, sample) that are scored in the baseline too; 0 for the baseline itself.
+        wins: share of the pairs in which the baseline scores less; ties count half.
+        difference: mean over the pairs of the score minus the baseline's.
+    """
+
+    reward: str
+    manifest: str
+    mean: Estimate
+    scored: int
+    pictures: int
+    pairs: int
+    wins: float
+    difference: Estimate
+
+
+def compare(
+    reward: str, values: Mapping[str, Values], baseline: str, bootstrap: Bootstrap
+) -> list[Row]:
+    """A row for every manifest of ``values`` (name -> scores by one reward)."""
+    rows = []
+    for name, own in values.items():
+        pairs = {} if name == baseline else differences(own, values[baseline])
+        scored = sum(not math.isnan(value) for value in own.values())
+        rows.append(
+            Row(
+                reward=reward,
+                manifest=name,
+                mean=estimate(own, bootstrap),
+                scored=scored,
+                pictures=len(own),
+                pairs=len(pairs),
+                wins=win_rate(pairs),
+                difference=estimate(pairs, bootstrap),
+            )
+        )
+    return rows
+
+
+def estimate(values: Values, bootstrap: Bootstrap) -> Estimate:
+    """The mean over all pictures, and its percentile bootstrap interval (Efron 1979).
+
+    Pictures of one prompt are no independent witnesses, so prompts are drawn, with all of their
+    pictures. From a single prompt there is no interval.
+    """
+    known = {key: value for key, value in values.items() if not math.isnan(value)}
+    if not known:
+        return Estimate(math.nan, math.nan, math.nan)
+    scores = np.array(list(known.values()), np.float64)
+    # Around one of the values: equal scores then have exactly no width.
+    origin = scores[0]
+    prompts, place = np.unique([index for index, _ in known], return_inverse=True)
+    sums, counts = np.bincount(place, scores - origin), np.bincount(place)
+    mean = float(origin + sums.sum() / counts.sum())
+    if len(prompts) < 2:
+        return Estimate(mean, math.nan, math.nan)
+    low, high = np.quantile(_resampled_means(sums, counts, bootstrap), (0.025, 0.975))
+    return Estimate(mean, float(origin + low), float(origin + high))
+
+
+def _resampled_means(sums: np.ndarray, counts: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
+    """[resamples] means over as many prompts as there are, drawn with replacement."""
+    generator = np.random.default_rng(bootstrap.seed)
+    rows = max(1, _CHUNK // len(sums))
+    means = []
+    for start in range(0, bootstrap.resamples, rows):
+        size = (min(rows, bootstrap.resamples - start), len(sums))
+        drawn = generator.integers(len(sums), size=size)
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return np.concatenate(means)
+
+
+def differences(values: Values, baseline: Values) -> dict[tuple[int, int], float]:
+    """Value minus baseline, wherever both are known."""
+    pairs = {key: value - baseline[key] for key, value in values.items() if key in baseline}
+    return {key: difference for key, difference in pairs.items() if not math.isnan(difference)}
+
+
+def win_rate(pairs: Values) -> float:
+    """Share of the differences above zero, those of zero counted half; NaN without any."""
+    if not pairs:
+        return math.nan
+    return sum((value > 0) + 0.5 * (value == 0) for value in pairs.values()) / len(pairs)
+
+
+def pairwise_distance(features: Tensor) -> float:
+    """[n, C] -> mean of 1 - cosine over the n(n-1)/2 pairs of rows; n must be at least 2."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    count = len(unit)
+    # The squared norm of the sum is the sum of all n^2 cosines, n of them a row's with itself.
+    cosines = unit.sum(0).square().sum() - unit.square().sum()
+    return 1 - (cosines / (count * (count - 1))).item()
+
+
+def table(rows: Sequence[Row], baseline: str) -> str:
+    """The rows as a Markdown table, aligned for a terminal."""
+    cells = table_cells(rows, baseline)
+    widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(cells[0]))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in (cells[0], rule, *cells[1:])
+    )
+
+
+def table_cells(rows: Sequence[Row], baseline: str) -> list[list[str]]:
+    """The table's texts, line by line; the first is the head."""
+    head = ["reward", "manifest", "mean", "95% interval", "wins", "difference", "95% interval"]
+    return [[*head, "scored"], *(_cells(row, baseline) for row in rows)]
+
+
+def _cells(row: Row, baseline: str) -> list[str]:
+    own = [row.reward, row.manifest, number(row.mean.value), _interval(row.mean)]
+    scored = f"{row.scored}/{row.pictures}"
+    if row.manifest == baseline:
+        return [*own, "baseline", "", "", scored]
+    wins = "-" if math.isnan(row.wins) else f"{row.wins:.1%}"
+    difference = number(row.difference.value, plus=True)
+    return [*own, wins, difference, _interval(row.difference, plus=True), scored]
+
+
+def _interval(estimate: Estimate, plus: bool = False) -> str:
+    if math.isnan(estimate.low):
+        return "-"
+    return f"{number(estimate.low, plus)} .. {number(estimate.high, plus)}"
+
+
+def number(value: float, plus: bool = False) -> str:
+    """Four places, with its sign if wanted; ``-`` for NaN."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:+.4f}" if plus else f"{value:.4f}"

@@ -1,0 +1,240 @@
+"""What a run on FLUX.1-dev needs from Hugging Face, and fetching it with the ``hf`` program."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixgrpo.hpdv2 import write_prompts
+
+_REFUSED = ("access denied", "requires approval", "gated", "401", "403", "not logged in")
+
+
+class DownloadError(Exception):
+    """A download that cannot go on; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of one repository, and the folder they go to.
+
+    Attributes:
+        include: glob patterns; nothing else is fetched.
+        dataset: whether the repository is one of data, not of a model.
+    """
+
+    repository: str
+    folder: str
+    include: tuple[str, ...]
+    dataset: bool = False
+
+    def command(self, *options: str) -> list[str]:
+        kind = ["--repo-type", "dataset"] if self.dataset else []
+        patterns = [word for pattern in self.include for word in ("--include", pattern)]
+        place = ["--local-dir", self.folder]
+        return ["hf", "download", self.repository, *kind, *patterns, *place, *options]
+
+    @property
+    def page(self) -> str:
+        return f"https://huggingface.co/{'datasets/' if self.dataset else ''}{self.repository}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one name of the command line stands for.
+
+    Attributes:
+        gigabytes: of all its files, 10^9 bytes.
+        brings: paths that are there once it has been fetched.
+        finish: turns what was fetched into what is used; returns warnings.
+    """
+
+    what: str
+    gigabytes: float
+    sources: tuple[Source, ...]
+    brings: tuple[str, ...]
+    finish: Callable[[], list[str]] | None = None
+
+
+_FLUX_PARTS = (
+    *("transformer", "vae", "text_encoder", "text_encoder_2"),
+    *("tokenizer", "tokenizer_2", "scheduler"),
+)
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.*")
+
+ITEMS = {
+    # The repository also holds all of it a second time, as flux1-dev.safetensors (24 GB) and
+    # ae.safetensors: not fetched.
+    "flux": Item(
+        "FLUX.1-dev as a diffusers folder",
+        33.8,
+        (
+            Source(
+                "black-forest-labs/FLUX.1-dev",
+                "data/models/FLUX.1-dev",
+                ("model_index.json", "LICENSE.md", *(f"{part}/*" for part in _FLUX_PARTS)),
+            ),
+        ),
+        tuple(f"data/models/FLUX.1-dev/{part}" for part in ("model_index.json", *_FLUX_PARTS)),
+    ),
+    "hpsv2": Item(
+        "HPS-v2.1",
+        2.0,
+        (Source("xswu/HPSv2", "data/models/hpsv2", ("HPS_v2.1_compressed.pt",)),),
+        ("data/models/hpsv2/HPS_v2.1_compressed.pt",),
+    ),
+    # The weights lie there in two formats; one is enough.
+    "pickscore": Item(
+        "PickScore, and the processor of the CLIP that it comes from",
+        4.0,
+        (
+            Source(
+                "yuvalkirstain/PickScore_v1",
+                "data/models/pickscore",
+                ("config.json", "model.safetensors"),
+            ),
+            Source(
+                "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+                "data/models/pickscore_processor",
+                ("preprocessor_config.json", "merges.txt", *_TOKENIZER),
+            ),
+        ),
+        (
+            "data/models/pickscore/config.json",
+            "data/models/pickscore/model.safetensors",
+            "data/models/pickscore_processor/preprocessor_config.json",
+            "data/models/pickscore_processor/tokenizer.json",
+        ),
+    ),
+    "imagereward": Item(
+        "ImageReward, and the tokenizer of bert-base-uncased",
+        1.8,
+        (
+            Source(
+                "THUDM/ImageReward",
+                "data/models/imagereward",
+                ("ImageReward.pt", "med_config.json"),
+            ),
+            Source("google-bert/bert-base-uncased", "data/models/imagereward", _TOKENIZER),
+        ),
+        tuple(
+            f"data/models/imagereward/{file}"
+            for file in ("ImageReward.pt", "med_config.json", "vocab.txt")
+        ),
+    ),
+    # Called DFN5B-CLIP-ViT-H-14-384 in papers, by the repository's former name.
+    "clip": Item(
+        "CLIP score's model, DFN5B ViT-H/14",
+        4.0,
+        (
+            Source(
+                "apple/DFN5B-CLIP-ViT-H-14-378",
+                "data/models/clip",
+                ("open_clip_pytorch_model.bin", "open_clip_config.json"),
+            ),
+        ),
+        ("data/models/clip/open_clip_pytorch_model.bin",),
+    ),
+    "prompts": Item(
+        "HPDv2's prompts: 103,700 to train on, 400 to test with",
+        0.2,
+        (Source("ymhao/HPDv2", "data/hpdv2", ("train.json", "test.json"), dataset=True),),
+        ("data/prompts_hpdv2.txt", "data/prompts_hpdv2_test.txt"),
+        finish=lambda: write_prompts(Path("data/hpdv2"), Path("data")),
+    ),
+    # Its precision, and so its size, could not be looked up: 48 GB in float32, half in bfloat16.
+    "mixgrpo": Item(
+        "the transformer published with the MixGRPO paper",
+        48.0,
+        (
+            Source(
+                "tulvgengenr/MixGRPO",
+                "data/models/MixGRPO",
+                ("diffusion_pytorch_model.safetensors",),
+            ),
+        ),
+        ("data/models/MixGRPO/diffusion_pytorch_model.safetensors",),
+    ),
+}
+
+
+def check_program() -> None:
+    """Raises DownloadError where there is no ``hf``."""
+    if shutil.which("hf") is None:
+        raise DownloadError(
+            "there is no program `hf`, which comes with huggingface_hub: run `bash env_setup.sh`"
+        )
+
+
+def check_disk(items: Iterable[Item]) -> None:
+    """Raises DownloadError if the items' missing part does not fit where it goes."""
+    needed: dict[int, float] = defaultdict(float)
+    places: dict[int, Path] = {}
+    for item in items:
+        folder = Path(item.sources[0].folder)
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        device = place.stat().st_dev
+        there = sum(_size(Path(name)) for name in {source.folder for source in item.sources})
+        needed[device] += max(0.0, item.gigabytes * 1e9 - there)
+        places[device] = place
+    for device, place in places.items():
+        free = shutil.disk_usage(place).free
+        if needed[device] > free:
+            raise DownloadError(
+                f"{needed[device] / 1e9:.1f} GB are still to be fetched, and the disk of "
+                f"{str(place)!r} has {free / 1e9:.1f} GB free: free some space, or make "
+                "data/models a link to a folder on a larger disk"
+            )
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def fetch(item: Item) -> list[str]:
+    """Fetches what is missing of an item; returns warnings.
+
+    What has been fetched before is left alone, and what was cut off goes on.
+
+    Raises:
+        DownloadError: access is refused, or ``hf`` fails.
+    """
+    for source in item.sources:
+        _check_access(source)
+        if subprocess.run(source.command(), check=False).returncode != 0:
+            raise DownloadError(
+                f"fetching {source.repository} failed, as `hf` says above: mend it and run the "
+                "same command again; what has been fetched is kept"
+            )
+    warnings = item.finish() if item.finish else []
+    for path in item.brings:
+        if not Path(path).exists():
+            raise DownloadError(
+                f"{path!r} did not come with {item.sources[0].repository}: look at "
+                f"{item.sources[0].page} whether its files have other names now"
+            )
+    return warnings
+
+
+def _check_access(source: Source) -> None:
+    """Asks for a list of what would be fetched: all that can be refused is refused here."""
+    asked = subprocess.run(source.command("--dry-run"), check=False, capture_output=True, text=True)
+    if asked.returncode == 0:
+        return
+    said = asked.stderr.strip() or asked.stdout.strip()
+    if any(word in said.lower() for word in _REFUSED):
+        raise DownloadError(
+            f"access to {source.repository} is refused: accept its licence at {source.page}, then "
+            "log in with `hf auth login` or set HF_TOKEN"
+        )
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()] or lines[-1:]
+    reason = errors[-1].strip() if errors else f"exit code {asked.returncode}"
+    raise DownloadError(
+        f"{source.repository} cannot be fetched ({reason}): check the network and run the same "
+        "command again; what has been fetched is kept"
+    )

@@ -1,0 +1,348 @@
+"""Scores of the pictures of manifests: each picture once by each reward, on all processes together.
+
+Batches are formed before they are dealt to the processes, so that their number changes no score.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mixgrpo.assembly import make_rewards
+from mixgrpo.comparison import Values, pairwise_distance
+from mixgrpo.config import Config
+from mixgrpo.distributed import Process, gather_objects, spread
+from mixgrpo.manifests import Manifest, Picture, Seen, look, read_picture
+from mixgrpo.rewards import Reward, RewardError, find_reward, score
+from mixgrpo.score_store import Store, column, digest, identity
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to be scored; two of the same contents and prompt have the same key."""
+
+    key: str
+    file: Path
+    prompt: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every score of every picture.
+
+    Attributes:
+        manifests: what was scored.
+        faults: manifest's name -> picture -> why it could not be read.
+        scores: reward's name -> manifest's name -> scores.
+        features: name of the reward whose image features tell pictures apart; None without one.
+        diversity: manifest's name -> mean distance between a prompt's pictures, under sample 0,
+            of the prompts with two readable pictures or more.
+    """
+
+    manifests: Sequence[Manifest]
+    faults: Mapping[str, Mapping[Path, str]]
+    scores: Mapping[str, Mapping[str, Values]]
+    features: str | None
+    diversity: Mapping[str, Values]
+
+
+def evaluate(
+    config: Config, manifests: Sequence[Manifest], store: Store, process: Process
+) -> Evaluation:
+    """Scores what ``store`` does not know yet by the rewards of ``config``, and saves it there.
+
+    Raises:
+        ValueError: no picture can be read, or a reward cannot be made.
+        FileNotFoundError: a reward's model is missing.
+        RewardError: no reward could score any picture.
+    """
+    features = features_by(config)
+    identities = {name: identity(knobs) for name, knobs in config.rewards.items()}
+    # The first process's, in case that files have other times on other machines.
+    store, identities = gather_objects(process, (store, identities))[0]
+    columns = {name: column(each) for name, each in identities.items()}
+    named = {name: {"column": columns[name], **identities[name]} for name in identities}
+    seen = _look_at_all(config, manifests, process)
+    work = _work(manifests, seen, columns, features)
+    for found in _missing(config, work, store, process):
+        store.add(found)
+        if process.rank == 0:
+            store.save(named, [])
+    if not any(store.columns.get(each) for each in columns.values()):
+        raise RewardError("no reward could score any picture; the warnings above say why")
+    evaluation = _collected(manifests, seen, work, store)
+    if process.rank == 0:
+        store.save(named, _rows(evaluation))
+    return evaluation
+
+
+def features_by(config: Config) -> str | None:
+    """Name of the reward whose image features are used: a clip_score, else the first with some."""
+    kinds = {}
+    for name, knobs in config.rewards.items():
+        try:
+            kinds[name] = find_reward(knobs.kind)
+        except ValueError as error:
+            raise ValueError(f"rewards.{name}: {error}") from error
+    able = [name for name, kind in kinds.items() if hasattr(kind, "image_features")]
+    plain = [name for name in able if config.rewards[name].kind == "clip_score"]
+    return next(iter([*plain, *able]), None)
+
+
+# ---- pictures
+
+
+def _look_at_all(
+    config: Config, manifests: Sequence[Manifest], process: Process
+) -> dict[Path, Seen]:
+    files = list(dict.fromkeys(p.file for manifest in manifests for p in manifest.pictures))
+    parts = chunks(files, config.scoring.micro_batch)
+    seen: dict[Path, Seen] = {}
+    for found in spread(process, parts, _look_at, _label("reading", config)):
+        seen |= found
+    if all(each.fault for each in seen.values()):
+        raise ValueError(
+            f"none of the manifests' {len(seen)} pictures can be read; the first, {files[0]}: "
+            f"{seen[files[0]].fault}; sample them again"
+        )
+    return seen
+
+
+def _look_at(files: Sequence[Path]) -> dict[Path, Seen]:
+    with ThreadPoolExecutor() as pool:  # decoding lets other threads run
+        return dict(zip(files, pool.map(look, files), strict=True))
+
+
+# ---- work
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be known in the end.
+
+    Attributes:
+        columns: reward's name -> its column in the store.
+        features: name of the reward that tells pictures apart.
+        jobs: (manifest's name, index, sample) -> readable picture.
+        groups: (manifest's name, index) -> the readable pictures of a prompt that has two or more.
+    """
+
+    columns: Mapping[str, str]
+    features: str | None
+    jobs: Mapping[tuple[str, int, int], Job]
+    groups: Mapping[tuple[str, int], Sequence[Job]]
+
+    @property
+    def distances(self) -> str:
+        """The column of distances inside groups."""
+        return f"{self.columns[self.features]} distances" if self.features else ""
+
+
+def _work(
+    manifests: Sequence[Manifest],
+    seen: Mapping[Path, Seen],
+    columns: Mapping[str, str],
+    features: str | None,
+) -> _Work:
+    jobs = {
+        (manifest.name, *picture.key): _job(picture, seen[picture.file])
+        for manifest in manifests
+        for picture in manifest.pictures
+        if not seen[picture.file].fault
+    }
+    groups: dict[tuple[str, int], list[Job]] = defaultdict(list)
+    for (name, index, _), job in jobs.items():
+        groups[name, index].append(job)
+    whole = {key: group for key, group in groups.items() if len(group) > 1 and features}
+    return _Work(columns, features, jobs, whole)
+
+
+def _job(picture: Picture, seen: Seen) -> Job:
+    return Job(digest(seen.digest, picture.prompt), picture.file, picture.prompt, seen.size)
+
+
+def _group_key(group: Sequence[Job]) -> str:
+    return digest(*sorted(job.key for job in group))
+
+
+def _missing(
+    config: Config, work: _Work, store: Store, process: Process
+) -> Iterator[dict[tuple[str, str], float]]:
+    """(column, key) -> score of all that the store does not know, a round at a time."""
+    lacking = {
+        job.key: job
+        for job in work.jobs.values()
+        if not all(store.knows(each, job.key) for each in work.columns.values())
+    }
+    groups = {
+        key: group
+        for key, group in ((_group_key(group), group) for group in work.groups.values())
+        if not store.knows(work.distances, key)
+    }
+    needed = {
+        name: knobs
+        for name, knobs in config.rewards.items()
+        if not all(store.knows(work.columns[name], job.key) for job in work.jobs.values())
+        or (groups and name == work.features)
+    }
+    rewards = make_rewards(replace(config, rewards=needed), process.device)
+
+    def scores(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
+        return _scores(jobs, rewards, work.columns, store, process.device)
+
+    def distances(part: Sequence[Sequence[Job]]) -> dict[tuple[str, str], float]:
+        reward = rewards[str(work.features)]
+        keys = [(work.distances, _group_key(group)) for group in part]
+        return {
+            key: _distance(group, reward, process.device)
+            for key, group in zip(keys, part, strict=True)
+        }
+
+    size = config.scoring.micro_batch
+    parts = batches(list(lacking.values()), size)
+    yield from spread(process, parts, scores, _label("scoring", config))
+    yield from spread(
+        process, chunks(list(groups.values()), size), distances, _label("diversity", config)
+    )
+
+
+def _label(text: str, config: Config) -> str | None:
+    return text if config.log.progress else None
+
+
+def batches(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:
+    """Parts of at most ``size`` pictures, each of pictures of one width and height."""
+    by_size: dict[tuple[int, int], list[Job]] = defaultdict(list)
+    for job in jobs:
+        by_size[job.size].append(job)
+    return [part for same in by_size.values() for part in chunks(same, size)]
+
+
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Consecutive parts of at most ``size``."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+# ---- scores
+
+
+def _read_all(jobs: Sequence[Job], device: torch.device) -> Tensor:
+    """[B, 3, H, W] in [0, 1]; all of one size."""
+    with ThreadPoolExecutor() as pool:
+        return torch.stack(list(pool.map(read_picture, [job.file for job in jobs]))).to(device)
+
+
+def _scores(
+    jobs: Sequence[Job],
+    rewards: Mapping[str, Reward],
+    columns: Mapping[str, str],
+    store: Store,
+    device: torch.device,
+) -> dict[tuple[str, str], float]:
+    images = _read_all(jobs, device)
+    found: dict[tuple[str, str], float] = {}
+    for name, reward in rewards.items():
+        places = [i for i, job in enumerate(jobs) if not store.knows(columns[name], job.key)]
+        if places:
+            texts = [jobs[place].prompt for place in places]
+            values = _score_each(name, reward, images[places], texts).tolist()
+            keys = [(columns[name], jobs[place].key) for place in places]
+            found |= dict(zip(keys, values, strict=True))
+    return found
+
+
+def _score_each(name: str, reward: Reward, images: Tensor, texts: Sequence[str]) -> Tensor:
+    """[B] scores; where a reward fails on a batch, NaN for those pictures alone that it fails on"""
+    try:
+        values = score({name: reward}, images, texts, len(texts))[name]
+        if not values.isnan().all():
+            return values
+    except RewardError:
+        pass  # one by one it will fail again if it must
+    try:
+        return score({name: reward}, images, texts, 1)[name]
+    except RewardError as error:
+        logger.warning("%s", error)
+        return torch.full([len(texts)], torch.nan)
+
+
+def _distance(group: Sequence[Job], reward: Any, device: torch.device) -> float:
+    """Mean distance between the group's pictures; NaN, with a warning, if features fail."""
+    try:
+        with torch.no_grad():
+            parts = [
+                reward.image_features(_read_all(same, device))
+                for same in batches(group, len(group))
+            ]
+    except Exception as error:
+        logger.warning("no image features of %s: %s", group[0].file, error)
+        return torch.nan
+    return pairwise_distance(torch.cat(parts))
+
+
+# ---- results
+
+
+def _collected(
+    manifests: Sequence[Manifest], seen: Mapping[Path, Seen], work: _Work, store: Store
+) -> Evaluation:
+    def values(manifest: Manifest, column: str) -> Values:
+        jobs = {p.key: work.jobs.get((manifest.name, *p.key)) for p in manifest.pictures}
+        return {key: store.get(column, job.key) if job else torch.nan for key, job in jobs.items()}
+
+    return Evaluation(
+        manifests=manifests,
+        faults={
+            manifest.name: {
+                p.file: fault for p in manifest.pictures if (fault := seen[p.file].fault)
+            }
+            for manifest in manifests
+        },
+        scores={
+            name: {manifest.name: values(manifest, column) for manifest in manifests}
+            for name, column in work.columns.items()
+        },
+        features=work.features,
+        diversity={
+            manifest.name: {
+                (index, 0): store.get(work.distances, _group_key(group))
+                for (name, index), group in work.groups.items()
+                if name == manifest.name
+            }
+            for manifest in manifests
+        },
+    )
+
+
+def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """A row for every picture of every manifest; null where a score is missing."""
+    return [
+        {
+            "manifest": manifest.name,
+            "index": picture.index,
+            "sample": picture.sample,
+            "prompt": picture.prompt,
+            "file": str(picture.file),
+            "fault": evaluation.faults[manifest.name].get(picture.file),
+            "scores": {
+                name: None if math.isnan(value := values[manifest.name][picture.key]) else value
+                for name, values in evaluation.scores.items()
+            },
+        }
+        for manifest in evaluation.manifests
+        for picture in manifest.pictures
+    ]

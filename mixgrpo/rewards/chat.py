@@ -1,0 +1,236 @@
+"""Questions about pictures to OpenAI-compatible servers: many at once, retried, never hanging."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import functools
+import io
+import random
+import ssl
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+_MAX_BACKOFF = 30.0
+# What the event loop may need beyond the deadline to cancel what is still under way.
+_GRACE = 5.0
+_SHOWN = 200
+# Not the global one: waiting must not change what a seeded run draws.
+_JITTER = random.Random()
+
+
+class Question(NamedTuple):
+    """A text and the picture [H, W, 3] uint8 that it asks about."""
+
+    text: str
+    picture: NDArray[np.uint8]
+
+
+class Failure(Exception):
+    """Why a question has no answer: a ``cause`` that can be counted, and a ``detail``."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause = cause
+
+
+class PassingFailure(Failure):
+    """One that may be gone at the next try, not before ``wait`` seconds if the server says so."""
+
+    def __init__(self, cause: str, detail: str = "", wait: float = 0.0) -> None:
+        super().__init__(cause, detail)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where questions go, and how patiently.
+
+    Attributes:
+        urls: of ``/v1/chat/completions`` on each machine; a question and its retries take turns.
+        body: the fields of every request beside its messages.
+        image_format: png or jpeg.
+        key: sent as bearer token; None sends none.
+        concurrency: questions under way at once.
+        timeout: seconds for one try, from connecting to the last byte.
+        retries: further tries after a PassingFailure.
+        backoff: seconds before the first of them; doubles each time, up to 30, and is jittered.
+        deadline: seconds for all questions of one ``ask_all``.
+    """
+
+    urls: tuple[str, ...]
+    body: Mapping[str, Any]
+    image_format: str
+    key: str | None = field(repr=False)
+    concurrency: int
+    timeout: float
+    retries: int
+    backoff: float
+    deadline: float
+
+
+def ask_all(server: Server, questions: Sequence[Question], turn: int) -> list[str | Failure]:
+    """The answers in the order of the questions, a Failure in place of each that is missing.
+
+    ``turn`` says which url the first question takes; the others follow in turn. Returns within
+    the server's deadline, whatever the servers do.
+    """
+    late = Failure("no answer within the batch's deadline", f"{server.deadline:g} s")
+    answers: list[str | Failure] = [late] * len(questions)
+    finished = threading.Event()
+
+    async def run() -> None:
+        try:
+            await _fill(answers, server, questions, turn)
+        except Exception as error:  # of the client itself, such as an unusable proxy
+            broken = Failure(type(error).__name__, _shown(str(error), server))
+            answers[:] = [broken if answer is late else answer for answer in answers]
+        finally:
+            finished.set()
+
+    # A thread of its own, since the caller may be in an event loop (a notebook); a daemon, since a
+    # name server that hangs must keep neither the batch nor the program's end waiting.
+    threading.Thread(target=lambda: asyncio.run(run()), daemon=True).start()
+    finished.wait(server.deadline + _GRACE)
+    return list(answers)
+
+
+async def _fill(
+    answers: list[str | Failure], server: Server, questions: Sequence[Question], turn: int
+) -> None:
+    slots = asyncio.Semaphore(server.concurrency)
+    until = time.monotonic() + server.deadline
+    settings: dict[str, Any] = {
+        "verify": _certificates(),
+        "timeout": None,  # see _try
+        "limits": httpx.Limits(max_connections=server.concurrency),
+        "headers": {"Authorization": f"Bearer {server.key}"} if server.key else {},
+    }
+    async with httpx.AsyncClient(**settings) as client:
+
+        async def answer(index: int) -> None:
+            async with slots:
+                try:
+                    answers[index] = await _ask(
+                        client, server, questions[index], turn + index, until
+                    )
+                except Failure as failure:
+                    answers[index] = failure
+                except Exception as error:
+                    answers[index] = Failure(type(error).__name__, _shown(str(error), server))
+
+        tasks = [asyncio.create_task(answer(index)) for index in range(len(questions))]
+        _, pending = await asyncio.wait(tasks, timeout=server.deadline)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: it takes longer than a request."""
+    return httpx.create_ssl_context()
+
+
+async def _ask(
+    client: httpx.AsyncClient, server: Server, question: Question, turn: int, until: float
+) -> str:
+    """One answer, tried again while that may help and the deadline allows it."""
+    body = await asyncio.to_thread(_body, server, question)
+    attempt = 0
+    while True:
+        url = server.urls[(turn + attempt) % len(server.urls)]
+        try:
+            return await _try(client, server, url, body)
+        except PassingFailure as failure:
+            wait = max(failure.wait, _backoff(server, attempt))
+            attempt += 1
+            if attempt > server.retries or time.monotonic() + wait > until:
+                raise
+        await asyncio.sleep(wait)
+
+
+def _backoff(server: Server, attempt: int) -> float:
+    """Between half and all of the doubled backoff: clients must not come back all at once."""
+    return min(_MAX_BACKOFF, server.backoff * 2**attempt) * _JITTER.uniform(0.5, 1.0)
+
+
+def _body(server: Server, question: Question) -> dict[str, Any]:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    # Level 1 halves the time and adds a tenth to the size; quality 95 is as good as lossless here.
+    settings = {"compress_level": 1} if server.image_format == "png" else {"quality": 95}
+    Image.fromarray(question.picture).save(buffer, format=server.image_format, **settings)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    picture = {"url": f"data:image/{server.image_format};base64,{data}"}
+    content = [
+        {"type": "image_url", "image_url": picture},
+        {"type": "text", "text": question.text},
+    ]
+    return {**server.body, "messages": [{"role": "user", "content": content}]}
+
+
+async def _try(client: httpx.AsyncClient, server: Server, url: str, body: Mapping[str, Any]) -> str:
+    try:
+        # httpx's own timeouts start anew with every byte: this one does not.
+        async with asyncio.timeout(server.timeout):
+            response = await client.post(url, json=body)
+    except TimeoutError as error:
+        raise PassingFailure("timeout", f"{url} took over {server.timeout:g} s") from error
+    except httpx.TransportError as error:
+        reason = _shown(str(error), server) or type(error).__name__
+        raise PassingFailure("no connection", f"{url}: {reason}") from error
+    if response.status_code != httpx.codes.OK:
+        raise _refusal(server, url, response)
+    return _text(server, response)
+
+
+def _refusal(server: Server, url: str, response: httpx.Response) -> Failure:
+    status = response.status_code
+    detail = f"{url}: {_shown(response.text, server)}"
+    if status == httpx.codes.TOO_MANY_REQUESTS or status >= httpx.codes.INTERNAL_SERVER_ERROR:
+        wait = _retry_after(response.headers.get("Retry-After", ""))
+        return PassingFailure(f"HTTP {status}", detail, wait)
+    return Failure(f"HTTP {status}", detail)
+
+
+def _retry_after(value: str) -> float:
+    """Seconds from now, of either form of the header (RFC 9110, 10.2.3); 0 if it is neither."""
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        then = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    return max(0.0, then.timestamp() - time.time())
+
+
+def _text(server: Server, response: httpx.Response) -> str:
+    try:
+        text = response.json()["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError) as error:
+        detail = _shown(response.text, server)
+        raise Failure("the reply is no chat completion", detail) from error
+    if not isinstance(text, str) or not text.strip():
+        raise Failure("the reply is empty", _shown(response.text, server))
+    return _without_key(text, server)
+
+
+def _shown(text: str, server: Server) -> str:
+    """The beginning of a text in one line."""
+    text = " ".join(_without_key(text, server).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _without_key(text: str, server: Server) -> str:
+    """Servers like to repeat the key that they refuse."""
+    return text.replace(server.key, "***") if server.key else text

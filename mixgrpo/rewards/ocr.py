@@ -1,0 +1,168 @@
+"""Text rendering: is the text that the prompt quotes legible in the picture?
+
+The score is the one of Flow-GRPO's text-rendering task (arXiv 2505.05470), in the variant in which
+further text beside the wanted one costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mixgrpo.rewards import options
+from mixgrpo.rewards.images import to_uint8
+
+logger = logging.getLogger(__name__)
+
+_DOUBLE = re.compile(r"“([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»")
+_SINGLE = re.compile(r"(?<!\w)‘([^‘]*?)’(?!\w)")  # noqa: RUF001
+_ELISION = re.compile(r"'(?:\d0s|n)\b")
+
+
+class Ocr:
+    """How legibly the picture shows the text in the prompt's quotation marks: from 0 to 1.
+
+    1 if the text is read in the picture, maybe among other text; else 1 - min(d, n) / n, where n
+    is its length and d the edit distance to all that is read. White space and capitals do not
+    count. A prompt without quoted text is NaN (and told about once).
+
+    Text is read by RapidOCR (PP-OCRv6 models that are part of its package) on the CPU.
+
+    Args:
+        threads: pictures read at once, each on one thread; 0 takes as many as torch does.
+    """
+
+    def __init__(self, *, threads: int = 0) -> None:
+        self.threads = options.whole("ocr", "threads", threads, 0) or torch.get_num_threads()
+        self.readers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(self.threads):
+            self.readers.put(_make_reader())
+        self.warned = False
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], B texts -> [B] float32, NaN without quoted text."""
+        targets = [quoted_text(text) for text in texts]
+        self._warn_of_missing(texts, targets)
+        pictures = to_uint8(images)
+        wanted = [i for i, target in enumerate(targets) if target]
+        with ThreadPoolExecutor(self.threads) as pool:
+            read = dict(zip(wanted, pool.map(self._read, pictures[wanted]), strict=True))
+        scores = [
+            legibility(read[i], target) if target else math.nan for i, target in enumerate(targets)
+        ]
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def _read(self, picture: NDArray[np.uint8]) -> str:
+        """All text in the picture [H, W, 3], from top to bottom."""
+        reader = self.readers.get()  # one for each thread: a reader keeps state while it reads
+        try:
+            bgr = np.ascontiguousarray(picture[:, :, ::-1])
+            return " ".join(reader(bgr).txts or ())
+        finally:
+            self.readers.put(reader)
+
+    def _warn_of_missing(self, texts: Sequence[str], targets: Sequence[str]) -> None:
+        missing = [text for text, target in zip(texts, targets, strict=True) if not target]
+        if missing and not self.warned:
+            self.warned = True
+            logger.warning(
+                "ocr: %r quotes no text to be drawn: pictures of such prompts have no score (NaN)",
+                missing[0],
+            )
+
+
+def _make_reader() -> Any:
+    from rapidocr import RapidOCR
+
+    # As many readers work at once as there are threads; that a picture holds no text is no event.
+    one_thread = {
+        f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")
+    }
+    return RapidOCR(params={**one_thread, "Global.log_level": "critical"})
+
+
+def legibility(transcription: str, target: str) -> float:
+    """1 if ``transcription`` contains ``target``, else 1 - min(edit distance, n) / n.
+
+    Both without white space, in lower case; n is the length of the target, which is not empty.
+    """
+    read, wanted = _plain(transcription), _plain(target)
+    if wanted in read:
+        return 1.0
+    return 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+
+
+def _plain(text: str) -> str:
+    return "".join(text.split()).lower()
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Fewest insertions, deletions and substitutions of characters that make ``b`` of ``a``."""
+    row = list(range(len(b) + 1))  # distances of a's beginning to each beginning of b
+    for i, from_a in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, from_b in enumerate(b, 1):
+            substituted = diagonal + (from_a != from_b)
+            diagonal = row[j]
+            row[j] = min(row[j] + 1, row[j - 1] + 1, substituted)
+    return row[-1]
+
+
+def quoted_text(prompt: str) -> str:
+    """What a prompt quotes, in order, joined by spaces; empty if it quotes nothing.
+
+    Double quotation marks count, straight or typographic. Single ones count in a prompt without
+    double ones, and only where they cannot be apostrophes (``_single_quoted``).
+    """
+    parts = _double_quoted(prompt) or _single_quoted(prompt)
+    return " ".join(part.strip() for part in parts if part.strip())
+
+
+def _double_quoted(prompt: str) -> list[str]:
+    found = [(match.start(), match[match.lastindex or 0]) for match in _DOUBLE.finditer(prompt)]
+    rest = _DOUBLE.sub(lambda match: " " * len(match[0]), prompt)
+    marks: list[int] = []
+    for match in re.finditer('"', rest):
+        if len(marks) % 2 or not rest[match.start() - 1 : match.start()].isdigit():  # 12" pizza
+            marks.append(match.start())
+    return [text for _, text in sorted(found + _between(prompt, marks))]
+
+
+def _single_quoted(prompt: str) -> list[str]:
+    """Nothing, unless the marks open and close in turn: 'open' and 'open'.
+
+    A mark within a word is an apostrophe, and so are those of 'n' and '80s and, before the first
+    mark that opens, one behind a word (the dogs' sign).
+    """
+    typographic = [match[1] for match in _SINGLE.finditer(prompt)]
+    if typographic:
+        return typographic
+    marks: list[int] = []
+    for match in re.finditer("'", prompt):
+        before, after = prompt[match.start() - 1 : match.start()], prompt[match.end() :][:1]
+        opens = not before.isalnum() and after.strip() != ""
+        closes = not after.isalnum() and before.strip() != ""
+        expected = closes if len(marks) % 2 else opens
+        if expected and not (opens and _ELISION.match(prompt, match.start())):
+            marks.append(match.start())
+        elif marks and (opens or closes):
+            return []
+    return [text for _, text in _between(prompt, marks)]
+
+
+def _between(prompt: str, marks: list[int]) -> list[tuple[int, str]]:
+    """(position, text) between each pair of marks; an odd number of them quotes nothing."""
+    if len(marks) % 2:
+        return []
+    pairs = zip(marks[::2], marks[1::2], strict=True)
+    return [(start, prompt[start + 1 : end]) for start, end in pairs]

@@ -1,0 +1,269 @@
+"""Scores by a vision-language model behind an OpenAI-compatible endpoint.
+
+Such are UnifiedReward (arXiv 2503.05236) served by vLLM or SGLang, and any other judge that sees a
+picture and writes a number.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from mixgrpo.rewards import options
+from mixgrpo.rewards.chat import Failure, Question, Server, ask_all
+from mixgrpo.rewards.images import to_uint8
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = """\
+The picture was made by a model from this text:
+
+{prompt}
+
+Judge the picture against the text. Does it show everything that the text asks for: the objects, \
+how many they are, their properties, where they are, the style? Is it coherent, without broken \
+shapes or blurred details, and good to look at? Say in a few sentences what speaks for and against \
+it. Then end with one line of exactly this form, where X is a number from {min} (does not fit the \
+text at all) to {max} (fits it perfectly and looks flawless), decimals allowed:
+
+Final Score: X"""
+
+# "Final Score", maybe a range in brackets, a colon, the number, maybe "/5". Quotes, asterisks and
+# underscores may stand around. A number that goes on (4-5, 4 to 5, 80%, 4,5) is none.
+PATTERN = r"""(?ix)
+    \b final \s+ score \b (?: \s* \( [^()\n]* \) )? [\s*_"'`]* [:=] [\s*_"'`]*
+    (?P<score> [-+]? (?: \d++ (?: \.\d++ )?+ | \.\d++ ) )
+    (?: \s* / \s* (?P<of> \d++ (?: \.\d++ )?+ ) )?+
+    (?! \.?\d | [^\S\n]* % | [^\S\n]* (?: [-–—~,/] | to \b | or \b ) [^\S\n]* \d )
+"""  # noqa: RUF001
+
+_FORMATS = ("png", "jpeg")
+_PATH = "/v1/chat/completions"
+
+
+class JudgeError(RuntimeError):
+    """Not one sample of a batch could be scored."""
+
+
+class Vlm:
+    """The number that the judge writes, as it is: UnifiedReward's 1 to 5.
+
+    Each picture is one request. With several ``urls`` requests take turns: process r (RANK) begins
+    with the r-th url, and a retry goes to the next one, so that a server that is down costs time
+    and no samples. A sample that fails is NaN; one warning per batch counts the causes. If no
+    sample of a batch could be scored, JudgeError is raised, which ``score`` turns into NaNs or, if
+    the judge has never answered, into the end of the run.
+
+    The key of the endpoint comes from the environment; none is sent where the variable is not set.
+
+    Args:
+        urls: of the servers, one or a list: ``http://host:8000``, with or without ``/v1`` or
+            ``/v1/chat/completions``.
+        model: its name on the servers.
+        template: the question; ``{prompt}`` stands for the text, ``{min}`` and ``{max}`` for the
+            range.
+        pattern: regular expression for the score, in a group ``score``; a group ``of``, as in
+            4/5, must be ``max``. It must match exactly once.
+        min: lowest score that is taken.
+        max: highest one.
+        rescale: return (score - min) / (max - min) instead.
+        image_format: png or jpeg (quality 95, a fifth of the size).
+        max_tokens: of a reply.
+        request: further fields of the request body; null removes one. By default the body has
+            ``model``, ``temperature`` 0 and ``max_tokens``.
+        api_key_env: name of the environment variable with the key.
+        concurrency: requests under way at once, from each process.
+        timeout: seconds for one try of one request.
+        retries: further tries after 429, 5xx, a lost connection or a timeout.
+        backoff: seconds before the first of them, then doubled, up to 30; a Retry-After of the
+            server counts if it is longer.
+        deadline: seconds for one call, which is one scoring.micro_batch; what is missing then is
+            NaN. Keep it below what other processes wait for each other (NCCL: 10 minutes).
+    """
+
+    def __init__(
+        self,
+        *,
+        urls: str | Sequence[str],
+        model: str,
+        template: str = TEMPLATE,
+        pattern: str = PATTERN,
+        min: float = 1.0,
+        max: float = 5.0,
+        rescale: bool = False,
+        image_format: str = "png",
+        max_tokens: int = 512,
+        request: Mapping[str, Any] | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+        deadline: float = 300.0,
+    ) -> None:
+        self.low = options.number("vlm", "min", min)
+        self.high = options.number("vlm", "max", max)
+        if self.low >= self.high:
+            raise ValueError(f"vlm: min ({min:g}) must be below max ({max:g}): set both")
+        if image_format not in _FORMATS:
+            raise ValueError(f"vlm: image_format must be png or jpeg, got {image_format!r}")
+        body = {
+            "model": options.text("vlm", "model", model),
+            "temperature": 0,
+            "max_tokens": options.whole("vlm", "max_tokens", max_tokens, 1),
+            **_request(request),
+        }
+        self.server = Server(
+            urls=_urls(urls),
+            body={name: value for name, value in body.items() if value is not None},
+            image_format=image_format,
+            key=_key(api_key_env),
+            concurrency=options.whole("vlm", "concurrency", concurrency, 1),
+            timeout=options.positive("vlm", "timeout", timeout),
+            retries=options.whole("vlm", "retries", retries, 0),
+            backoff=options.positive("vlm", "backoff", backoff),
+            deadline=options.positive("vlm", "deadline", deadline),
+        )
+        self.template = _template(template, self.low, self.high)
+        self.pattern = _pattern(pattern)
+        self.rescale = options.flag("vlm", "rescale", rescale)
+        self.turn = int(os.environ.get("RANK", "0"))
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], B texts -> [B] float32, NaN where there is no score.
+
+        Raises:
+            JudgeError: there is none at all.
+        """
+        questions = [
+            Question(self.template.replace("{prompt}", text), picture)
+            for text, picture in zip(texts, to_uint8(images), strict=True)
+        ]
+        answers = ask_all(self.server, questions, self.turn)
+        self.turn += len(questions)
+        results = [self._score(answer) for answer in answers]
+        _report(results)
+        values = [math.nan if isinstance(result, Failure) else result for result in results]
+        return torch.tensor(values, dtype=torch.float32, device=images.device)
+
+    def _score(self, answer: str | Failure) -> float | Failure:
+        if isinstance(answer, Failure):
+            return answer
+        score = read_score(answer, self.pattern, self.low, self.high)
+        if isinstance(score, float) and self.rescale:
+            return (score - self.low) / (self.high - self.low)
+        return score
+
+
+def read_score(reply: str, pattern: re.Pattern[str], low: float, high: float) -> float | Failure:
+    """The one score in a reply, or why there is none; nothing is guessed."""
+    found = list(pattern.finditer(reply))
+    end = " ".join(reply.split())[-100:]
+    if len(found) != 1:
+        cause = "no score in the reply" if not found else "several scores in the reply"
+        return Failure(cause, f"it ends {end!r}")
+    of = found[0].groupdict().get("of")
+    try:
+        score = float(found[0]["score"])
+        right_scale = of is None or float(of) == high
+    except (TypeError, ValueError):
+        return Failure("no number in the reply", f"it ends {end!r}")
+    if not right_scale or not low <= score <= high:
+        return Failure("score out of range", f"{found[0][0].strip()!r} is not in {low:g}..{high:g}")
+    return score
+
+
+def _report(results: Sequence[float | Failure]) -> None:
+    """Says why samples failed, in one warning or, if all did, one error."""
+    failed = [(i, result) for i, result in enumerate(results) if isinstance(result, Failure)]
+    if not failed:
+        return
+    causes = Counter(failure.cause for _, failure in failed)
+    counted = ", ".join(f"{count} x {cause}" for cause, count in causes.most_common())
+    first, failure = failed[0]
+    message = (
+        f"vlm: {len(failed)} of {len(results)} pictures could not be scored ({counted}); the "
+        f"first, number {first}: {failure}"
+    )
+    if len(failed) == len(results):
+        raise JudgeError(message)
+    logger.warning(message)
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+def _urls(urls: str | Sequence[str]) -> tuple[str, ...]:
+    given = [urls] if isinstance(urls, str) else urls
+    if not isinstance(given, Sequence) or not all(isinstance(url, str) for url in given):
+        raise ValueError("vlm: urls must be a list of texts such as http://host:8000: correct it")
+    if not given:
+        raise ValueError("vlm: urls is empty: name at least one server, http://host:8000")
+    return tuple(_url(url) for url in given)
+
+
+def _url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"vlm: {url!r} is no url ({error}): write http://host:8000") from error
+    # Not shown: it may hold a password.
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            "vlm: a url must be of the form http://host:8000, without user, password or query: "
+            "the key belongs into an environment variable (api_key_env)"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"vlm: {url!r} is no url of a server: write it as http://host:8000")
+    path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+    return f"{parts.scheme}://{parts.netloc}{path}{_PATH}"
+
+
+def _request(fields: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if not isinstance(fields or {}, Mapping) or "messages" in (fields or {}):
+        raise ValueError(
+            f"vlm: request must be a mapping of fields other than messages, got {fields!r}: "
+            "put the question's text into template"
+        )
+    return fields or {}
+
+
+def _key(variable: str) -> str | None:
+    # Not shown: somebody may have put the key itself here.
+    if not isinstance(variable, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+        raise ValueError(
+            "vlm: api_key_env must be the name of an environment variable, in capitals, such as "
+            "OPENAI_API_KEY: export the key under that name, and keep it out of the recipe"
+        )
+    key = os.environ.get(variable, "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"vlm: the key in {variable} has characters that no key has: set it anew")
+    return key or None
+
+
+def _template(template: str, low: float, high: float) -> str:
+    if "{prompt}" not in options.text("vlm", "template", template):
+        raise ValueError("vlm: the template lacks {prompt}, where the text belongs: add it")
+    return template.replace("{min}", f"{low:g}").replace("{max}", f"{high:g}")
+
+
+def _pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(options.text("vlm", "pattern", pattern))
+    except re.error as error:
+        raise ValueError(f"vlm: pattern is no regular expression ({error}): mend it") from error
+    if "score" not in compiled.groupindex:
+        raise ValueError(
+            r"vlm: the pattern has no group `score`: write the number as (?P<score>\d+)"
+        )
+    return compiled

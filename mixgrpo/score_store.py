@@ -1,0 +1,128 @@
+"""The file of all scores, in which an evaluation looks up what is known already.
+
+A score depends on the picture's contents, its prompt and the reward: its options, its weights and
+its code. Scores are kept in columns, one for each reward that is the same in all of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mixgrpo.config import RewardConfig
+from mixgrpo.rewards.registry import KNOWN
+
+VERSION = 1
+
+
+@dataclass
+class Store:
+    """Scores by column and picture, and the file where they are kept.
+
+    Attributes:
+        path: the file, which need not exist yet.
+        columns: column -> key of a picture -> finite score.
+    """
+
+    path: Path
+    columns: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Store:
+        """What the file holds; nothing if there is none. Raises ValueError if it is another."""
+        if not path.exists():
+            return cls(path)
+        remedy = "move it away, or choose another --output"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
+        if not isinstance(content, dict) or content.get("version") != VERSION:
+            raise ValueError(f"{path} does not hold scores of version {VERSION}; {remedy}")
+        return cls(path, content["columns"])
+
+    def knows(self, column: str, key: str) -> bool:
+        return key in self.columns.get(column, {})
+
+    def get(self, column: str, key: str) -> float:
+        """The score; NaN where it is not known."""
+        return self.columns.get(column, {}).get(key, math.nan)
+
+    def add(self, found: Mapping[tuple[str, str], float]) -> None:
+        """Keeps scores by (column, key); failed ones (NaN) are not kept, so as to be tried again"""
+        for (column, key), value in found.items():
+            if not math.isnan(value):
+                self.columns.setdefault(column, {})[key] = value
+
+    def save(self, rewards: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the file, whole or not at all.
+
+        Args:
+            rewards: reward's name -> its column and what that depends on.
+            images: a row for every picture, for readers; nothing is read back from it.
+        """
+        content = {"version": VERSION, "rewards": rewards, "images": images}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text(
+            json.dumps({**content, "columns": self.columns}, indent=1, allow_nan=False)
+        )
+        os.replace(partial, self.path)
+
+
+def digest(*parts: str | bytes) -> str:
+    """32 hexadecimal digits of SHA-256; parts are told apart by their lengths."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "big"))
+        state.update(data)
+    return state.hexdigest()[:32]
+
+
+def identity(knobs: RewardConfig) -> dict[str, Any]:
+    """All that a reward's scores depend on, as JSON; its weight is not among it.
+
+    Weights are told by path, size and time of change: reading gigabytes would take longer than
+    scoring the pictures.
+    """
+    words = [knobs.model, knobs.checkpoint, *knobs.options.values()]
+    paths = [Path(word).expanduser() for word in words if isinstance(word, str) and word]
+    return {
+        "kind": knobs.kind,
+        "model": knobs.model,
+        "checkpoint": knobs.checkpoint,
+        "options": knobs.options,
+        "code": _code(knobs.kind),
+        "files": [stamp for path in paths for stamp in _stamps(path)],
+    }
+
+
+def column(reward: Mapping[str, Any]) -> str:
+    """The column of a reward of this identity."""
+    return digest(json.dumps(reward, sort_keys=True))
+
+
+def _code(kind: str) -> str | None:
+    """Digest of the module that holds the reward; None if there is no such file."""
+    module = KNOWN.get(kind, kind).partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None  # making the reward will say what is wrong
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        return None
+    return digest(Path(found.origin).read_bytes())
+
+
+def _stamps(path: Path) -> list[list[str | int]]:
+    """[path, bytes, time in ns] of a file, or of every file in a folder."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

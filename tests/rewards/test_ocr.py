@@ -1,0 +1,241 @@
+"""The text-rendering reward: formula, quotation marks, and rendered words."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mixgrpo.rewards import build_reward, score
+from mixgrpo.rewards.ocr import Ocr, edit_distance, legibility, quoted_text
+
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+def drawn(text: str, size: int = 256, points: int = 44, colour: str = "black") -> Tensor:
+    """[3, size, size]: the words on a white page."""
+    page = Image.new("RGB", (size, size), "white")
+    font = ImageFont.truetype(str(FONT), points)
+    ImageDraw.Draw(page).multiline_text((12, size // 3), text, font=font, fill=colour)
+    return torch.from_numpy(np.array(page)).permute(2, 0, 1) / 255
+
+
+@pytest.fixture(scope="module")
+def ocr() -> Iterator[Ocr]:
+    """Its models lie in the package: a connection would be an error."""
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("ocr opened a connection")
+
+    with mock.patch.object(socket.socket, "connect", refuse):
+        yield Ocr(threads=1)
+
+
+class Output(NamedTuple):
+    txts: tuple[str, ...] | None
+
+
+def with_readers(*readers: Callable[[np.ndarray], Output]) -> Ocr:
+    """An Ocr whose readers are others."""
+    own = Ocr(threads=len(readers))
+    for reader in readers:
+        own.readers.get_nowait()
+        own.readers.put(reader)
+    return own
+
+
+# --- the formula ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [
+        ("", "", 0),
+        ("", "abc", 3),
+        ("abc", "", 3),
+        ("kitten", "sitting", 3),
+        ("flaw", "lawn", 2),
+        ("abcd", "acbd", 2),
+        ("same", "same", 0),
+        ("intention", "execution", 5),
+    ],
+)
+def test_edit_distance(a: str, b: str, distance: int) -> None:
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+@pytest.mark.parametrize(
+    ("transcription", "target", "expected"),
+    [
+        ("Hello World", "hello world", 1),
+        ("HEL LO\nWorld", "Hello World", 1),
+        ("Welcome: OPEN daily", "open", 1),  # further text costs nothing
+        ("opne", "open", 1 - 2 / 4),
+        ("ope", "open", 1 - 1 / 4),
+        ("0pen daily", "open", 0),  # 6 edits, more than the 4 letters
+        ("", "open", 0),
+        ("xyz", "open", 0),
+        ("stop signs", "stop sign!", 1 - 1 / 9),
+    ],
+)
+def test_legibility_by_hand(transcription: str, target: str, expected: float) -> None:
+    assert legibility(transcription, target) == pytest.approx(expected)
+
+
+# --- what the prompt quotes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ('A sign that says "Open"', "Open"),
+        ('"Hello" above, "World" below', "Hello World"),
+        ("A sign that says “Grand Opening”.", "Grand Opening"),
+        ("Ein Schild: „Geöffnet“", "Geöffnet"),
+        ("Une enseigne « Ouvert »", "Ouvert"),
+        ('First “one”, then "two", then “three”', "one two three"),
+        ('写着"你好"的招牌', "你好"),
+        ('A sign " Open " in a window', "Open"),
+        ('"Don\'t stop" on a wall', "Don't stop"),
+        ('A "5\'10" chart', "5'10"),
+        ('A 12" pizza in a box with "Mario\'s" on it', "Mario's"),
+        ('"Hi" on a 7" tablet', "Hi"),
+        ('A 5" x 7" card', ""),
+        ('"Route 66" sign', "Route 66"),
+        ("He said \"it is 'fine'\" to me", "it is 'fine'"),
+        ("A sign that says 'Open'", "Open"),
+        ("'Hello' above, 'World' below", "Hello World"),
+        ("A shop called 'Joe's Diner'", "Joe's Diner"),
+        ("The dogs' sign says 'Woof!'.", "Woof!"),
+        ("Rock 'n' roll in the '80s, with 'Live' on the drum", "Live"),
+        ("A mug with \u2018Best Dad\u2019 on it", "Best Dad"),
+        ("\u2018Joe\u2019s Diner\u2019 at night", "Joe\u2019s Diner"),
+        # Apostrophes, or nobody can tell.
+        ("It's a dog's life", ""),
+        ("The dogs' bowls and the cats' toys", ""),
+        ("Rock 'n' roll", ""),
+        ("A party of the '90s", ""),
+        ("A sign 'Woof' at the dogs' home", ""),
+        ("An open 'quote", ""),
+        ('An open "quote', ""),
+        ("Joe\u2019s diner", ""),
+        ('An empty "" sign', ""),
+        ("", ""),
+    ],
+)
+def test_quoted_text(prompt: str, text: str) -> None:
+    assert quoted_text(prompt) == text
+
+
+# --- rendered words -------------------------------------------------------------------------------
+
+
+def test_exact_words_score_1(ocr: Ocr) -> None:
+    words = ["Open", "Grand\nOpening", "Stop 42"]
+    images = torch.stack([drawn(word) for word in words])
+    assert ocr(images, [f'a page that says "{word}"' for word in words]).tolist() == [1] * 3
+
+
+def test_damaged_words_score_what_the_formula_says(ocr: Ocr) -> None:
+    """One letter wrong, one missing, one too many, another word, none."""
+    images = torch.stack([drawn(word) for word in ("Maxket", "Maret", "Marrket", "Sun", "")])
+    scores = ocr(images, ['a stall with "Market" above it'] * 5)
+    torch.testing.assert_close(scores, torch.tensor([5 / 6, 5 / 6, 5 / 6, 0, 0]))
+
+
+# --- around the reader ----------------------------------------------------------------------------
+
+
+def test_channels_arrive_in_the_order_that_the_reader_expects() -> None:
+    """RapidOCR takes OpenCV's: blue first."""
+    seen = []
+
+    def reader(picture: np.ndarray) -> Output:
+        seen.append(picture)
+        return Output(("a", "b"))
+
+    image = torch.tensor([0.2, 0.4, 1.0])[:, None, None].expand(3, 4, 4)
+    assert with_readers(reader)(image[None], ['"ab"']).tolist() == [1]
+    assert seen[0].shape == (4, 4, 3)
+    assert seen[0][0, 0].tolist() == [255, 102, 51]
+    assert seen[0].flags["C_CONTIGUOUS"]
+
+
+def test_readers_work_at_once_and_keep_the_order() -> None:
+    """Two readers meet at a barrier; one that worked alone would break it."""
+    barrier = threading.Barrier(2, timeout=20)
+
+    def reader(picture: np.ndarray) -> Output:
+        barrier.wait()
+        return Output((str(picture[0, 0, 0]),))
+
+    levels = torch.tensor([10, 20, 30, 40])
+    images = (levels / 255)[:, None, None, None].expand(4, 3, 2, 2)
+    scores = with_readers(reader, reader)(images, ['"10"', '"20"', '"30"', '"50"'])
+    assert scores.tolist() == [1, 1, 1, 0.5]
+
+
+def test_a_reader_that_raises_is_not_lost() -> None:
+    def reader(picture: np.ndarray) -> Output:
+        if picture.max() == 0:
+            raise MemoryError("no memory")
+        return Output(("a",))
+
+    own = with_readers(reader)
+    with pytest.raises(MemoryError):
+        own(torch.zeros(1, 3, 4, 4), ['"a"'])
+    assert own(torch.ones(1, 3, 4, 4), ['"a"']).tolist() == [1]
+
+
+def test_prompts_without_text_are_nan_and_told_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    own = with_readers(lambda picture: Output(("Open",)))
+    texts = ["a dog's bowl", 'says "Open"', "a cat"]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            scores = score({"ocr": own}, torch.ones(3, 3, 4, 4), texts, 2)["ocr"]
+            assert scores.isnan().tolist() == [True, False, True]
+            assert scores[1] == 1
+    (record,) = caplog.records
+    assert """ocr: "a dog's bowl" quotes no text to be drawn""" in record.getMessage()
+
+
+def test_a_picture_without_text() -> None:
+    own = with_readers(lambda picture: Output(None))
+    assert own(torch.ones(1, 3, 4, 4), ['"Open"']).tolist() == [0]
+
+
+def test_from_a_recipes_options() -> None:
+    reward = build_reward("ocr", {"threads": 2}, "cpu")
+    assert isinstance(reward, Ocr)
+    assert reward.readers.qsize() == 2
+    assert build_reward("ocr", {}).threads == torch.get_num_threads()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": -1}, "ocr: threads must be a whole number from 0 up, got -1"),
+        ({"threads": "2"}, "ocr: threads must be a whole number from 0 up, got '2'"),
+        ({"thread": 2}, "'ocr' has no option thread; it accepts threads"),
+        ({"model": "x"}, "'ocr' has no option model"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_reward("ocr", options)
+
+
+def test_no_picture() -> None:
+    own = with_readers(lambda picture: Output(None))
+    assert own(torch.zeros(0, 3, 8, 8), []).shape == (0,)
