@@ -25,7 +25,7 @@ from mixgrpo.noise import Noise
 from mixgrpo.prompts import PromptBatch
 from mixgrpo.rewards import Reward, build_reward
 from mixgrpo.rollout import SamplingPlan
-from mixgrpo.text import open_stored
+from mixgrpo.text.stored import open_stored
 from mixgrpo.types import Velocity, Window
 from mixgrpo.update import Objective
 

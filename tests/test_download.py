@@ -18,11 +18,11 @@ import yaml
 from huggingface_hub.cli._errors import format_known_exception
 from huggingface_hub.errors import GatedRepoError
 
-from mixgrpo import downloads
 from mixgrpo.commands import main
 from mixgrpo.config import RECIPES
-from mixgrpo.downloads import ITEMS, Item
-from mixgrpo.hpdv2 import EXPECTED, read_records, write_prompts
+from mixgrpo.downloads import items as downloads
+from mixgrpo.downloads.hpdv2 import EXPECTED, read_records, write_prompts
+from mixgrpo.downloads.items import ITEMS, Item
 from mixgrpo.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,10 +24,12 @@ from PIL import Image
 from tiny_world import ROOT, environment
 from torch import Tensor
 
-from mixgrpo import comparison
 from mixgrpo.commands import main
 from mixgrpo.commands.evaluate import parse
-from mixgrpo.comparison import (
+from mixgrpo.config import Config, RewardConfig, ScoringConfig
+from mixgrpo.distributed import Process
+from mixgrpo.evaluation import comparison
+from mixgrpo.evaluation.comparison import (
     Bootstrap,
     compare,
     differences,
@@ -35,15 +37,22 @@ from mixgrpo.comparison import (
     pairwise_distance,
     win_rate,
 )
-from mixgrpo.config import Config, RewardConfig, ScoringConfig
-from mixgrpo.distributed import Process
-from mixgrpo.evaluation import Evaluation, evaluate, features_by
-from mixgrpo.evaluation_report import write_report
-from mixgrpo.gallery import ALL, EDGE, Choice, Standing, chosen, mean_z, standings, thumbnail
-from mixgrpo.manifests import read_manifests
+from mixgrpo.evaluation.evaluate import Evaluation, evaluate, features_by
+from mixgrpo.evaluation.gallery import (
+    ALL,
+    EDGE,
+    Choice,
+    Standing,
+    chosen,
+    mean_z,
+    standings,
+    thumbnail,
+)
+from mixgrpo.evaluation.manifests import read_manifests
+from mixgrpo.evaluation.report import write_report
+from mixgrpo.evaluation.score_store import Store, column, identity
 from mixgrpo.pictures import to_bytes, to_pil
 from mixgrpo.rewards import RewardError
-from mixgrpo.score_store import Store, column, identity
 from mixgrpo.shapes.renderer import render
 from mixgrpo.shapes.scenes import alter, split
 from mixgrpo.shapes.scenes import parse as scene_of

@@ -34,16 +34,17 @@ from tiny_world import (
 )
 
 from mixgrpo import checkpoint as checkpoints
-from mixgrpo import disk, embeddings
+from mixgrpo import disk
 from mixgrpo.assembly import make_stored_text
 from mixgrpo.checks import check_resumable
 from mixgrpo.commands import launch, main
 from mixgrpo.config import EncoderConfig, ModelConfig, PreprocessConfig, flatten
-from mixgrpo.embeddings import read_index, shard_path
 from mixgrpo.fingerprint import fingerprint
 from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, require_parts
-from mixgrpo.preprocess import preprocess
-from mixgrpo.text import StoredText
+from mixgrpo.text import embeddings
+from mixgrpo.text.embeddings import read_index, shard_path
+from mixgrpo.text.preprocess import preprocess
+from mixgrpo.text.stored import StoredText
 
 ALL = [*PROMPTS, *VALIDATION_PROMPTS]
 LONG = "red " * 30 + "circle"  # more than the 16 tokens of the tiny T5
@@ -666,14 +667,14 @@ def test_prompts_files_takes_several():
 
 def test_ctrl_c_says_how_to_go_on(world, tmp_path, capfd):
     words = ["preprocess", "--prompts_files", str(world.prompts), "--output", str(tmp_path / "o")]
-    with mock.patch("mixgrpo.preprocess.preprocess", side_effect=KeyboardInterrupt):
+    with mock.patch("mixgrpo.text.preprocess.preprocess", side_effect=KeyboardInterrupt):
         assert main(words) == 130
     assert "the same command continues" in capfd.readouterr().err
 
 
 def test_the_threads_reach_the_process_group(world, tmp_path):
     with (
-        mock.patch("mixgrpo.preprocess.process_group", side_effect=Killed) as group,
+        mock.patch("mixgrpo.text.preprocess.process_group", side_effect=Killed) as group,
         pytest.raises(Killed),
     ):
         preprocess(config_for(world, tmp_path, threads=3))

@@ -6,7 +6,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 
-from mixgrpo.downloads import ITEMS, DownloadError, check_disk, check_program, fetch
+from mixgrpo.downloads.items import ITEMS, DownloadError, check_disk, check_program, fetch
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -15,10 +15,10 @@ from mixgrpo.commands.train import parse as parse_recipe
 from mixgrpo.config import Config, RewardConfig
 
 if TYPE_CHECKING:
-    from mixgrpo.comparison import Bootstrap
-    from mixgrpo.gallery import Choice
-    from mixgrpo.manifests import Manifest
-    from mixgrpo.score_store import Store
+    from mixgrpo.evaluation.comparison import Bootstrap
+    from mixgrpo.evaluation.gallery import Choice
+    from mixgrpo.evaluation.manifests import Manifest
+    from mixgrpo.evaluation.score_store import Store
 
 # What of a recipe is taken; the rest of it is about training.
 OF_THE_RECIPE = ("recipe", "rewards", "scoring.", "run.threads", "log.progress")
@@ -94,8 +94,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _evaluate(request: Request) -> None:
     from mixgrpo.distributed import process_group
-    from mixgrpo.evaluation import evaluate
-    from mixgrpo.evaluation_report import write_report
+    from mixgrpo.evaluation.evaluate import evaluate
+    from mixgrpo.evaluation.report import write_report
 
     with process_group(request.config.run.threads) as process:
         evaluation = evaluate(request.config, request.manifests, request.store, process)
@@ -127,10 +127,10 @@ def parse(arguments: Sequence[str]) -> Request:
     config = _in_own_scale(parse_recipe(of_recipe))
     _check(given, config)
     # Only now: a mistyped option should not have to wait for torch.
-    from mixgrpo.comparison import Bootstrap
-    from mixgrpo.gallery import ALL, Choice
-    from mixgrpo.manifests import read_manifests
-    from mixgrpo.score_store import Store
+    from mixgrpo.evaluation.comparison import Bootstrap
+    from mixgrpo.evaluation.gallery import ALL, Choice
+    from mixgrpo.evaluation.manifests import read_manifests
+    from mixgrpo.evaluation.score_store import Store
 
     manifests = read_manifests(given.manifests)
     names = [manifest.name for manifest in manifests]

@@ -24,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     except ValueError as error:
         return complain(error)
     # Only now: a mistyped knob should not have to wait for torch.
-    from mixgrpo.preprocess import preprocess
+    from mixgrpo.text.preprocess import preprocess
 
     return carry_out(
         partial(preprocess, config), (ValueError, OSError), "the same command continues"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixgrpo.hpdv2 import write_prompts
+from mixgrpo.downloads.hpdv2 import write_prompts
 
 _REFUSED = ("access denied", "requires approval", "gated", "401", "403", "not logged in")
 

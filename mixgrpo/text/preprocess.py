@@ -16,7 +16,9 @@ from mixgrpo.assembly import ENCODERS
 from mixgrpo.config import ModelConfig, PreprocessConfig
 from mixgrpo.disk import PARTIAL
 from mixgrpo.distributed import Process, process_group
-from mixgrpo.embeddings import (
+from mixgrpo.models import TextEncoder
+from mixgrpo.prompts import read_prompts
+from mixgrpo.text.embeddings import (
     Encoder,
     Index,
     finished_record,
@@ -26,8 +28,6 @@ from mixgrpo.embeddings import (
     write_index,
     write_shard,
 )
-from mixgrpo.models import TextEncoder
-from mixgrpo.prompts import read_prompts
 from mixgrpo.types import TextEmbedding
 
 GIB = 2**30

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixgrpo.config import Config
-from mixgrpo.embeddings import Encoder, Index, read_index, read_row, shard_path
+from mixgrpo.text.embeddings import Encoder, Index, read_index, read_row, shard_path
 from mixgrpo.types import TextEmbedding
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from mixgrpo.comparison import Row, Values, number, table_cells
-from mixgrpo.evaluation import Evaluation
-from mixgrpo.gallery_page import PAGE
-from mixgrpo.manifests import Picture, decode
+from mixgrpo.evaluation.comparison import Row, Values, number, table_cells
+from mixgrpo.evaluation.evaluate import Evaluation
+from mixgrpo.evaluation.gallery_page import PAGE
+from mixgrpo.evaluation.manifests import Picture, decode
 
 ALL = "all"
 EDGE = 256  # pixels of a picture's longer edge, at most

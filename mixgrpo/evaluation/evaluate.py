@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from mixgrpo.assembly import make_rewards
-from mixgrpo.comparison import Values, pairwise_distance
 from mixgrpo.config import Config
 from mixgrpo.distributed import Process, gather_objects, spread
-from mixgrpo.manifests import Manifest, Picture, Seen, look, read_picture
+from mixgrpo.evaluation.comparison import Values, pairwise_distance
+from mixgrpo.evaluation.manifests import Manifest, Picture, Seen, look, read_picture
+from mixgrpo.evaluation.score_store import Store, column, digest, identity
 from mixgrpo.rewards import Reward, RewardError, find_reward, score
-from mixgrpo.score_store import Store, column, digest, identity
 
 logger = logging.getLogger(__name__)
 

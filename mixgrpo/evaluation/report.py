@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mixgrpo.comparison import Bootstrap, Row, compare, table
-from mixgrpo.evaluation import Evaluation
-from mixgrpo.gallery import Choice, gallery_html
+from mixgrpo.evaluation.comparison import Bootstrap, Row, compare, table
+from mixgrpo.evaluation.evaluate import Evaluation
+from mixgrpo.evaluation.gallery import Choice, gallery_html
 
 VERSION = 1
 SHOWN = 5  # unreadable pictures named in the table

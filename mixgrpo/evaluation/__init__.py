@@ -1,0 +1,1 @@
+"""Rewards of many pictures, of several models side by side."""

@@ -1,0 +1,1 @@
+"""Text embeddings made in advance: encoded once, stored, read while training."""
