@@ -95,7 +95,7 @@ def weights(job: Job) -> list[str]:
 def shake(value: Tensor) -> None:
     """Disturbs a weight: fresh biases are all 0, and a fresh head scores everything alike."""
     if value.is_floating_point():
-        value.add_(0.05 * torch.randn_like(value))
+        value.add_(0.15 * torch.randn_like(value))
 
 
 def names(job: Job) -> dict[str, list[int]]:

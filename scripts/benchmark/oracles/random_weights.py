@@ -133,7 +133,7 @@ def shaken(model: nn.Module) -> nn.Module:
             parameter.add_(0.05 * torch.randn_like(parameter))
         elif parameter.ndim == 3:  # tokens and places
             parameter.normal_(std=0.5)
-        else:
+        elif parameter.ndim:  # the scale of a cosine stays
             inputs = parameter[0].numel()
             parameter.normal_(std=0.8 * inputs**-0.5)
     return model
