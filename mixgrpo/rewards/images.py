@@ -3,7 +3,7 @@
 All functions take [B, 3, H, W] float images in [0, 1] (``normalise`` aside). ``to_uint8`` is for
 the rewards that look at files or arrays. Resizing is
 antialiased and clipped as in the published PIL pipelines, but for their rounding to 8 bits:
-pixels differ by about 1/255 (measured in tests/rewards/test_images.py).
+pixels differ by 0.3/255 on average and 1.1/255 at most (tests/rewards/test_images.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def resize(images: Tensor, height: int, width: int, interpolation: str = "bicubi
     """[B, 3, H, W] -> [B, 3, height, width] float32, aspect ratio ignored."""
     images, mode = images.float().clamp(0, 1), _INTERPOLATION[interpolation]
     # Bicubic filters overshoot at edges and 8-bit images cannot, so PIL clips after each of its
-    # two passes, columns first.
+    # two passes: along the rows first, always so before Pillow 13, with which no published score
+    # was made. Pillow 13 turns the passes round where the height shrinks much more than the width.
     for size in ([images.shape[-2], width], [height, width]):
         if list(images.shape[-2:]) != size:
             images = F.resize(images, size, mode, antialias=True).clamp(0, 1)

@@ -150,6 +150,7 @@ def train_imagereward(folder: Path, steps: int, seed: int) -> None:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "encoder_width": WIDTH,
+        "add_cross_attention": True,
     }
     vision = {
         "image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "depth": DEPTH,

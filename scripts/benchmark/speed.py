@@ -18,10 +18,7 @@ import gc
 import itertools
 import json
 import math
-import platform
 import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +29,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import torch
+from environment import ROOT, environment
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -47,7 +45,6 @@ from mixgrpo.rollout import SamplingPlan, rollout
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity, Window
 from mixgrpo.update import Objective, update
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES_FLUX = ROOT / "data" / "shapes" / "flux"
 PHASES = ("rollout", "decode", "update")
 SHIFT, ETA, CLIP = 3.0, 0.7, 1e-4
@@ -392,36 +389,6 @@ def first_gradient(task: Task, make: Callable[[Task], Variant]) -> Tensor:
 
 
 # --- reporting ------------------------------------------------------------------------------------
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Hardware, versions, git revision, command."""
-    hardware = _cpu_name()
-    if device.type == "cuda":
-        hardware = f"{torch.cuda.get_device_name(device)}; {hardware}"
-    return {
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
-        "software": f"torch {torch.__version__}, Python {platform.python_version()}",
-        "revision": _git_revision(),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
-
-
-def _git_revision() -> str:
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def table(measurements: dict[str, Measurement], iterations: int) -> str:

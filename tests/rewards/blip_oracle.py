@@ -1,13 +1,55 @@
-"""ImageReward's forward pass written out in plain PyTorch, from its published key names."""
+"""ImageReward written out in plain PyTorch, from PIL images and its published key names."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import conv2d, gelu, layer_norm, linear
+from torchvision import transforms
+
+from mixgrpo.rewards.images import OPENAI_MEAN, OPENAI_STD
+
+
+def imagereward_by_hand(
+    images: Sequence[Image.Image], texts: Sequence[str], *, model: Path
+) -> Tensor:
+    """torchvision's transforms on PIL, WordPiece by hand, a plain forward pass."""
+    sizes = json.loads((model / "vision_config.json").read_text())
+    preprocess = transforms.Compose(
+        [
+            transforms.Resize(sizes["image_size"], transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(sizes["image_size"]),
+            transforms.ToTensor(),
+            transforms.Normalize(OPENAI_MEAN, OPENAI_STD),
+        ]
+    )
+    pixels = torch.stack([preprocess(image) for image in images])
+    pieces = (model / "vocab.txt").read_text().split("\n")
+    ids = torch.tensor([word_pieces(text, pieces) for text in texts])
+    heads = json.loads((model / "med_config.json").read_text())["num_attention_heads"]
+    stored = load_file(model / "ImageReward.safetensors")
+    state = {key: value.float() for key, value in stored.items()}
+    raw = Blip(state, sizes["heads"], heads)(pixels, ids, (ids != 0).long())
+    return (raw - 0.16717362830052426) / 1.0333394966054072
+
+
+def word_pieces(text: str, vocabulary: Sequence[str]) -> list[int]:
+    """[CLS] words [SEP] and padding to 35; a plural is its word and ##s."""
+    index = {piece: position for position, piece in enumerate(vocabulary)}
+    ids = []
+    for word in text.lower().split():
+        pieces = [word] if word in index else [word.removesuffix("s"), "##s"]
+        known = all(piece in index for piece in pieces)
+        ids += [index[piece] for piece in (pieces if known else ["[UNK]"])]
+    ids = [index["[CLS]"], *ids[:33], index["[SEP]"]]
+    return ids + [0] * (35 - len(ids))
 
 
 class Blip:

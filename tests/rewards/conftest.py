@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from . import tiny
+
+# The independent implementations, which the benchmarks use too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "benchmark"))
 
 
 @pytest.fixture(scope="session")

@@ -128,6 +128,26 @@ def test_tokenizer_in_another_folder(name: str, copy: Folders) -> None:
     assert torch.equal(scores, expected)
 
 
+def test_pickscore_files_of_the_published_generation(copy: Folders) -> None:
+    """PickScore_v1 and its processor are older than transformers' present forms."""
+    folder = copy["pickscore"]
+    images = tiny.images(2, 48, 40)
+    expected = build("pickscore", folder)(images, TEXTS)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"size": tiny.SIZE, "crop_size": tiny.SIZE}  # numbers, not dicts
+    settings["feature_extractor_type"] = "CLIPFeatureExtractor"
+    del settings["image_processor_type"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2  # stands for the largest token of a text
+    (folder / "config.json").write_text(json.dumps(config))
+    state = load_file(folder / "model.safetensors")
+    state["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(build("pickscore", folder)(images, TEXTS), expected)
+
+
 def test_imagereward_tokenizer_as_tokenizer_json(copy: Folders) -> None:
     from transformers import BertTokenizer
 

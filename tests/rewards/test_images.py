@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reward_parity import pictures, to_batch
 from torch import Tensor
 
 from mixgrpo.rewards.images import (
@@ -40,6 +41,15 @@ def test_resize_differs_from_pil_by_its_rounding_only(kind: str, height: int, wi
         # amplified by the second's negative lobes. Measured: 0.004 at most.
         assert (mine - pil).abs().max() < 1.5 / 255
     assert ours.min() >= 0 and ours.max() <= 1
+
+
+@pytest.mark.parametrize("edge", [64, 224, 378])
+def test_large_pictures_differ_from_pil_as_the_readme_says(edge: int) -> None:
+    images, _ = pictures(4, 512, 512, seed=3)
+    pil = [image.resize((edge, edge), Image.Resampling.BICUBIC) for image in images]
+    steps = 255 * (resize(to_batch(images), edge, edge) - to_batch(pil)).abs()
+    assert 0.2 < steps.mean() < 0.3
+    assert 0.5 < steps.max() < 1.2
 
 
 def test_an_image_of_the_right_size_is_untouched() -> None:

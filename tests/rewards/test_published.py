@@ -2,109 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
+from oracles import clip
+from reward_parity import pictures, to_batch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchvision import transforms
 
 from mixgrpo.rewards import build_reward
-from mixgrpo.rewards.images import OPENAI_MEAN, OPENAI_STD
 
 from . import tiny
-from .blip_oracle import Blip
+from .blip_oracle import imagereward_by_hand
 
+ROOT = Path(__file__).resolve().parents[2]
 Folders = dict[str, Path]
 NAMES = ["hpsv2", "clip_score", "pickscore", "imagereward"]
-
-
-def open_clip_score(folder: Path, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-    """open_clip loads the folder by itself; its own encoders and tokenizer."""
-    model = open_clip.create_model(f"local-dir:{folder}").eval()
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(list(texts))
-    image = model.encode_image(pixels, normalize=True)
-    return (image @ model.encode_text(tokens, normalize=True).T).diagonal()
-
-
-def hps_on_pil(folder: Path, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-    """The longer edge to the model's size, centred on black, by PIL alone."""
-    squares = []
-    for image in images:
-        scale = tiny.SIZE / max(image.size)
-        small = image.resize([round(e * scale) for e in image.size], Image.Resampling.BICUBIC)
-        square = Image.new("RGB", (tiny.SIZE, tiny.SIZE))
-        square.paste(small, tuple((tiny.SIZE - edge) // 2 for edge in small.size))
-        squares.append(square)
-    preprocess = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])]
-    )
-    return open_clip_score(folder, torch.stack([preprocess(s) for s in squares]), texts)
-
-
-def clip_on_pil(folder: Path, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-    """open_clip's own preprocessing of the folder."""
-    _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    return open_clip_score(folder, torch.stack([preprocess(i) for i in images]), texts)
-
-
-def pickscore_on_pil(folder: Path, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-    """transformers' processor and CLIPModel.forward, whose logits are the score."""
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    processor = CLIPProcessor(
-        CLIPImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    )
-    inputs = processor(
-        text=list(texts), images=list(images), return_tensors="pt", padding=True, truncation=True,
-        max_length=16,
-    )  # fmt: skip
-    inputs.pop("token_type_ids", None)
-    return CLIPModel.from_pretrained(folder).eval()(**inputs).logits_per_image.diagonal()
-
-
-def imagereward_on_pil(folder: Path, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-    """torchvision's transforms on PIL, WordPiece by hand, a plain forward pass."""
-    preprocess = transforms.Compose(
-        [
-            transforms.Resize(tiny.SIZE, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(tiny.SIZE),
-            transforms.ToTensor(),
-            transforms.Normalize(OPENAI_MEAN, OPENAI_STD),
-        ]
-    )
-    pixels = torch.stack([preprocess(image) for image in images])
-    ids = torch.tensor([word_pieces(text) for text in texts])
-    state = load_file(folder / "ImageReward.safetensors")
-    raw = Blip(state, tiny.VISION["heads"], tiny.HEADS)(pixels, ids, (ids != 0).long())
-    return (raw - 0.16717362830052426) / 1.0333394966054072
-
-
-def word_pieces(text: str) -> list[int]:
-    """[CLS] words [SEP] and padding to 35; a plural is its word and ##s."""
-    index = {piece: position for position, piece in enumerate(tiny.PIECES)}
-    ids = []
-    for word in text.lower().split():
-        pieces = [word] if word in index else [word.removesuffix("s"), "##s"]
-        ids += [index[piece] for piece in pieces]
-    ids = [index["[CLS]"], *ids[:33], index["[SEP]"]]
-    return ids + [0] * (35 - len(ids))
-
-
-ORACLES: dict[str, Callable[..., Tensor]] = {
-    "hpsv2": hps_on_pil,
-    "clip_score": clip_on_pil,
-    "pickscore": pickscore_on_pil,
-    "imagereward": imagereward_on_pil,
+# The models that the Shapes world ships: trained ones, whose scores mean something.
+SHAPES = {name: ROOT / "data" / "shapes" / name for name in NAMES} | {
+    "clip_score": ROOT / "data" / "shapes" / "clip"
 }
-# What PIL's rounding to 8 bits changes, at least twice the measured difference.
+
+# Each takes PIL images, texts and the reward's own options.
+ORACLES: dict[str, Callable[..., Tensor]] = {
+    "hpsv2": clip.hpsv2,
+    "clip_score": clip.clip_score,
+    "pickscore": clip.pickscore,
+    "imagereward": imagereward_by_hand,
+}
+# What resizing on tensors changes, at least twice the measured difference: PIL rounds to 8 bits.
 ROUNDING = {"hpsv2": 2e-3, "clip_score": 2e-3, "pickscore": 2e-2, "imagereward": 1e-3}
+# The trained models tell pictures apart more sharply.
+ROUNDING_SHAPES = {"hpsv2": 4e-3, "clip_score": 4e-3, "pickscore": 0.15, "imagereward": 8e-3}
+# What bfloat16 changes in the trained models' scores, about twice the measured difference.
+BFLOAT16 = {"hpsv2": 6e-3, "clip_score": 6e-3, "pickscore": 0.1, "imagereward": 0.2}
 # Long enough to be cut at 16 and at 35 tokens.
 TEXTS = [*tiny.TEXTS, " ".join(["a red circle above a green square on gray"] * 5)]
 
@@ -119,13 +53,37 @@ def build(name: str, folders: Folders, **options: Any) -> Any:
 def test_score_is_the_published_path_s(name: str, shape: tuple[int, int], folders: Folders) -> None:
     images = tiny.images(len(TEXTS), *shape)
     scores = build(name, folders)(images, TEXTS)
-    expected = ORACLES[name](folders[name], [tiny.to_pil(image) for image in images], TEXTS)
+    pil = [tiny.to_pil(image) for image in images]
+    expected = ORACLES[name](pil, TEXTS, model=folders[name])
     assert scores.dtype == torch.float32 and scores.shape == (len(TEXTS),)
     # Nothing is resized at 32x32, so there the two paths do the same arithmetic.
     tolerance = 2e-5 if shape == (32, 32) else ROUNDING[name]
     torch.testing.assert_close(scores, expected, rtol=0, atol=tolerance)
     # The tolerance would not hide a mix-up of samples: they differ by far more.
     assert scores.std() > 3 * tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (320, 224)])
+def test_trained_models_score_as_on_the_published_path(name: str, shape: tuple[int, int]) -> None:
+    images, texts = pictures(12, *shape, seed=1)
+    expected = ORACLES[name](images, texts, model=SHAPES[name])
+    scores = build(name, SHAPES)(to_batch(images), texts)
+    tolerance = 2e-5 if shape == (64, 64) else ROUNDING_SHAPES[name]
+    torch.testing.assert_close(scores, expected, rtol=0, atol=tolerance)
+    assert scores.std() > 5 * tolerance
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trained_models_in_bfloat16(name: str) -> None:
+    images, texts = pictures(24, 64, 64, seed=2)
+    full = build(name, SHAPES)(to_batch(images), texts)
+    low = build(name, SHAPES, dtype="bfloat16")(to_batch(images), texts)
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, full)
+    torch.testing.assert_close(low, full, rtol=0, atol=BFLOAT16[name])
+    assert full.std() > 4 * BFLOAT16[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -173,7 +131,7 @@ def test_clip_score_follows_the_folder_s_preprocessing(
     folder = tiny.open_clip_folder(tmp_path / "clip", **settings)
     images = tiny.images(len(TEXTS), 96, 61)
     scores = build_reward("clip_score", {"model": str(folder)})(images, TEXTS)
-    expected = clip_on_pil(folder, [tiny.to_pil(image) for image in images], TEXTS)
+    expected = clip.clip_score([tiny.to_pil(image) for image in images], TEXTS, model=folder)
     torch.testing.assert_close(scores, expected, rtol=0, atol=2e-3)
 
 

@@ -1,0 +1,98 @@
+"""The reward benchmarks at their smallest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "scripts" / "benchmark"
+ABOUT = ("hardware:", "software:", "revision:", "command:")
+
+
+def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(FOLDER / script), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_scoring_prints_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    options = ("--device", "cpu", "--images", "4", "--repeats", "1", "--json", str(path))
+    done = run("scoring.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(line in done.stdout for line in ABOUT)
+    assert "4 images of 64 pixels, models of data/shapes, float32" in done.stdout
+    results = json.loads(path.read_text())["results"]
+    assert [found["reward"] for found in results] == [
+        *("hpsv2", "clip_score", "pickscore", "imagereward")
+    ]
+    for found in results:
+        assert found["ratio"] == pytest.approx(found["batched"] / found["one"])
+        assert found["difference"] < 1e-4
+
+
+def test_parity_prints_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    rewards = ("--rewards", "hpsv2", "clip_score", "pickscore")
+    done = run("reward_parity.py", "--small", *rewards, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(line in done.stdout for line in ABOUT)
+    for found in json.loads(path.read_text())["results"]:
+        assert found["same_pixels"] < 1e-4 < found["resized"]
+        assert 1e-4 < found["bfloat16"] < found["spread"]
+
+
+@pytest.fixture
+def parity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    import reward_parity
+
+    return reward_parity
+
+
+def test_parity_fails_when_the_scores_differ(
+    parity: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = parity.clip.hpsv2
+    wrong = {"hpsv2": lambda *inputs, **files: right(*inputs, **files) + 1e-3}
+    monkeypatch.setattr(parity, "ORACLES", wrong)
+    assert parity.main(["--small", "--rewards", "hpsv2"]) == 1
+    assert "DIFFERENT: more than 1e-05" in capsys.readouterr().out
+
+
+def test_files_choose_the_rewards(parity: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "HPS_v2.1_compressed.pt"
+    file.touch()
+    files = ("--hpsv2", str(file), "--pickscore", str(tmp_path))
+    (first, second) = parity.cases(parity.parse(files), tmp_path)
+    assert first.options == {"model": "ViT-H-14", "checkpoint": str(file)}
+    assert (first.edge, first.weights) == (224, "published file")
+    assert second.options == {"model": str(tmp_path), "processor": str(tmp_path)}
+    assert parity.parse([]).rewards == ["hpsv2", "clip_score", "pickscore", "imagereward"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--hpsv2", "gone.pt"], "there is no gone.pt"),
+        (["--small", "--pickscore", "."], "--small takes the files of data/shapes"),
+        (["--images", "1"], "--images must be at least 2"),
+    ],
+)
+def test_parity_refuses_what_cannot_be_run(
+    parity: ModuleType, options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parity.parse(options)
+    assert complaint in capsys.readouterr().err
