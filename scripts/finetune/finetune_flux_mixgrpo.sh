@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Fine-tunes FLUX.1-dev by MixGRPO on this machine's GPUs:
+#   bash scripts/finetune/finetune_flux_mixgrpo.sh --model.train lora --batch.prompts 8
+set -euo pipefail
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../launch.sh" train --recipe flux_mixgrpo "$@"
