@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from time import monotonic
-from types import FrameType
 
 import torch
 from safetensors import SafetensorError
@@ -41,6 +39,7 @@ from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.hacking import hacking_warning
 from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.window import WindowSchedule
+from mixgrpo.memory import OutOfMemory, explain_training, memory_of
 from mixgrpo.models import Policy
 from mixgrpo.prompts import PromptBatches, read_prompts
 from mixgrpo.revision import git_revision
@@ -53,18 +52,11 @@ from mixgrpo.rewards import (
     resident,
 )
 from mixgrpo.rollout import rollout
+from mixgrpo.stopping import StopRequest, TrainingStopped
 from mixgrpo.tracking import Phases, Tracker, read_metrics
 from mixgrpo.types import Scores, Trajectory, Window
 from mixgrpo.update import NonFiniteUpdate, update
 from mixgrpo.validation import Validation, Validator
-
-
-class TrainingStopped(RuntimeError):
-    """Training ended early, with a resumable checkpoint behind; the message says why."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def train(config: Config) -> Path:
@@ -72,10 +64,11 @@ def train(config: Config) -> Path:
 
     Raises:
         ValueError, FileNotFoundError: something that the user can mend, before training starts.
-        TrainingStopped: a signal or a non-finite loss ended it.
+        TrainingStopped: a signal, a non-finite loss or a failing reward ended it.
         CheckpointError: a checkpoint could not be written or read.
+        OutOfMemory: the GPU is too small.
     """
-    with process_group(config.run.threads) as process:
+    with process_group(config.run.threads) as process, _explained(config, process):
         check(config, process.world_size)
         windows = make_windows(config)
         resumed = resumed_checkpoint(config)
@@ -91,6 +84,14 @@ def train(config: Config) -> Path:
             trainer.restore(resumed)
         trainer.run()
     return Path(config.run.folder)
+
+
+@contextlib.contextmanager
+def _explained(config: Config, process: Process) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(explain_training(config, memory_of(process.device))) from error
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,11 @@ class Trainer:
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
         self.phases = Phases(process.device)
         self.iteration = 0  # iterations done
-        self.stop_signal: int | None = None
+        self.stop = StopRequest()
 
     def run(self) -> None:
         """Trains from the present position to the last iteration."""
-        with self._signals():
+        with self.stop.from_signals():
             self._prepare_folder()
             self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
             try:
@@ -365,31 +366,12 @@ class Trainer:
         self.engine.load_state(saved.engine)
         self.iteration = saved.iteration
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Inside, SIGTERM and Ctrl-C ask for a checkpoint and an end; a later one ends at once."""
-        asked_at = 0.0
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            nonlocal asked_at
-            # A terminal and torchrun both pass on one Ctrl-C, so the same moment counts once.
-            if self.stop_signal is not None and monotonic() - asked_at > 2:
-                raise KeyboardInterrupt
-            self.stop_signal, asked_at = number, monotonic()
-
-        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _stop_if_asked(self) -> None:
         """Called where the weights are those of a whole number of iterations."""
-        if not self.engine.any(self.stop_signal is not None):
+        if not self.engine.any(self.stop.signal is not None):
             return
         path = self._save()
-        number = self.stop_signal or signal.SIGTERM
+        number = self.stop.signal or signal.SIGTERM
         raise TrainingStopped(
             f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; saved "
             f"{path}; continue with --run.resume true",

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from tiny_world import QUICK, REWARDS, World, copy_run, files_of, training_records
 
 from mixgrpo import checkpoint as checkpoints
@@ -339,3 +340,21 @@ def test_a_full_disk_while_exporting_is_one_error_and_keeps_the_checkpoint(
     monkeypatch.setattr(Flux, "export", mock.Mock(side_effect=full))
     assert "No space left on device" in complain(quick(world, folder))
     assert checkpoints.load(checkpoints.latest(folder / "checkpoints")).iteration == 1
+
+
+def test_a_gpu_that_is_too_small_is_told_with_an_estimate(world, folder, complain):
+    """The tiny transformer in float32 with gradients, two moments and an average."""
+    from mixgrpo.memory import explain_training
+
+    with (
+        mock.patch("mixgrpo.trainer.rollout", side_effect=torch.OutOfMemoryError("!")),
+        mock.patch("mixgrpo.trainer.memory_of", return_value=24 * 2**30),
+    ):
+        line = complain(quick(world, folder))
+    assert "the GPU's 24.0 GiB did not suffice" in line
+    assert "lower --model.lora_rank" in line
+    config = world.config(folder)
+    count = sum(p.numel() for p in world.policy().module.parameters())
+    said = explain_training(config, 2**30)
+    assert f"about {count * 4 * 5 / 2**30:.1f} GiB are held for the transformer (full)" in said
+    assert "--model.train lora" in said

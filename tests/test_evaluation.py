@@ -763,28 +763,3 @@ def test_the_launcher_tells_of_a_bad_manifest_once(tmp_path):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "there is no manifest 'nowhere'" in line
-
-
-@pytest.mark.parametrize(("gpus", "processes"), [(0, 1), (3, 3)])
-def test_the_script_takes_all_gpus(tmp_path, gpus, processes):
-    script = "scripts/evaluate/eval_reward.sh"
-    (tmp_path / script).parent.mkdir(parents=True)
-    shutil.copy(ROOT / script, tmp_path / script)
-    (tmp_path / "env_setup.sh").write_text("echo env_setup\n")
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(
-        f'#!/usr/bin/env bash\n[ "$1" = -c ] && {{ echo {gpus}; exit; }}\npwd; echo "$@"; exit 4\n'
-    )
-    python.chmod(0o755)
-    words = shown_command(script)[2:]
-    done = subprocess.run(
-        ["bash", str(tmp_path / script), *words, "--baseline", "a b"],
-        cwd="/", capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 4
-    assert done.stdout.splitlines() == [
-        "env_setup",
-        str(tmp_path),
-        f"-m mixgrpo launch --nproc_per_node {processes} evaluate {' '.join(words)} --baseline a b",
-    ]

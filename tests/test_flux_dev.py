@@ -14,8 +14,8 @@ from tiny_world import CPU
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig
-from mixgrpo.inference.memory import estimate, explain
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
+from mixgrpo.memory import estimate, explain
 from mixgrpo.models.flux import Flux
 from mixgrpo.rollout import sample_ode
 from mixgrpo.types import TextEmbedding

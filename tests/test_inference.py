@@ -39,9 +39,9 @@ from mixgrpo.fingerprint import fingerprint_files
 from mixgrpo.inference import config as inference_config
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig, check, tuned_steps
 from mixgrpo.inference.folder import PictureFolder
-from mixgrpo.inference.memory import estimate, explain
 from mixgrpo.inference.sample import OutOfMemory, sample
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
+from mixgrpo.memory import estimate, explain
 from mixgrpo.models.flux import Flux
 from mixgrpo.models.flux_lora import attach_lora, read_lora
 from mixgrpo.noise import Noise
@@ -774,7 +774,7 @@ def test_help_tells_every_knob(capsys):
 def test_a_gpu_that_is_too_small(knobs):
     with (
         mock.patch("mixgrpo.inference.sample.sample_ode", side_effect=torch.OutOfMemoryError("!")),
-        mock.patch("mixgrpo.inference.sample._memory_of", return_value=24 * 2**30),
+        mock.patch("mixgrpo.inference.sample.memory_of", return_value=24 * 2**30),
         pytest.raises(OutOfMemory) as caught,
     ):
         sample(knobs())

@@ -375,35 +375,34 @@ def test_quickstart_fails_when_training_fails(tmp_path: Path) -> None:
     assert subprocess.call(wrapping("scripts/quickstart.sh", tmp_path, "exit 3")) == 3
 
 
-@pytest.mark.parametrize(("gpus", "processes"), [(0, 1), (1, 1), (8, 8)])
-def test_inference_takes_all_gpus_or_the_cpu(tmp_path: Path, gpus: int, processes: int) -> None:
-    python = f'[ "$1" = -c ] && echo {gpus} || echo "$@"'
-    command = wrapping("scripts/inference/inference_flux.sh", tmp_path, python)
-    output = subprocess.check_output([*command, "--hybrid", "0.8"], cwd="/", text=True)
-    launch = f"-m mixgrpo launch --nproc_per_node {processes} sample --recipe flux --hybrid 0.8"
-    assert output.splitlines() == ["env_setup", launch]
-
-
-def test_inference_fails_when_sampling_fails(tmp_path: Path) -> None:
-    python = '[ "$1" = -c ] && echo 2 || exit 3'
-    command = wrapping("scripts/inference/inference_flux.sh", tmp_path, python)
-    assert subprocess.call(command) == 3
+ON_GPUS = {
+    "scripts/finetune/finetune_flux_mixgrpo.sh": "train --recipe flux_mixgrpo",
+    "scripts/inference/inference_flux.sh": "sample --recipe flux",
+    "scripts/evaluate/eval_reward.sh": "evaluate",
+    "scripts/preprocess/preprocess_flux.sh": "preprocess --model.path data/models/FLUX.1-dev "
+    "--prompts_files data/prompts.txt data/prompts_test.txt --output data/embeddings/flux",
+}
 
 
 @pytest.mark.parametrize(("gpus", "chosen", "expected"), [(0, "", 1), (8, "", 8), (8, "3", 3)])
-def test_preprocessing_script(tmp_path: Path, gpus: int, chosen: str, expected: int) -> None:
-    command = wrapping("scripts/preprocess/preprocess_flux.sh", tmp_path, 'echo "$@"')
+@pytest.mark.parametrize("script", ON_GPUS)
+def test_scripts_start_a_process_on_each_gpu_or_one_on_the_cpu(
+    tmp_path: Path, script: str, gpus: int, chosen: str, expected: int
+) -> None:
+    command = wrapping(script, tmp_path, 'echo "$@"; exit 3')
+    shutil.copy(ROOT / "scripts" / "launch.sh", tmp_path / "scripts")
     smi = tmp_path / "programs" / "nvidia-smi"
     smi.parent.mkdir()
-    smi.write_text(f"#!/usr/bin/env bash\nfor ((i = 0; i < {gpus}; i++)); do echo GPU $i; done\n")
+    smi.write_text("#!/usr/bin/env bash\n" + "echo 'GPU 0: NVIDIA'\n" * gpus)
     smi.chmod(0o755)
     environment = {**os.environ, "PATH": f"{smi.parent}:{os.environ['PATH']}", "PROCESSES": chosen}
-    words = [*command, "--output", "a b"]
-    said = subprocess.check_output(words, cwd="/", env=environment, text=True).splitlines()
-    started = f"-m mixgrpo launch --nproc_per_node {expected} preprocess --model.path data/models"
-    assert said[0] == "env_setup"
-    assert said[1].startswith(started)
-    assert said[1].endswith("--output data/embeddings/flux --output a b")
+    done = subprocess.run(
+        [*command, "--output", "a b"],
+        cwd="/", env=environment, stdout=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    launched = f"-m mixgrpo launch --nproc_per_node {expected} {ON_GPUS[script]} --output a b"
+    assert done.stdout.splitlines() == ["env_setup", launched]
+    assert done.returncode == 3
 
 
 def test_test_script_passes_its_words_on(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ from mixgrpo import checkpoint as checkpoints
 from mixgrpo.config import RewardConfig, flatten
 from mixgrpo.models.flux import Flux
 from mixgrpo.rewards import RewardError
-from mixgrpo.trainer import Trainer, TrainingStopped
+from mixgrpo.stopping import StopRequest, TrainingStopped
+from mixgrpo.trainer import Trainer
 
 
 def assert_same_checkpoint(first: Path, second: Path) -> None:
@@ -192,14 +193,13 @@ def test_a_signal_saves_and_ends(straight, world, folder, number, call, saved_af
 
 def test_a_second_signal_ends_at_once_but_one_that_is_passed_on_counts_once(monkeypatch):
     clock = iter([100.0, 100.5, 100.5, 110.0, 110.0])
-    monkeypatch.setattr("mixgrpo.trainer.monotonic", lambda: next(clock))
-    trainer = Trainer.__new__(Trainer)
-    trainer.stop_signal = None
+    monkeypatch.setattr("mixgrpo.stopping.monotonic", lambda: next(clock))
+    stop = StopRequest()
     before = signal.getsignal(signal.SIGTERM)
-    with trainer._signals():
+    with stop.from_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # half a second later: the same request
-        assert trainer.stop_signal is not None
+        assert stop.signal is not None
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             math.sqrt(2)  # the handler runs between two instructions

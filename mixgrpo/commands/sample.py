@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         return complain(error)
     # Only now: a mistyped knob should not have to wait for torch.
-    from mixgrpo.inference.sample import OutOfMemory
+    from mixgrpo.memory import OutOfMemory
 
     signal.signal(signal.SIGTERM, _interrupt)
     expected = (ValueError, OSError, OutOfMemory, Stopped)

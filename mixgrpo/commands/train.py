@@ -30,11 +30,13 @@ def run(arguments: Sequence[str]) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from mixgrpo.checkpoint import CheckpointError
+    from mixgrpo.memory import OutOfMemory
     from mixgrpo.rewards import RewardError
-    from mixgrpo.trainer import TrainingStopped, train
+    from mixgrpo.stopping import TrainingStopped
+    from mixgrpo.trainer import train
 
     disable_progress_bar()  # of each model part's loading; training has its own
-    expected = (ValueError, OSError, CheckpointError, RewardError, TrainingStopped)
+    expected = (ValueError, OSError, CheckpointError, RewardError, TrainingStopped, OutOfMemory)
     return carry_out(partial(train, config), expected, "--run.resume true continues")
 
 

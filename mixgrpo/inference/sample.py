@@ -24,9 +24,9 @@ from mixgrpo.distributed import Process, process_group
 from mixgrpo.fingerprint import fingerprint, fingerprint_files
 from mixgrpo.inference.config import InferenceConfig, check, model_config, tuned_steps
 from mixgrpo.inference.folder import Picture, PictureFolder
-from mixgrpo.inference.memory import explain
 from mixgrpo.inference.tuned import Tuned, find_tuned, load_tuned
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
+from mixgrpo.memory import OutOfMemory, explain, memory_of
 from mixgrpo.models import Policy
 from mixgrpo.models.flux import PARTS
 from mixgrpo.models.flux_text import require_parts
@@ -38,10 +38,6 @@ from mixgrpo.rollout import sample_ode
 from mixgrpo.types import TextEmbedding
 
 Block = list[Picture]  # pictures that go through the model together
-
-
-class OutOfMemory(RuntimeError):
-    """The GPU's memory did not suffice; the message says what would take less."""
 
 
 def sample(config: InferenceConfig) -> Path:
@@ -226,8 +222,4 @@ def _explained(config: InferenceConfig, process: Process) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(explain(config, _memory_of(process.device))) from error
-
-
-def _memory_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
+        raise OutOfMemory(explain(config, memory_of(process.device))) from error

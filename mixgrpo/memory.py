@@ -1,4 +1,4 @@
-"""How much GPU memory sampling takes, by a rule of thumb, for when there was not enough."""
+"""How much GPU memory sampling and training take, by rules of thumb, for when it was not enough."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mixgrpo.config import Config
 from mixgrpo.inference.config import InferenceConfig
 from mixgrpo.weight_files import read_shapes
 
@@ -20,9 +21,13 @@ _WIDTHS = 20
 _MAPS = 5
 
 
+class OutOfMemory(RuntimeError):
+    """The GPU's memory did not suffice; the message says what would take less."""
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, estimated.
+    """Bytes that sampling takes, estimated.
 
     Attributes:
         weights: of all parts of the model.
@@ -38,11 +43,7 @@ class Memory:
 def estimate(config: InferenceConfig) -> Memory:
     """Read off the model folder, without loading it."""
     folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
-    parameters = sum(
-        weight.numel()
-        for file in folder.glob("*/*.safetensors")
-        for weight in read_shapes([file]).values()
-    )
+    parameters = _parameters(folder, "*")
     transformer = json.loads((folder / "transformer" / "config.json").read_text())
     decoder = json.loads((folder / "vae" / "config.json").read_text())
     pixels = config.model.height * config.model.width
@@ -67,6 +68,48 @@ def explain(config: InferenceConfig, total: int) -> str:
         f"{min(config.decode_batch, config.micro_batch)}; lower --micro_batch, --decode_batch, "
         f"--model.height and --model.width{smaller}"
     )
+
+
+def explain_training(config: Config, total: int) -> str:
+    """One sentence for a GPU of ``total`` bytes on which training did not fit.
+
+    Held all the time, for each trained weight: float32 weight, gradient, AdamW's two moments, the
+    average if there is one, and the frozen copy if there is a KL.
+    """
+    model, folder = config.model, Path(config.model.path)
+    transformer, size = (
+        _parameters(folder, "transformer"),
+        getattr(torch, model.compute_dtype).itemsize,
+    )
+    if model.train == "full":
+        copies = 4 + bool(config.ema.decay) + bool(config.update.kl)
+        held, remedy = transformer * 4 * copies, "train --model.train lora"
+    else:
+        held, remedy = transformer * size, "lower --model.lora_rank"
+    frozen = _parameters(folder, "vae") * size
+    if config.text.mode == "online" and config.text.placement == "device":
+        frozen += _parameters(folder, "text_encoder*") * size
+    return (
+        f"the GPU's {_gib(total)} did not suffice: about {_gib(held)} are held for the transformer "
+        f"({model.train}) and {_gib(frozen)} for the model's other parts, reward models and "
+        "activations come on top; lower --update.micro_batch, --sampling.micro_batch and "
+        f"--sampling.decode_batch, set --model.gradient_checkpointing true, --scoring.placement "
+        f"offload and --text.placement offload, or {remedy}"
+    )
+
+
+def _parameters(folder: Path, part: str) -> int:
+    """Counted in the headers of a part's weight files."""
+    return sum(
+        weight.numel()
+        for file in folder.glob(f"{part}/*.safetensors")
+        for weight in read_shapes([file]).values()
+    )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _gib(count: int) -> str:
