@@ -405,6 +405,16 @@ def test_scripts_start_a_process_on_each_gpu_or_one_on_the_cpu(
     assert done.returncode == 3
 
 
+@pytest.mark.parametrize("given", [["--recipe", "mine"], ["--recipe=mine"]])
+@pytest.mark.parametrize("script", list(ON_GPUS)[:2])
+def test_a_recipe_of_the_users_counts_alone(tmp_path: Path, script: str, given: list[str]) -> None:
+    command = wrapping(script, tmp_path, 'echo "$@"')
+    shutil.copy(ROOT / "scripts" / "launch.sh", tmp_path / "scripts")
+    done = subprocess.check_output([*command, "--x", "y", *given], cwd="/", text=True)
+    name = ON_GPUS[script].split()[0]
+    assert done.splitlines()[1].endswith(f"{name} --x y {' '.join(given)}")
+
+
 def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
     command = wrapping("scripts/test.sh", tmp_path, 'echo "$OMP_NUM_THREADS $@"; pwd; exit 5')
     environment = {**os.environ, "OMP_NUM_THREADS": "7"}

@@ -49,6 +49,7 @@ def shown_commands() -> list[str]:
 
 SAMPLING = [c for c in shown_commands() if " sample " in c]
 TRAINING = [c for c in shown_commands() if " train " in c and "flux_mixgrpo" not in c]
+CHAIN = [c for c in shown_commands() if "runs/all/" in c]
 RUN = [c for c in shown_commands() if c in TRAINING or " mixgrpo preprocess " in c]
 
 
@@ -109,9 +110,34 @@ def test_sampling_commands_run(place):
         assert len(list((place / folder).glob("*.png"))) == 3
 
 
+def test_the_scripts_run_one_after_the_other(place):
+    """Preprocessing, fine-tuning, three inferences, evaluation: made short, otherwise as shown."""
+    (place / "scripts").unlink()
+    shutil.copytree(ROOT / "scripts", place / "scripts")
+    (place / "env_setup.sh").write_text("")
+    python = place / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    few = "\n".join((ROOT / "data/shapes/prompts_test.txt").read_text().splitlines()[:3])
+    (place / "few.txt").write_text(few)
+    inference = ["--prompts_file", "few.txt", "--steps", "3"]
+    short = {"finetune": SHORT, "inference": inference, "evaluate": ["--resamples", "50"]}
+    assert len(CHAIN) == 6
+    for command in CHAIN:
+        more = next(
+            (words for script, words in short.items() if f"scripts/{script}/" in command), []
+        )
+        done = run(["bash", "-c", f"{command} {' '.join(more)}"], place)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    table = (place / "runs/all/evaluation/table.md").read_text()
+    for name in ("base", "tuned", "hybrid", "all_right"):
+        assert name in table
+
+
 def test_inference_commands_have_knobs_that_are_there():
     """Those for FLUX.1-dev need its weights, so they are read, not run."""
-    commands = [c for c in shown_commands() if "inference_flux.sh" in c]
+    commands = [c for c in shown_commands() if "inference_flux.sh" in c and c not in CHAIN]
     assert commands
     for command in commands:
         words = as_here(command)

@@ -1,4 +1,4 @@
-"""The reward benchmarks at their smallest."""
+"""The benchmarks of rewards and of sampling at their smallest."""
 
 from __future__ import annotations
 
@@ -96,3 +96,41 @@ def test_parity_refuses_what_cannot_be_run(
     with pytest.raises(SystemExit):
         parity.parse(options)
     assert complaint in capsys.readouterr().err
+
+
+# ---- sampling at FLUX.1-dev's size
+
+
+@pytest.fixture
+def sampling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    import sampling
+
+    return sampling
+
+
+def test_sampling_prints_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    options = ("--small", "--device", "cpu", "--dtype", "float32", "--sizes", "32", "64")
+    few = ("--steps", "2", "--repeats", "1", "--batch", "2", "--peak", "1e-3")
+    done = run("sampling.py", *options, *few, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(line in done.stdout for line in ABOUT)
+    results = json.loads(path.read_text())["results"]
+    assert [found["size"] for found in results] == [32, 64]
+    for found in results:
+        assert found["evaluation"] == pytest.approx(found["sampling"] / 2)
+        assert found["tflops"] == pytest.approx(2 * found["tflop"] / found["evaluation"])
+        assert found["share_of_peak"] == pytest.approx(found["tflops"] / 1e-3)
+
+
+def test_evaluations_are_counted_at_flux_devs_size(sampling: ModuleType) -> None:
+    """About 37 TFLOP for the 2025 tokens of 720x720, 74 for the 4096 of 1024x1024."""
+    assert sampling.count_tflop(False, 2025) == pytest.approx(37, rel=0.02)
+    assert sampling.count_tflop(False, 4096) == pytest.approx(74, rel=0.02)
+
+
+def test_flux_devs_size_on_a_cpu_is_refused() -> None:
+    done = run("sampling.py", "--device", "cpu")
+    assert done.returncode == 2
+    assert "takes a GPU with 40 GB" in done.stderr
