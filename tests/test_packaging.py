@@ -427,7 +427,9 @@ def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 5
-    assert result.stdout.splitlines() == ["env_setup", "7 -m pytest -k a b", str(tmp_path)]
+    setup, ran, where = result.stdout.splitlines()
+    assert (setup, where) == ("env_setup", str(tmp_path))
+    assert re.fullmatch(r"7 -m pytest --numprocesses [1-4] --dist worksteal -k a b", ran)
 
 
 @pytest.mark.parametrize("failing", ["pytest", "ruff check", "ruff format", "mypy"])

@@ -126,7 +126,7 @@ ITEMS = {
             for file in ("ImageReward.pt", "med_config.json", "vocab.txt")
         ),
     ),
-    # Called DFN5B-CLIP-ViT-H-14-384 in papers, by the repository's former name.
+    # Papers cite apple/DFN5B-CLIP-ViT-H-14-384; this is the name that open_clip loads it by.
     "clip": Item(
         "CLIP score's model, DFN5B ViT-H/14",
         4.0,

@@ -6,6 +6,7 @@ before version 5. ``install`` puts it and what it needs, all but torch, into ``.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -48,7 +49,10 @@ def install(root: Path = FOLDER) -> Path:
     folder = root / f"imagereward-{checksum}"
     if not folder.is_dir():
         root.mkdir(exist_ok=True)
-        _install_whole(folder)
+        with open(root / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not folder.is_dir():
+                _install_whole(folder)
     return folder
 
 
