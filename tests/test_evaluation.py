@@ -186,6 +186,17 @@ def test_prompts_are_drawn_and_not_pictures():
     assert ratio == pytest.approx(math.sqrt(8), rel=0.15)
 
 
+def test_a_prompt_that_stands_several_times_in_the_file_is_drawn_as_one():
+    values = normal_values(60, 1)
+    twice = {(2 * i + k, 0): value for (i, _), value in values.items() for k in (0, 1)}
+    prompts = {index: f"prompt {index // 2}" for index, _ in twice}
+    found, single = (estimate(v, Bootstrap(1000), p) for v, p in ((twice, prompts), (values, None)))
+    width = single.high - single.low
+    assert found.high - found.low == pytest.approx(width, rel=0.1)
+    naive = estimate(twice, Bootstrap(1000))
+    assert naive.high - naive.low == pytest.approx(width / 2**0.5, rel=0.1)
+
+
 def test_two_prompts_by_hand():
     """Four equally likely draws: both, twice the one, twice the other; the mean is over pictures"""
     found = estimate({(0, 0): 0.0, (0, 1): 0.0, (0, 2): 0.0, (5, 0): 1.0}, Bootstrap(1000))

@@ -57,9 +57,16 @@ class Row:
 
 
 def compare(
-    reward: str, values: Mapping[str, Values], baseline: str, bootstrap: Bootstrap
+    reward: str,
+    values: Mapping[str, Values],
+    baseline: str,
+    bootstrap: Bootstrap,
+    prompts: Mapping[int, str] | None = None,
 ) -> list[Row]:
-    """A row for every manifest of ``values`` (name -> scores by one reward)."""
+    """A row for every manifest of ``values`` (name -> scores by one reward).
+
+    ``prompts`` by index: a file may hold a prompt several times; see ``estimate``.
+    """
     rows = []
     for name, own in values.items():
         pairs = {} if name == baseline else differences(own, values[baseline])
@@ -68,22 +75,25 @@ def compare(
             Row(
                 reward=reward,
                 manifest=name,
-                mean=estimate(own, bootstrap),
+                mean=estimate(own, bootstrap, prompts),
                 scored=scored,
                 pictures=len(own),
                 pairs=len(pairs),
                 wins=win_rate(pairs),
-                difference=estimate(pairs, bootstrap),
+                difference=estimate(pairs, bootstrap, prompts),
             )
         )
     return rows
 
 
-def estimate(values: Values, bootstrap: Bootstrap) -> Estimate:
+def estimate(
+    values: Values, bootstrap: Bootstrap, prompts: Mapping[int, str] | None = None
+) -> Estimate:
     """The mean over all pictures, and its percentile bootstrap interval (Efron 1979).
 
     Pictures of one prompt are no independent witnesses, so prompts are drawn, with all of their
-    pictures. From a single prompt there is no interval.
+    pictures. From a single prompt there is no interval. Without ``prompts``, every index is a
+    prompt of its own.
     """
     known = {key: value for key, value in values.items() if not math.isnan(value)}
     if not known:
@@ -91,10 +101,11 @@ def estimate(values: Values, bootstrap: Bootstrap) -> Estimate:
     scores = np.array(list(known.values()), np.float64)
     # Around one of the values: equal scores then have exactly no width.
     origin = scores[0]
-    prompts, place = np.unique([index for index, _ in known], return_inverse=True)
+    drawn = [prompts[index] if prompts else index for index, _ in known]
+    distinct, place = np.unique(drawn, return_inverse=True)
     sums, counts = np.bincount(place, scores - origin), np.bincount(place)
     mean = float(origin + sums.sum() / counts.sum())
-    if len(prompts) < 2:
+    if len(distinct) < 2:
         return Estimate(mean, math.nan, math.nan)
     low, high = np.quantile(_resampled_means(sums, counts, bootstrap), (0.025, 0.975))
     return Estimate(mean, float(origin + low), float(origin + high))

@@ -37,14 +37,15 @@ def write_report(
 
 def comparison_rows(evaluation: Evaluation, baseline: str, bootstrap: Bootstrap) -> list[Row]:
     """A row for every reward and manifest; at the end diversity, if any prompt has two pictures."""
+    prompts = {p.index: p.prompt for manifest in evaluation.manifests for p in manifest.pictures}
     rows = [
         row
         for reward, values in evaluation.scores.items()
-        for row in compare(reward, values, baseline, bootstrap)
+        for row in compare(reward, values, baseline, bootstrap, prompts)
     ]
     if any(evaluation.diversity.values()):
         label = f"diversity ({evaluation.features})"
-        rows += compare(label, evaluation.diversity, baseline, bootstrap)
+        rows += compare(label, evaluation.diversity, baseline, bootstrap, prompts)
     return rows
 
 
@@ -53,7 +54,7 @@ def notes(evaluation: Evaluation, rows: Sequence[Row], baseline: str, bootstrap:
     lines = [
         f"wins: share of pictures that score higher than that of {baseline} of the same prompt and "
         "sample, ties counted half; difference: mean over the same pairs; intervals: "
-        f"bootstrap over prompts, {bootstrap.resamples} resamples, seed {bootstrap.seed}.",
+        f"bootstrap over distinct prompts, {bootstrap.resamples} resamples, seed {bootstrap.seed}.",
     ]
     if any(evaluation.diversity.values()):
         lines.append(
