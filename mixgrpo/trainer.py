@@ -189,7 +189,7 @@ class Trainer:
                 trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
             with self.phases("reward"):
                 scoring = stream.result()
-        self.phases.add("reward_hidden", stream.busy - stream.waited)
+        self.phases.add("reward_hidden", stream.hidden)
         return Batch(trajectory, prompts.texts, scoring)
 
     def _score_stream(self) -> ScoreStream:

@@ -24,7 +24,7 @@ class ScoreStream:
 
     Attributes:
         busy: seconds that scoring took, from ``__init__`` to ``result``.
-        waited: seconds of them that ``result`` had to wait for; the others were hidden.
+        waited: seconds that ``result`` took.
     """
 
     def __init__(
@@ -66,6 +66,11 @@ class ScoreStream:
             {name: torch.cat([part.scores[name] for part in parts]) for name in self.rewards},
             {name: cause for part in reversed(parts) for name, cause in part.causes.items()},
         )
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of scoring during which the caller did something else."""
+        return max(0.0, self.busy - self.waited)
 
     def _start(self, count: int) -> None:
         """Hands the oldest ``count`` pictures to the thread."""

@@ -62,6 +62,10 @@ def test_pictures_do_not_wait_for_their_scores() -> None:
     assert stream.result().scores["slow"].tolist() == [1.0] * 7
     assert stream.busy > 0
     assert stream.waited > 0
+    stream.busy, stream.waited = 3.0, 1.0
+    assert stream.hidden == 2.0
+    stream.busy = 0.5  # what was waited for was not all scoring
+    assert stream.hidden == 0.0
 
 
 def test_what_a_reward_raises_comes_out_of_result() -> None:

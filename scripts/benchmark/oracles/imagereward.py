@@ -6,6 +6,7 @@ before version 5. ``install`` puts it and what it needs, all but torch, into ``.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,21 @@ def install(root: Path = FOLDER) -> Path:
     folder = root / f"imagereward-{checksum}"
     if not folder.is_dir():
         root.mkdir(exist_ok=True)
-        with open(root / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        with _locked(root):
             if not folder.is_dir():
                 _install_whole(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two processes that install at once would undo each other's work."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # unlocks
 
 
 def _install_whole(folder: Path) -> None:
