@@ -12,4 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from mixgrpo.commands import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "torch" in sys.modules and "RANK" in os.environ:
+        from mixgrpo.distributed import leave
+
+        leave(code)
+    sys.exit(code)

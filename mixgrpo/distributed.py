@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,8 @@ T = TypeVar("T")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
+PATIENCE = timedelta(hours=2)  # for the slowest process: a service of rewards, a full disk's writes
+DRIVER = Path("/proc/driver/nvidia/version")
 ROUND = 8  # items that each process works on before results are gathered
 
 
@@ -35,30 +40,67 @@ def process_group(threads: int) -> Iterator[Process]:
 
     Args:
         threads: CPU threads of this process; 0 for torch's choice, under torchrun an equal share.
+
+    Raises:
+        ValueError: more processes than GPUs, or a GPU that torch cannot use.
     """
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     world_size, local_size = (
         int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device = _device(local_rank, local_size)
     if threads or local_size > 1:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # What is on the CPU goes by gloo on a GPU too: flags and Python's objects then wait for a slow
+    # process, where NCCL gives up after minutes, and notice a lost one at once.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     # A group is destroyed with whoever held it last. DDP does so holding the interpreter's lock,
     # joins gloo's threads, and hangs if one of these wants that lock; Python's own reference, kept
     # here to the end, is given up without it.
     atexit.register(lambda group: None, dist.group.WORLD)
     try:
         yield Process(rank, world_size, device)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type == "cpu":  # NCCL's end would wait for the others, who wait for this process
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _device(local_rank: int, local_size: int) -> torch.device:
+    if not torch.cuda.is_available():
+        wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+        if wanted and DRIVER.exists():
+            raise ValueError(
+                "there is an NVIDIA driver, but torch cannot use it (too old for CUDA "
+                f"{torch.version.cuda}?); update it, run env_setup.sh with a TORCH_INDEX_URL for "
+                "an older CUDA, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_size > count:
+        raise ValueError(
+            f"{local_size} processes on this machine, but torch sees {count} GPUs; start {count}, "
+            "or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    # Else float32 convolutions round to 10 bits, and scores differ from those on a CPU.
+    torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends this process; one of several on GPUs that failed at once, waiting for no other."""
+    if exit_code and "RANK" in os.environ and torch.cuda.is_available():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def gather_objects(process: Process, value: T) -> list[T]:

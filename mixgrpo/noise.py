@@ -63,4 +63,7 @@ class Noise:
             )
             for key in keys
         ]
-        return torch.stack(drawn).to(self.device, non_blocking=True)
+        noise = torch.stack(drawn)
+        if self.device.type == "cuda":
+            noise = noise.pin_memory()  # only from there does a copy not make the host wait
+        return noise.to(self.device, non_blocking=True)

@@ -82,6 +82,7 @@ def train(config: Config) -> Path:
         trainer = Trainer(config, process, windows, policy, rewards, prompts, validation_prompts)
         if resumed is not None:
             trainer.restore(resumed)
+            del resumed  # twice the size of the weights, and more
         trainer.run()
     return Path(config.run.folder)
 

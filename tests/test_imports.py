@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "mixgrpo.update": ("mixgrpo.config", "mixgrpo.engines", "mixgrpo.maths", "mixgrpo.types"),
     "mixgrpo.shapes": ("mixgrpo.maths", "mixgrpo.models", "mixgrpo.rewards", "mixgrpo.types"),
     "mixgrpo.commands": ("mixgrpo",),
-    "mixgrpo.__main__": ("mixgrpo.commands",),
+    "mixgrpo.__main__": ("mixgrpo.commands", "mixgrpo.distributed"),
 }
 BUILT_ON_NOTHING_ELSE = {
     "mixgrpo.types": {"torch"},

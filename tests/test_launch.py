@@ -9,14 +9,20 @@ import sys
 import time
 
 import pytest
-from tiny_world import ROOT
+from tiny_world import ROOT, environment
 
 LAUNCH = [sys.executable, "-m", "mixgrpo", "launch", "--nproc_per_node", "2"]
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*LAUNCH, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [*LAUNCH, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -49,7 +55,7 @@ def test_a_process_that_was_killed_is_told_of(tmp_path):
     done = subprocess.run(
         [*LAUNCH, "train", "--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path / "run"),
          "--rewards.mine.kind", "deadly:reward", "--validation.prompts", "2"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        cwd=ROOT, env=environment(PYTHONPATH=f"{tmp_path}:{ROOT}"),
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 128 + signal.SIGKILL
@@ -63,7 +69,11 @@ def test_a_signal_saves_and_ends_all_processes(tmp_path, number):
     arguments = ["train", "--recipe", "shapes_mixgrpo", "--run.folder", str(folder)]
     small = ["--validation.prompts", "2", "--batch.prompts", "2", "--log.progress", "false"]
     process = subprocess.Popen(
-        [*LAUNCH, *arguments, *small], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [*LAUNCH, *arguments, *small],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 200
     while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:

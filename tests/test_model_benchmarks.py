@@ -45,7 +45,7 @@ def test_scoring_prints_the_table(tmp_path: Path) -> None:
 def test_parity_prints_the_table(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     rewards = ("--rewards", "hpsv2", "clip_score", "pickscore")
-    done = run("reward_parity.py", "--small", *rewards, "--json", str(path))
+    done = run("reward_parity.py", "--small", "--device", "cpu", *rewards, "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(line in done.stdout for line in ABOUT)
     for found in json.loads(path.read_text())["results"]:

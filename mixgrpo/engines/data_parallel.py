@@ -59,7 +59,7 @@ class DataParallel:
     def any(self, flag: bool) -> bool:
         if self.world_size == 1:
             return flag
-        raised = torch.tensor(float(flag), device=self.device)
+        raised = torch.tensor(float(flag))  # on the CPU: see mixgrpo.distributed
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return bool(raised.item())
 

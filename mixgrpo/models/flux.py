@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.models import Text
+from mixgrpo.models.flux_lora import without_casts
 from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, open_pipeline, require_parts
 from mixgrpo.types import TextEmbedding, Velocity
 
@@ -126,6 +127,7 @@ class Flux:
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        without_casts(transformer)
 
     def velocity(self, module: nn.Module) -> Velocity:
         def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import FluxPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -86,6 +87,14 @@ def attach_lora(transformer: Any, lora: Lora, scale: float) -> None:
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+    without_casts(transformer)
+
+
+def without_casts(transformer: nn.Module) -> None:
+    """Autocast takes a layer's inputs to the dtype of its products; adapters need not before it."""
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def _complaints(state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -48,6 +48,7 @@ def score(
 
     Raises:
         RewardError: a reward failed on every sample and has never worked before.
+        torch.OutOfMemoryError: the GPU is too small.
         ValueError: inputs that do not fit, or a reward that does not return [B] numbers.
     """
     return score_and_tell(rewards, images, texts, micro_batch).scores
@@ -81,6 +82,8 @@ def _score_one(
         part = slice(start, min(start + micro_batch, len(texts)))
         try:
             result = reward(images[part], texts[part])
+        except torch.OutOfMemoryError:
+            raise  # no sample's fault
         except Exception as error:
             failures.append(Failure(part, error))
             continue

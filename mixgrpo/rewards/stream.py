@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -42,8 +43,8 @@ class ScoreStream:
         self._images: list[Tensor] = []
         self._texts: list[str] = []
         self._parts: list[Future[Scoring]] = []
-        self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
+        self._cuda = _stream_of(device) if device.type == "cuda" else None
+        self._thread = _new_thread(device)
 
     def submit(self, images: Tensor, texts: Sequence[str]) -> None:
         """Scores these pictures [b, 3, H, W] as soon as a micro-batch is full; never waits."""
@@ -93,6 +94,19 @@ class ScoreStream:
             scores = {name: values.cpu() for name, values in scored.scores.items()}
         self.busy += perf_counter() - start
         return Scoring(scores, scored.causes)
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for good: memory is cached, and workspaces are kept, for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def _new_thread(device: torch.device) -> ThreadPoolExecutor:
+    """A new thread's GPU is the first one, whatever its process's."""
+    if device.type != "cuda":
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
+    return ThreadPoolExecutor(1, "rewards", torch.cuda.set_device, (device,))
 
 
 @contextmanager

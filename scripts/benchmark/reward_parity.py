@@ -113,18 +113,18 @@ def to_batch(images: Sequence[Image.Image]) -> Tensor:
     return torch.stack([pil_to_tensor(image) for image in images]).float() / 255
 
 
-def compare(case: Case, count: int, seed: int) -> Agreement:
+def compare(case: Case, count: int, seed: int, device: torch.device) -> Agreement:
     start = perf_counter()
     shapes = ((case.edge, case.edge), *RESIZED)
     sets = [pictures(count, height, width, seed) for height, width in shapes]
     # One model in memory at a time: the oracle first, then ours in float32, then in bfloat16.
     joined = ([i for images, _ in sets for i in images], [t for _, texts in sets for t in texts])
     expected = ORACLES[case.reward](*joined, **case.options).split(count)
-    ours = build_reward(case.reward, case.options)
-    scores = [ours(to_batch(images), texts) for images, texts in sets]
+    ours = build_reward(case.reward, case.options, device)
+    scores = [ours(to_batch(images), texts).cpu() for images, texts in sets]
     del ours
-    low = build_reward(case.reward, {**case.options, "dtype": "bfloat16"})
-    low_scores = low(to_batch(sets[0][0]), sets[0][1])
+    low = build_reward(case.reward, {**case.options, "dtype": "bfloat16"}, device)
+    low_scores = low(to_batch(sets[0][0]), sets[0][1]).cpu()
     differences = [_largest(a, b) for a, b in zip(scores, expected, strict=True)]
     return Agreement(
         reward=case.reward,
@@ -172,6 +172,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--pickscore-processor", type=Path, metavar="FOLDER", help="default: the one above")
     add("--imagereward", type=Path, metavar="FOLDER", help="ImageReward.pt, med_config, tokenizer")
     add("--images", type=int, default=2, help="of each of three sizes")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--scratch", type=Path, help="where random weights go, 4 GB; default: the system's own")
     add("--json", type=Path, help="also write the results to this file")
@@ -226,14 +227,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")  # the libraries' own, of random weights and old settings
-    about = environment(torch.device("cpu"))
+    device = torch.device(chosen.device)
+    torch.backends.cudnn.allow_tf32 = False  # as in a run
+    about = environment(device)
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print("largest absolute differences from the independent implementation\n")
     print(ROW.format(*HEADS))
     results = []
     for case in cases(chosen, chosen.scratch or Path(tempfile.gettempdir())):
         try:
-            results.append(compare(case, chosen.images, chosen.seed))
+            results.append(compare(case, chosen.images, chosen.seed, device))
         except OracleUnavailable as error:
             sys.exit(f"{case.reward}: {error}")
         print(row(results[-1]), flush=True)

@@ -70,6 +70,14 @@ def test_a_reward_that_never_worked_stops_the_run() -> None:
     assert isinstance(info.value.__cause__, ConnectionError)
 
 
+def test_a_gpu_that_is_too_small_is_no_samples_fault() -> None:
+    def large(images: Tensor, texts: Sequence[str]) -> Tensor:
+        raise torch.OutOfMemoryError("!")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        score({"r": large}, IMAGES, TEXTS, 2)
+
+
 def test_a_reward_that_has_worked_may_fail_entirely() -> None:
     reward = FailsOn("x")
     score({"r": reward}, IMAGES, TEXTS, 2)
