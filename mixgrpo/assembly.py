@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,19 @@ def checkpoints_root(config: Config) -> Path:
     return Path(config.run.folder) / "checkpoints"
 
 
+def prompt_digests(config: Config) -> dict[str, str]:
+    """What tells the prompt files' contents, by ``contents.`` and the knob that names the file."""
+    files = {
+        "batch.prompts_file": config.batch.prompts_file,
+        "validation.prompts_file": config.validation.prompts_file,
+    }
+    return {
+        f"contents.{knob}": hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
+        for knob, file in files.items()
+        if Path(file).is_file()
+    }
+
+
 def resumed_checkpoint(config: Config) -> Checkpoint | None:
     """The checkpoint to continue from, checked against the recipe; None to start afresh."""
     root = checkpoints_root(config)
@@ -170,6 +184,14 @@ def resumed_checkpoint(config: Config) -> Checkpoint | None:
         return None
     saved = checkpoints.load(newest)
     check_resumable(saved.config, config)
+    for key, digest in prompt_digests(config).items():
+        if saved.config.get(key, digest) != digest:
+            knob = key.removeprefix("contents.")
+            raise ValueError(
+                f"the file of {knob} has other contents than when this run began, and a resumed "
+                "run must be the run uninterrupted; put the old ones back, or train into another "
+                "--run.folder"
+            )
     if saved.iteration > config.run.iterations:
         raise ValueError(
             f"the checkpoint {newest} has {saved.iteration} iterations, run.iterations is "

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "validation.every",
     "validation.patience",
     "scoring.max_failed",
+    "contents.",  # of the prompt files; compared apart
     "checkpoint.",
     "log.",
 )

@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +32,10 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+
+    def first(self, context: AbstractContextManager[None]) -> AbstractContextManager[None]:
+        """What the first process alone enters."""
+        return context if self.rank == 0 else nullcontext()
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from mixgrpo.config import Config, flatten
 
+WANDB_PATIENCE = 60  # seconds, for its server to answer
+
 
 class Phases:
     """Seconds spent in each named phase since the last ``take``, without the phases inside it."""
@@ -164,12 +166,20 @@ def _start_wandb(config: Config, folder: Path) -> Any:
     marker = folder / "wandb_id"
     if not marker.exists():
         marker.write_text(uuid.uuid4().hex[:12])
-    return wandb.init(
-        project=config.log.project,
-        name=folder.name,
-        id=marker.read_text().strip(),
-        resume="allow",
-        mode=mode,
-        dir=str(folder),
-        config=flatten(config),
-    )
+    try:
+        return wandb.init(
+            project=config.log.project,
+            name=folder.name,
+            id=marker.read_text().strip(),
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            config=flatten(config),
+            settings=wandb.Settings(init_timeout=WANDB_PATIENCE),
+        )
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"wandb cannot be started ({reason}); set WANDB_API_KEY to a key that is valid, or "
+            "--log.wandb offline or disabled"
+        ) from error

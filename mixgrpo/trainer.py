@@ -25,6 +25,7 @@ from mixgrpo.assembly import (
     make_rewards,
     make_stored_text,
     make_windows,
+    prompt_digests,
     resumed_checkpoint,
     reward_device,
     shift_for,
@@ -32,6 +33,7 @@ from mixgrpo.assembly import (
 from mixgrpo.checkpoint import Checkpoint
 from mixgrpo.checks import check
 from mixgrpo.config import Config, flatten
+from mixgrpo.disk import own_folder
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
 from mixgrpo.engines import Engine
@@ -77,13 +79,16 @@ def train(config: Config) -> Path:
             config.validation.prompts_file, "validation.prompts_file"
         )[: config.validation.prompts or None]
         stored = make_stored_text(config, prompts + validation_prompts, process.device)
-        rewards = make_rewards(config, reward_device(config, process.device))
-        policy = make_policy(config, process.device, stored)
-        trainer = Trainer(config, process, windows, policy, rewards, prompts, validation_prompts)
-        if resumed is not None:
-            trainer.restore(resumed)
-            del resumed  # twice the size of the weights, and more
-        trainer.run()
+        with process.first(own_folder(config.run.folder, "run.folder")):
+            rewards = make_rewards(config, reward_device(config, process.device))
+            policy = make_policy(config, process.device, stored)
+            trainer = Trainer(
+                config, process, windows, policy, rewards, prompts, validation_prompts
+            )
+            if resumed is not None:
+                trainer.restore(resumed)
+                del resumed  # twice the size of the weights, and more
+            trainer.run()
     return Path(config.run.folder)
 
 
@@ -135,6 +140,7 @@ class Trainer:
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
         self.phases = Phases(process.device)
         self.iteration = 0  # iterations done
+        self.contents = prompt_digests(config)  # at the beginning: files may change meanwhile
         self.stop = StopRequest()
 
     def run(self) -> None:
@@ -354,7 +360,7 @@ class Trainer:
             ema=average,
             ema_updates=self.ema.updates if self.ema else 0,
             engine=self.engine.state(),
-            config=flatten(self.config),
+            config={**flatten(self.config), **self.contents},
         )
 
     @torch.no_grad()
@@ -397,6 +403,8 @@ class Trainer:
                 f"warning: {truncated} of {len(prompts)} training and validation prompts are "
                 "longer than the text encoder takes and are truncated"
             )
+        if self.config.run.resume and self.iteration == 0:
+            say(f"nothing to continue from in {self.folder}: starting at the beginning")
         if self.iteration >= self.config.run.iterations:
             say(f"all {self.config.run.iterations} iterations are done; results in {self.folder}")
             return

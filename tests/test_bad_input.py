@@ -302,6 +302,17 @@ def test_a_resumed_run_with_another_recipe(world, held, complain, knobs, words):
     assert files_of(held) == before
 
 
+@pytest.mark.parametrize("knob", ["batch.prompts_file", "validation.prompts_file"])
+def test_a_resumed_run_with_other_prompts(world, folder, tmp_path, complain, knob):
+    file = tmp_path / "mine.txt"
+    file.write_text("a red circle on a gray background\n" * 3)
+    knobs = {knob.replace(".", "__"): str(file)}
+    assert main(quick(world, folder, **knobs)) == 0
+    file.write_text("a blue circle on a gray background\n" * 3)
+    line = complain(quick(world, folder, **knobs, run__resume=True, run__iterations=2))
+    assert f"the file of {knob} has other contents" in line
+
+
 def test_a_damaged_checkpoint(world, held, complain):
     newest = checkpoints.latest(held / "checkpoints")
     (newest / "weights.safetensors").write_bytes(b"no weights")

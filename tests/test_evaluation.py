@@ -664,7 +664,7 @@ def test_options_that_cannot_be(base, tuned, tmp_path, complain):
     assert "no recipe 'shapes'" in complain(base, "--recipe", "shapes")
     assert "rewards.m: unknown reward 'jpg'" in complain(base, "--rewards.m.kind", "jpg")
     (tmp_path / "out").mkdir()
-    for content in ("{", "[]", '{"version": 7}'):
+    for content in ("{", "[]", '{"version": 7}', '{"version": 1}', '{"version": 1, "columns": []}'):
         (tmp_path / "out" / "scores.json").write_text(content)
         line = complain(base)
         assert str(tmp_path / "out" / "scores.json") in line

@@ -275,3 +275,11 @@ def test_the_shipped_model_has_every_part():
     folder = ROOT / "data" / "shapes" / "flux"
     assert all((folder / part).exists() for part in PARTS)
     assert Path(folder / "model_index.json").is_file()
+
+
+def test_an_exported_model_shares_no_file_with_its_source(world, tmp_path: Path) -> None:
+    """What befalls the one must not befall the other."""
+    world.policy().export(tmp_path / "model")
+    files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert len(files) > 10
+    assert all(file.stat().st_nlink == 1 and not file.is_symlink() for file in files)

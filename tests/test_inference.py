@@ -768,6 +768,30 @@ def test_help_tells_every_knob(capsys):
         assert f"--{key}" in shown
 
 
+# ---- damage
+
+
+def test_a_damaged_picture_is_drawn_again(knobs, base_pictures):
+    config = knobs()
+    sample(config)
+    folder = Path(config.folder)
+    whole = files_of(folder)
+    first, second, *_ = sorted(folder.glob("*.png"))
+    first.write_bytes(first.read_bytes()[:-3])
+    second.write_bytes(b"abc")
+    sample(config)
+    assert largest(read(folder), base_pictures) == 0
+    assert files_of(folder)[first.name][2] == whole[first.name][2]
+
+
+def test_weights_that_are_not_finite_are_told_of(knobs, straight, tmp_path):
+    weights = load_file(checkpoint_folder(straight, 4) / "weights.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match=r"nan\.safetensors gives pictures that are not finite"):
+        sample(knobs(checkpoint=str(tmp_path / "nan.safetensors")))
+
+
 # ---- memory
 
 

@@ -11,6 +11,8 @@ import time
 import pytest
 from tiny_world import ROOT, environment
 
+from mixgrpo.commands import main
+
 LAUNCH = [sys.executable, "-m", "mixgrpo", "launch", "--nproc_per_node", "2"]
 
 
@@ -38,6 +40,26 @@ def test_without_a_command_it_says_how_to_call_it():
     done = launch("trian")
     assert done.returncode == 2
     assert "usage: python -m mixgrpo launch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nproc_per_node", "two", "train"], "--nproc_per_node is 'two'"),
+        (["--nproc_per_node", "0", "train"], "--nproc_per_node is '0'"),
+        (["--nproc_per_node", "2", "trian"], "did you mean 'train'?"),
+        (["--nprocs", "2", "train"], "usage: python -m mixgrpo launch"),
+    ],
+)
+def test_mistyped_options_are_one_line(capfd, words, said):
+    assert main(["launch", *words]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_help_says_where_the_options_are(capfd):
+    assert main(["launch", "--help"]) == 0
+    assert "COMMAND --help" in capfd.readouterr().out
 
 
 def test_what_a_process_complains_of_is_not_buried():

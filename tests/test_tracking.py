@@ -157,16 +157,24 @@ def test_a_phase_leaves_out_the_ones_inside_it(monkeypatch):
 # ---- wandb
 
 
+class WandbError(Exception):
+    """wandb's own, played."""
+
+
 class FakeWandb(SimpleNamespace):
     """Remembers what it is told."""
 
     def __init__(self) -> None:
         super().__init__(started=[], logged=[], finished=0)
         self.util = SimpleNamespace(generate_id=lambda: f"id{len(self.started)}")
+        self.errors = SimpleNamespace(Error=WandbError)
 
     def init(self, **given: Any) -> FakeWandb:
         self.started.append(given)
         return self
+
+    def Settings(self, init_timeout: int) -> int:
+        return init_timeout
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self.logged.append((step, values))
@@ -219,6 +227,15 @@ def test_wandb_follows_the_key_and_a_resumed_run_continues_its_curves(
     assert step == 1
     assert values["pictures"] == [((4, 6, 3), "one"), ((4, 6, 3), "two")]
     assert fake_wandb.finished == 2
+
+
+def test_wandb_that_cannot_be_started_is_one_sentence(tmp_path, fake_wandb, monkeypatch):
+    def refuse(**given: Any) -> None:
+        raise WandbError("API key\n must have 40 characters")
+
+    monkeypatch.setattr(fake_wandb, "init", refuse)
+    with pytest.raises(ValueError, match=r"must have 40 characters\).*--log.wandb offline"):
+        started(tmp_path, wandb="online")
 
 
 def test_wandb_offline_needs_no_account(tmp_path):

@@ -88,16 +88,20 @@ def run(arguments: Sequence[str]) -> int:
 
     disable_progress_bar()
     expected = (ValueError, OSError, RewardError)
-    kept = f"{request.store.path} keeps what was scored"
+    kept = f"{request.store.path}, where it is, keeps what was scored"
     return carry_out(partial(_evaluate, request), expected, kept)
 
 
 def _evaluate(request: Request) -> None:
+    from mixgrpo.disk import own_folder
     from mixgrpo.distributed import process_group
     from mixgrpo.evaluation.evaluate import evaluate
     from mixgrpo.evaluation.report import write_report
 
-    with process_group(request.config.run.threads) as process:
+    with (
+        process_group(request.config.run.threads) as process,
+        process.first(own_folder(str(request.output), "output")),
+    ):
         evaluation = evaluate(request.config, request.manifests, request.store, process)
         if process.rank == 0:
             print(

@@ -6,27 +6,44 @@ It is torchrun, but an error that a process has explained is not buried under th
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import importlib
 import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from mixgrpo.commands import COMMANDS
 from mixgrpo.commands.command_line import complain
 
 PATIENCE = 900  # seconds
+USAGE = (
+    "usage: python -m mixgrpo launch [--nproc_per_node N] [torchrun's other options] "
+    "COMMAND [options]"
+)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Starts the processes, waits, and returns the exit code of the first that failed."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"{USAGE}\ntorchrun --help lists torchrun's options; COMMAND --help a command's")
+        return 0
     from torch.distributed.run import get_args_parser
 
     if not any(word in COMMANDS for word in arguments):
-        return _refuse("no command to run")
-    # torchrun takes the command for the script's name; it is this package's first argument.
-    given: argparse.Namespace = get_args_parser().parse_args(["--module", *arguments])
+        words = [word for word in arguments if not word.startswith("-")]
+        nearest = [n for word in words for n in difflib.get_close_matches(word, COMMANDS, n=1)]
+        return _refuse("no command to run" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+    parser = get_args_parser()
+    parser.error = _raise  # type: ignore[method-assign]
+    try:
+        # torchrun takes the command for the script's name; it is this package's first argument.
+        given: argparse.Namespace = parser.parse_args(["--module", *arguments])
+        _check_number(given.nproc_per_node)
+    except ValueError as error:
+        return _refuse(str(error))
     command = given.training_script
     parse = _parser_of(command)
     if parse is None:
@@ -75,10 +92,15 @@ def _parser_of(command: str) -> Callable[[Sequence[str]], object] | None:
     return getattr(importlib.import_module(f"mixgrpo.commands.{command}"), "parse", None)
 
 
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _check_number(processes: str) -> None:
+    if processes not in ("auto", "gpu", "cpu") and not (processes.isdecimal() and int(processes)):
+        raise ValueError(f"--nproc_per_node is {processes!r}; it must be a number from 1 on")
+
+
 def _refuse(reason: str) -> int:
-    print(
-        f"error: {reason}; usage: python -m mixgrpo launch [--nproc_per_node N] "
-        "[torchrun's other options] COMMAND [options]",
-        file=sys.stderr,
-    )
+    print(f"error: {reason}; {USAGE}", file=sys.stderr)
     return 2

@@ -44,9 +44,11 @@ class Store:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
-        if not isinstance(content, dict) or content.get("version") != VERSION:
+        columns: Any = content.get("columns") if isinstance(content, dict) else None
+        is_whole = isinstance(columns, dict) and all(isinstance(c, dict) for c in columns.values())
+        if not is_whole or content.get("version") != VERSION:
             raise ValueError(f"{path} does not hold scores of version {VERSION}; {remedy}")
-        return cls(path, content["columns"])
+        return cls(path, columns)
 
     def knows(self, column: str, key: str) -> bool:
         return key in self.columns.get(column, {})

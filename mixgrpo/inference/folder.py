@@ -36,6 +36,10 @@ _CONTENTS = {
 }
 
 
+_PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
+
+
 @dataclass(frozen=True)
 class Picture:
     """One picture: the position of its prompt in the file, and which of the prompt's samples."""
@@ -94,7 +98,14 @@ class PictureFolder:
             )
 
     def is_there(self, picture: Picture) -> bool:
-        return (self.path / picture.name).exists()
+        """Whether its file is there and whole: a damaged one is drawn again."""
+        try:
+            with (self.path / picture.name).open("rb") as file:
+                begins = file.read(len(_PNG_BEGIN)) == _PNG_BEGIN
+                file.seek(-min(len(_PNG_END), os.path.getsize(file.name)), os.SEEK_END)
+                return begins and file.read() == _PNG_END
+        except FileNotFoundError:
+            return False
 
     def save(self, picture: Picture, image: Tensor) -> None:
         """Writes an image [3, H, W] uint8, whole or not at all."""

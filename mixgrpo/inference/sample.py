@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mixgrpo.assembly import FAMILIES
 from mixgrpo.config import flatten
+from mixgrpo.disk import own_folder
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.fingerprint import fingerprint, fingerprint_files
 from mixgrpo.inference.config import InferenceConfig, check, model_config, tuned_steps
@@ -51,8 +52,12 @@ def sample(config: InferenceConfig) -> Path:
     check(config)
     prompts = read_prompts(config.prompts_file, "prompts_file")
     folder = PictureFolder(config, settings_of(config, prompts), prompts)
-    folder.check()
-    with process_group(config.threads) as process, _explained(config, process):
+    with (
+        process_group(config.threads) as process,
+        _explained(config, process),
+        process.first(own_folder(config.folder, "folder")),
+    ):
+        folder.check()
         blocks = _mine(_unfinished(folder, config.micro_batch), process)
         wait = _barrier(process)
         wait()  # until every process has seen what is there; it changes from here on
@@ -190,6 +195,11 @@ class _Painter:
         return text[rows.to(text.tokens.device)]
 
     def _finish(self, block: Block, latents: Tensor) -> None:
+        if not latents.isfinite().all():
+            raise ValueError(
+                f"{self.config.checkpoint or self.config.model.path} gives pictures that are not "
+                "finite; its weights are damaged or diverged, take others"
+            )
         parts = latents.split(self.config.decode_batch)
         images = torch.cat([to_bytes(self.policy.decode(part)).cpu() for part in parts])
         for picture, image in zip(block, images, strict=True):

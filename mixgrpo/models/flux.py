@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,10 +203,8 @@ class Flux:
         shutil.copy2(source / "model_index.json", folder / "model_index.json")
         for part in PARTS:
             if part != "transformer":
-                # Unchanged parts of a large model take no second room on the same disk.
-                shutil.copytree(
-                    source / part, folder / part, copy_function=_link_or_copy, dirs_exist_ok=True
-                )
+                # No links: what is done to the copy must not reach the model it was made from.
+                shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
 
 
 # diffusers casts sigma and guidance to the activations' dtype before it embeds them: in bfloat16
@@ -223,12 +219,3 @@ def _note_times(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _use_noted_times(embedding: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*embedding.exact, args[-1])
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(target)
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copy2(source, target)

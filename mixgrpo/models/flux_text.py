@@ -161,9 +161,10 @@ def open_pipeline(
     try:
         with quiet():
             return FluxPipeline.from_pretrained(path, dtype=dtypes, **dict.fromkeys(without))
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"model.path is {path!r}, of which a part cannot be read ({error}): fetch it again"
+            f"model.path is {path!r}, of which a part cannot be read ({reason}): fetch it again"
         ) from error
 
 

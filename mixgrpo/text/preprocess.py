@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mixgrpo.assembly import ENCODERS
 from mixgrpo.config import ModelConfig, PreprocessConfig
-from mixgrpo.disk import PARTIAL
+from mixgrpo.disk import PARTIAL, own_folder
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.models import TextEncoder
 from mixgrpo.prompts import read_prompts
@@ -45,17 +45,20 @@ def preprocess(config: PreprocessConfig) -> None:
         files = [read_prompts(path, "prompts_files") for path in config.prompts_files]
         model, family = _model(config), ENCODERS[config.model.family]
         folder = Path(config.output)
-        before = _read_before(folder, family.identify(model))
-        index = before.extended([prompt for file in files for prompt in file], config.shard_size)
-        _check_space(folder, index, family.bytes_per_prompt(model))
-        if process.rank == 0:
-            _prepare(folder, before, index)
-        _wait(process)
-        load = functools.cache(functools.partial(family.load, model, process.device))
-        _make_shards(folder, index, load, process, config.progress)
-        _wait(process)
-        if process.rank == 0:
-            _tell(folder, take_records(folder, index), config.model.text_length)
+        with process.first(own_folder(config.output, "output")):
+            before = _read_before(folder, family.identify(model))
+            index = before.extended(
+                [prompt for file in files for prompt in file], config.shard_size
+            )
+            _check_space(folder, index, family.bytes_per_prompt(model))
+            if process.rank == 0:
+                _prepare(folder, before, index)
+            _wait(process)
+            load = functools.cache(functools.partial(family.load, model, process.device))
+            _make_shards(folder, index, load, process, config.progress)
+            _wait(process)
+            if process.rank == 0:
+                _tell(folder, take_records(folder, index), config.model.text_length)
 
 
 def _check(config: PreprocessConfig) -> None:
