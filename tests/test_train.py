@@ -34,6 +34,7 @@ from tiny_world import (
 )
 
 from mixgrpo import checkpoint as checkpoints
+from mixgrpo.assembly import prompt_digests
 from mixgrpo.config import RewardConfig, flatten
 from mixgrpo.models.flux import Flux
 from mixgrpo.rewards import RewardError
@@ -485,7 +486,7 @@ def test_the_flash_recipe_is_a_recipe_of_knobs(world, folder):
 def test_saved_configuration_is_the_one_that_ran(straight, world):
     saved = checkpoints.load(checkpoint_folder(straight, 4)).config
     expected = world.config(straight, checkpoint__every=1, checkpoint__keep=0)
-    assert saved == flatten(expected)
+    assert saved == {**flatten(expected), **prompt_digests(expected)}
 
 
 def test_a_user_interrupt_closes_the_metrics_file(world, folder):
