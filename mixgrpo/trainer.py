@@ -7,7 +7,6 @@ import json
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.assembly import (
     checkpoints_root,
+    make_engine,
     make_noise,
     make_objective,
-    make_optimizer,
     make_plan,
     make_policy,
+    make_reference,
     make_rewards,
     make_stored_text,
     make_windows,
@@ -36,8 +36,7 @@ from mixgrpo.config import Config, flatten
 from mixgrpo.disk import own_folder
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
-from mixgrpo.engines import Engine
-from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.engines.shards import read_from
 from mixgrpo.hacking import hacking_warning
 from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.window import WindowSchedule
@@ -81,7 +80,7 @@ def train(config: Config) -> Path:
         stored = make_stored_text(config, prompts + validation_prompts, process.device)
         with process.first(own_folder(config.run.folder, "run.folder")):
             rewards = make_rewards(config, reward_device(config, process.device))
-            policy = make_policy(config, process.device, stored)
+            policy = make_policy(config, process.device, stored, process.world_size)
             trainer = Trainer(
                 config, process, windows, policy, rewards, prompts, validation_prompts
             )
@@ -130,13 +129,17 @@ class Trainer:
         self.batches = PromptBatches(
             prompts, config.batch.prompts, config.run.seed, process.rank, process.world_size
         )
-        self.reference = policy.reference() if config.update.kl > 0 else None
-        self.engine: Engine = DataParallel(
-            policy.module, process.device, partial(make_optimizer, config)
+        self.trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+        untrained = policy.untrained() if config.update.kl > 0 else None
+        self.engine = engine = make_engine(config, process, policy)
+        self.velocity = policy.velocity(engine.module)
+        self.reference = make_reference(policy, engine, untrained) if config.update.kl > 0 else None
+        on_cpu = config.ema.placement == "cpu"
+        self.ema = (
+            Ema(engine.shards, config.ema.decay, engine.refresh, on_cpu)
+            if config.ema.decay
+            else None
         )
-        self.velocity = policy.velocity(self.engine.module)
-        self.weights = {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
-        self.ema = Ema(list(self.weights.values()), config.ema.decay) if config.ema.decay else None
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
         self.phases = Phases(process.device)
         self.iteration = 0  # iterations done
@@ -193,7 +196,8 @@ class Trainer:
 
             with self.phases("rollout"):
                 plan, size = make_plan(config, window), config.sampling.micro_batch
-                trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
+                with self.engine.gathered():
+                    trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
             with self.phases("reward"):
                 scoring = stream.result()
         self.phases.add("reward_hidden", stream.hidden)
@@ -294,10 +298,11 @@ class Trainer:
         """Scores the fixed prompts, with and without the average; logs and keeps pictures."""
         rewards, placement = self.validator.rewards, self.config.scoring.placement
         with self.phases("validation"), resident(rewards, placement, self.engine.device):
-            plain = self.validator(self.engine, self.velocity)
+            with self.engine.gathered():
+                plain = self.validator(self.engine, self.velocity)
             average = None
             if self.ema and self.iteration > 0:
-                with self.ema.swapped():
+                with self.ema.swapped(), self.engine.gathered():
                     average = self.validator(self.engine, self.velocity)
         record = {f"validation/{name}": value for name, value in plain.means.items()}
         if average:
@@ -320,16 +325,17 @@ class Trainer:
 
     def _finish(self) -> None:
         self._validate()
+        weights = self.engine.weights(whole=True)
         if self.engine.rank == 0:
             from mixgrpo.summary import summarize
 
-            self._export(self.folder / "model")
+            self._export(self.folder / "model", weights)
             self.tracker.say(summarize(self.folder, self.config))
         self.engine.barrier()
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         try:
-            self.policy.export(folder)
+            self.policy.export(folder, weights)
         except (OSError, SafetensorError) as error:
             raise checkpoints.CheckpointError(
                 f"the trained model {folder} could not be written ({error}); the newest checkpoint "
@@ -343,9 +349,10 @@ class Trainer:
         """Writes a checkpoint from rank 0 and lets the others wait; an error is raised on all."""
         path = checkpoints_root(self.config)
         error: checkpoints.CheckpointError | None = None
+        state = self._state()
         if self.engine.rank == 0:
             try:
-                path = checkpoints.save(path, self._state(), self.config.checkpoint.keep)
+                path = checkpoints.save(path, state, self.config.checkpoint.keep)
             except checkpoints.CheckpointError as caught:
                 error = caught
         if self.engine.any(error is not None):
@@ -353,24 +360,27 @@ class Trainer:
         return path
 
     def _state(self) -> Checkpoint:
-        average = dict(zip(self.weights, self.ema.average, strict=True)) if self.ema else {}
+        """Whole on rank 0; every process has to call."""
+        state, average = self.engine.state(whole=True), {}
+        if self.ema:
+            with self.ema.swapped():
+                average = self.engine.weights(whole=True)
         return Checkpoint(
             iteration=self.iteration,
-            weights=self.weights,
+            weights=state.pop("model"),
             ema=average,
             ema_updates=self.ema.updates if self.ema else 0,
-            engine=self.engine.state(),
+            engine=state,
             config={**flatten(self.config), **self.contents},
         )
 
-    @torch.no_grad()
     def restore(self, saved: Checkpoint) -> None:
         """Continues from a checkpoint of this same recipe."""
-        for name, parameter in self.weights.items():
-            parameter.copy_(saved.weights[name])
+        self.engine.restore(read_from({"model": saved.weights, **saved.engine}))
         if self.ema:
-            self.ema.load([saved.ema[name] for name in self.weights], saved.ema_updates)
-        self.engine.load_state(saved.engine)
+            with self.ema.swapped():
+                self.engine.load_weights(read_from(saved.ema))
+            self.ema.updates = saved.ema_updates
         self.iteration = saved.iteration
 
     def _stop_if_asked(self) -> None:
@@ -392,6 +402,9 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             saved = {"revision": git_revision(), "config": asdict(self.config)}
             (self.folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+            if self.engine.settings:
+                text = json.dumps(self.engine.settings, indent=1)
+                (self.folder / "engine.json").write_text(text + "\n")
         self.engine.barrier()
 
     def _tell_start(self) -> None:
@@ -410,10 +423,9 @@ class Trainer:
             return
         windows = [self.windows.at(i) for i in range(self.iteration, self.config.run.iterations)]
         start, stop = min(w.start for w in windows), max(w.stop for w in windows)
-        trained = sum(p.numel() for p in self.weights.values())
         say(
             f"iterations {self.iteration + 1} to {self.config.run.iterations} on "
-            f"{self.engine.world_size} x {self.engine.device.type}, {trained / 1e6:.2f}M trained "
-            f"weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) of "
-            f"{self.config.sampling.steps}; results in {self.folder}"
+            f"{self.engine.world_size} x {self.engine.device.type}, {self.trained / 1e6:.2f}M "
+            f"trained weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) "
+            f"of {self.config.sampling.steps}; results in {self.folder}"
         )

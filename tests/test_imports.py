@@ -28,7 +28,10 @@ MAY_IMPORT = {
     "mixgrpo.maths": ("mixgrpo.types",),
     "mixgrpo.fingerprint": (),
     "mixgrpo.disk": (),
-    "mixgrpo.models": ("mixgrpo.maths", "mixgrpo.types", "mixgrpo.config", "mixgrpo.fingerprint"),
+    "mixgrpo.models": (
+        *("mixgrpo.maths", "mixgrpo.types", "mixgrpo.config", "mixgrpo.fingerprint"),
+        "mixgrpo.weight_files",
+    ),
     "mixgrpo.inference.config": ("mixgrpo.config",),
     "mixgrpo.weight_files": (),
     "mixgrpo.revision": (),
