@@ -361,7 +361,8 @@ class Trainer:
 
     def _state(self) -> Checkpoint:
         """Whole on rank 0; every process has to call."""
-        state, average = self.engine.state(whole=True), {}
+        state = self.engine.state(whole=True)
+        average: dict[str, Tensor] = {}
         if self.ema:
             with self.ema.swapped():
                 average = self.engine.weights(whole=True)
