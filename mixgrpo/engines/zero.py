@@ -51,10 +51,7 @@ class Zero(Processes):
         torch_optimizer, self.schedule = make_optimizer(list(self.trained.values()))
         self.torch_optimizer = torch_optimizer
         self.groups = [[names[id(p)] for p in g["params"]] for g in torch_optimizer.param_groups]
-        with no_learning(torch_optimizer):  # DeepSpeed takes a step to have the optimizer's state
-            self.module = initialize(network.module, self.settings, optimizer=torch_optimizer)
-        for state in torch_optimizer.state.values():
-            state["step"].zero_()
+        self.module = initialize(network.module, self.settings, optimizer=torch_optimizer)
         self.optimizer = self.module.optimizer
         self._open: ExitStack | None = None  # while an optimizer step's gradients are collected
 
@@ -88,17 +85,18 @@ class Zero(Processes):
         if self.knobs.zero_stage == 2 or self.knobs.gather == "evaluation":
             yield
             return
-        import deepspeed
-
-        held = [parameter for module in self.sharded for parameter in module.parameters()]
-        with deepspeed.zero.GatheredParameters(held):
-            for parameter in held:  # else each would be given up after its first use
-                parameter.ds_active_sub_modules.add(_HELD)
-            try:
-                yield
-            finally:
-                for parameter in held:
-                    parameter.ds_active_sub_modules.clear()
+        # Parameters, to which DeepSpeed has given further attributes.
+        held: list[Any] = [p for module in self.sharded for p in module.parameters()]
+        # Not zero.GatheredParameters, which gathers float32 where this takes the products' dtype.
+        held[0].all_gather_coalesced(held).wait()
+        for parameter in held:  # else each would be given up after its first use
+            parameter.ds_active_sub_modules.add(_HELD)
+        try:
+            yield
+        finally:
+            for parameter in held:
+                parameter.ds_active_sub_modules.clear()
+            held[0].partition(param_list=held)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -176,18 +174,17 @@ class Zero(Processes):
             name: {"step": self._steps().clone()} | {key: moments[key][name] for key in moments}
             for name in self._empty()
         }
-        saved = {"state": state, "param_groups": self._named_groups()}
-        read({"optimizer": saved})
+        named = self._named_groups()
+        read({"optimizer": {"state": state, "param_groups": named}})
         for key, values in moments.items():
             self._distribute(values, key)
         steps = next(iter(state.values()))["step"] if state else self._steps().clone()
         dist.broadcast(steps, 0)
         for each in self.torch_optimizer.state.values():
             each["step"].copy_(steps)
-        for group, values in zip(
-            self.torch_optimizer.param_groups, saved["param_groups"], strict=True
-        ):
-            group.update({key: value for key, value in values.items() if key != "params"})
+        groups = zip(self.torch_optimizer.param_groups, named, strict=True)
+        for group, saved in groups:
+            group.update({key: value for key, value in saved.items() if key != "params"})
 
     def _make_moments(self) -> None:
         if self.torch_optimizer.state:
@@ -195,10 +192,10 @@ class Zero(Processes):
         for shard in self.shards:
             shard.grad = torch.zeros_like(shard)
         with no_learning(self.torch_optimizer):
-            self.torch_optimizer.step()
+            for index in range(len(self.shards)):
+                self.optimizer._optimizer_step(index)
         for shard in self.shards:
             shard.grad = None
-        self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _moments(self) -> list[str]:
         state = next(iter(self.torch_optimizer.state.values()))
@@ -234,7 +231,7 @@ class Zero(Processes):
             dist.broadcast(value, owner)
             self._put(parameter, value, key)
 
-    def _put(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    def _put(self, parameter: Any, value: Tensor, key: str | None) -> None:
         from deepspeed import utils
 
         if self.knobs.zero_stage == 2:
