@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "text.mode",  # stored embeddings are those of the encoders, to the last bit
     "text.embeddings",
     "validation.every",
+    "validation.before",
     "validation.patience",
     "scoring.max_failed",
     "contents.",  # of the prompt files; compared apart

@@ -230,6 +230,8 @@ class ValidationConfig:
 
     every: int = 25
     """iterations between validations; 0 validates only before and after"""
+    before: bool = True
+    """validate the untrained model too; false where its scores are known from another run"""
     prompts_file: str = "data/prompts_test.txt"
     """validation prompts, one a line, UTF-8"""
     prompts: int = 64

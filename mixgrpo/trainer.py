@@ -150,7 +150,7 @@ class Trainer:
             self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
             try:
                 self._tell_start()
-                if self.iteration == 0:
+                if self.iteration == 0 and self.config.validation.before:
                     self._validate()
                 while self.iteration < self.config.run.iterations:
                     self._iterate()

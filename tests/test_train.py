@@ -69,6 +69,16 @@ def test_a_run_leaves_what_a_user_needs(straight):
     assert (straight / "model" / "model_index.json").is_file()
 
 
+def test_without_the_first_validation_nothing_is_shown_as_before(world, folder, capsys):
+    knobs = {"run__iterations": 1, "validation__before": False}
+    train_here(world.config(folder, **knobs), summary=True)
+    assert [r["iteration"] for r in records(folder) if "validation/redness" in r] == [1]
+    said = capsys.readouterr().out.splitlines()
+    _, before, after, change, *_ = next(line for line in said if line.startswith("redness")).split()
+    assert (before, change) == ("-", "-")
+    assert float(after) == pytest.approx(records(folder)[-1]["validation/redness"], abs=1e-4)
+
+
 def test_config_json_holds_the_resolved_configuration_and_the_revision(straight, world):
     saved = json.loads((straight / "config.json").read_text())
     expected = world.config(straight, checkpoint__every=1, checkpoint__keep=0)
