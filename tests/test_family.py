@@ -32,7 +32,15 @@ from family_results import (
     speed_tasks,
     training_tasks,
 )
-from family_runs import Task, at_equal_time, expected_seconds, measured, perform
+from family_runs import (
+    TEST_CAPTIONS,
+    Task,
+    at_equal_time,
+    expected_seconds,
+    measured,
+    perform,
+    write_captions,
+)
 from family_statistics import Estimate, estimate, paired, verdict
 
 from mixgrpo.assembly import make_windows
@@ -41,6 +49,7 @@ from mixgrpo.config import RECIPES as RECIPE_FOLDER
 from mixgrpo.stopping import TrainingStopped
 
 SETTINGS = Settings(iterations=6, prompts=1, seeds=(1, 2), key_seeds=(3,), ablation_seeds=(1,))
+CAPTIONS = Path("captions.txt")
 MIX = Member("mixgrpo", "MixGRPO", "recipes", timed=True)
 
 
@@ -135,7 +144,7 @@ def test_names_are_unique_and_all_references_and_claims_are_members():
 def test_every_member_can_be_trained_and_its_windows_move(tmp_path):
     settings = Settings()
     for member in members(settings.iterations):
-        config = configuration(member, settings, 1, tmp_path)
+        config = configuration(member, settings, 1, tmp_path, CAPTIONS)
         check(config, 1)
         starts = [make_windows(config).at(i).start for i in range(settings.iterations)]
         if member.recipe == "mixgrpo" and config.window.strategy == "progressive":
@@ -148,7 +157,7 @@ def test_window_sizes_share_their_starts(tmp_path):
     everyone = {member.name: member for member in members(settings.iterations)}
     starts = []
     for name in ("mixgrpo", "window_1", "window_2", "window_6"):
-        windows = make_windows(configuration(everyone[name], settings, 1, tmp_path))
+        windows = make_windows(configuration(everyone[name], settings, 1, tmp_path, CAPTIONS))
         starts.append([windows.at(i).start for i in range(settings.iterations)])
     assert all(other == starts[0] for other in starts)
 
@@ -158,7 +167,7 @@ def test_free_windows_cover_the_range_in_one_run(tmp_path):
     everyone = {member.name: member for member in members(36)}
 
     def starts(name: str) -> list[int]:
-        windows = make_windows(configuration(everyone[name], settings, 1, tmp_path))
+        windows = make_windows(configuration(everyone[name], settings, 1, tmp_path, CAPTIONS))
         return [windows.at(i).start for i in range(36)]
 
     assert starts(FREE) == [i // 6 for i in range(36)]
@@ -169,7 +178,7 @@ def test_free_windows_cover_the_range_in_one_run(tmp_path):
 
 
 def test_a_mistyped_knob_is_an_error(tmp_path):
-    config = configuration(MIX, SETTINGS, 1, tmp_path)
+    config = configuration(MIX, SETTINGS, 1, tmp_path, CAPTIONS)
     with pytest.raises(ValueError, match=r"no knob window\.sise"):
         set_knob(config, "window.sise", 3)
 
@@ -225,6 +234,12 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     third = StubTraining()
     perform(task, SETTINGS, tmp_path, third)
     assert third.calls == []
+
+
+def test_captions_are_repeated_in_their_order(tmp_path):
+    lines = TEST_CAPTIONS.read_text().splitlines()
+    found = write_captions(tmp_path, len(lines) + 3).read_text().splitlines()
+    assert found == [*lines, *lines[:3]]
 
 
 def test_a_run_that_failed_has_a_result_that_says_so(tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -108,7 +109,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--iterations", type=int, default=usual.iterations, help="of every run")
     add("--prompts", type=int, default=usual.prompts, help="per iteration")
     add("--learning-rate", type=float, default=usual.learning_rate, help="of every recipe")
-    add("--captions", type=int, default=usual.captions, help="of the validation; 0: all")
+    add("--captions", type=int, default=usual.captions, help="of the validation")
     add("--seeds", type=int, nargs="+", default=usual.seeds, help="of the recipes")
     add("--key-seeds", type=int, nargs="*", default=usual.key_seeds,
         help=f"more, of {', '.join(KEY)}")  # fmt: skip
@@ -117,7 +118,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=RESULTS / "family.json", help="the collected results")
     add("--report-only", action="store_true", help="tables and plots from the output; no training")
     chosen = parser.parse_args(arguments)
-    for name in ("minutes", "parallel", "iterations", "prompts"):
+    for name in ("minutes", "parallel", "iterations", "prompts", "captions"):
         if getattr(chosen, name) <= 0:
             parser.error(f"--{name} must be positive")
     return chosen
@@ -153,6 +154,7 @@ def _measure(chosen: argparse.Namespace, settings: Settings) -> None:
     torch.set_num_threads(1)
     os.chdir(ROOT)  # the recipes name the files of data/shapes from there
     keep_settings(chosen.folder, settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the workers must not outlive it
     try:
         train_all(chosen, settings)
     except KeyboardInterrupt:

@@ -37,16 +37,16 @@ class Settings:
         iterations: of every run of the first table.
         prompts: per iteration.
         learning_rate: of every recipe, so that only the method differs.
-        captions: validation captions; 0 takes all.
+        captions: of the validation: the test captions, repeated with other noise if need be.
         seeds: of the recipes and of independent noise.
         key_seeds: more seeds, of the key comparisons.
         ablation_seeds: of the ablations.
     """
 
-    iterations: int = 40
-    prompts: int = 4
+    iterations: int = 16
+    prompts: int = 8
     learning_rate: float = 1.5e-4
-    captions: int = 0
+    captions: int = 512
     seeds: tuple[int, ...] = (1, 2, 3)
     key_seeds: tuple[int, ...] = (4, 5)
     ablation_seeds: tuple[int, ...] = (1, 2, 3)
@@ -169,7 +169,9 @@ def share(iterations: int, windows: float) -> int:
 # --- configurations -------------------------------------------------------------------------------
 
 
-def configuration(member: Member, settings: Settings, seed: int, folder: Path) -> Config:
+def configuration(
+    member: Member, settings: Settings, seed: int, folder: Path, captions: Path
+) -> Config:
     """The run's configuration; windows move at the recipe's pace, scaled to the run's length."""
     recipe = copy.deepcopy(_recipe(member.recipe))
     pace = recipe.window.iters_per_window * settings.iterations / recipe.run.iterations
@@ -185,7 +187,8 @@ def configuration(member: Member, settings: Settings, seed: int, folder: Path) -
         "ema.decay": 0.0,
         "validation.every": 0,
         "validation.before": False,
-        "validation.prompts": settings.captions,
+        "validation.prompts_file": str(captions),
+        "validation.prompts": 0,
         "validation.pictures": 0,
         "checkpoint.every": 10,
         "checkpoint.keep": 1,

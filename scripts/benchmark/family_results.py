@@ -65,7 +65,10 @@ def read_speeds(folder: Path) -> dict[str, float]:
     found = [r for r in read_results(folder) if r["seed"] is None]
     speeds = {r["member"]: r["seconds_per_iteration"] for r in found if "error" not in r}
     if REFERENCE not in speeds:
-        raise ValueError(f"the speed of {REFERENCE} is not measured: {found}")
+        raise ValueError(
+            f"nothing to report yet: the speed of {REFERENCE} is not measured; the same command "
+            "goes on"
+        )
     return speeds
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from mixgrpo.revision import git_revision
 from mixgrpo.stopping import TrainingStopped
 from mixgrpo.tracking import read_metrics
 
+TEST_CAPTIONS = Path(__file__).resolve().parents[2] / "data" / "shapes" / "prompts_test.txt"
 SPEED_ITERATIONS = 5  # the first warms up and does not count
 Record = Mapping[str, Any]
 Train = Callable[[Config], Any]
@@ -61,13 +64,17 @@ def perform(task: Task, settings: Settings, folder: Path, train: Train | None = 
         TrainingStopped: a signal ended it; the same call goes on from its checkpoint.
     """
     if train is None:
+        from transformers.utils.logging import disable_progress_bar
+
         from mixgrpo.trainer import train
+
+        disable_progress_bar()
     run = folder / "runs" / task.name
-    config = configuration(task.member, settings, task.seed or 0, run)
+    captions = write_captions(folder, settings.captions)
+    config = configuration(task.member, settings, task.seed or 0, run, captions)
     planned = make_windows(config)
     if task.seed is None:
         _make_quick(config, task.member, settings)
-    (folder / "results").mkdir(parents=True, exist_ok=True)
     for iterations in task.iterations:
         path = task.result(folder, iterations)
         if path.exists():
@@ -82,9 +89,19 @@ def perform(task: Task, settings: Settings, folder: Path, train: Train | None = 
                 "base": scores_at(records, 0),
             }
         about = {"member": task.member.name, "seed": task.seed, "iterations": iterations}
-        _write(path, {**about, **found, "revision": git_revision()})
+        found = {**about, **found, "revision": git_revision()}
+        write_whole(path, json.dumps(found, indent=1) + "\n")
     for bulky in ("checkpoints", "model", "pictures"):
         shutil.rmtree(run / bulky, ignore_errors=True)
+
+
+def write_captions(folder: Path, count: int) -> Path:
+    """The file of so many test captions; a caption's noise depends on its place there."""
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    path = folder / "captions.txt"
+    captions = itertools.cycle(TEST_CAPTIONS.read_text().splitlines())
+    write_whole(path, "".join(f"{line}\n" for line in itertools.islice(captions, count)))
+    return path
 
 
 def _make_quick(config: Config, member: Member, settings: Settings) -> None:
@@ -158,7 +175,8 @@ def at_equal_time(budget: float, seconds_per_iteration: float) -> int:
     return max(1, round(budget / seconds_per_iteration))
 
 
-def _write(path: Path, found: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(path)  # a result is whole or not there
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is whole or not there, whoever else writes it at the same time."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
