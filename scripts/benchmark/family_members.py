@@ -43,9 +43,9 @@ class Settings:
         ablation_seeds: of the ablations.
     """
 
-    iterations: int = 16
-    prompts: int = 8
-    learning_rate: float = 1.5e-4
+    iterations: int = 30
+    prompts: int = 4
+    learning_rate: float = 7e-5
     captions: int = 512
     seeds: tuple[int, ...] = (1, 2, 3)
     key_seeds: tuple[int, ...] = (4, 5)
