@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +44,9 @@ class Settings:
         ablation_seeds: of the ablations.
     """
 
-    iterations: int = 30
-    prompts: int = 4
-    learning_rate: float = 7e-5
+    iterations: int = 16
+    prompts: int = 8
+    learning_rate: float = 2e-4
     captions: int = 512
     seeds: tuple[int, ...] = (1, 2, 3)
     key_seeds: tuple[int, ...] = (4, 5)
@@ -114,8 +115,8 @@ def _moves(iterations: int) -> list[Member]:
     strategies: dict[str, dict[str, Any]] = {
         "random": {},
         "decay": {
-            "window.max_iters": share(iterations, 3.6),
-            "window.min_iters": share(iterations, 18),
+            "window.max_iters": max(1, round(iterations / 3.6)),
+            "window.min_iters": max(1, round(iterations / 18)),
         },
         "exp_decay": {
             **pace(3.3),
@@ -162,8 +163,8 @@ def _tails() -> list[Member]:
 
 
 def share(iterations: int, windows: float) -> int:
-    """Iterations per window, for so many windows in a run."""
-    return max(1, round(iterations / windows))
+    """Iterations per window, for at most so many windows in a run."""
+    return math.ceil(iterations / windows)
 
 
 # --- configurations -------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from mixgrpo.stopping import TrainingStopped
 from mixgrpo.tracking import read_metrics
 
 TEST_CAPTIONS = Path(__file__).resolve().parents[2] / "data" / "shapes" / "prompts_test.txt"
-SPEED_ITERATIONS = 7  # the first warms up and does not count
+SPEED_ITERATIONS = 5  # the first warms up and does not count
 Record = Mapping[str, Any]
 Train = Callable[[Config], Any]
 
