@@ -40,7 +40,22 @@ def read_words(
     try:
         return parser.instantiate(parser.parse_args(list(words)))
     except argparse.ArgumentError as error:
-        raise ValueError(one_line(" ".join(str(error).split()))) from error
+        raise ValueError(_without_jargon(one_line(" ".join(str(error).split())))) from error
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+def _without_jargon(text: str) -> str:
+    """A wrong value's message without the parser's own names."""
+    wrong = re.search(
+        r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>. Got value: (.*)""", text
+    )
+    if wrong is None or wrong[2] not in _KINDS:
+        return text
+    inside = re.search(r'Parser key "([\w.]+)": Problem with', text[: wrong.start()])
+    knob = f"{inside[1]}.NAME.{wrong[1]}" if inside else wrong[1]
+    return f"{knob} is {wrong[3]!r}; it must be {_KINDS[wrong[2]]}"
 
 
 def unknown_knob(message: str) -> str | None:
