@@ -245,7 +245,7 @@ def test_captions_are_repeated_in_their_order(tmp_path):
 def test_a_run_that_failed_has_a_result_that_says_so(tmp_path):
     task = Task(MIX, 1, (6,))
     perform(task, SETTINGS, tmp_path, StubTraining(stop_at=6, exit_code=1))
-    assert json.loads(task.result(tmp_path, 6).read_text())["error"] == "stopped"
+    assert json.loads(task.result(tmp_path, 6).read_text())["error"] == "TrainingStopped: stopped"
 
 
 def measure_all(folder: Path, settings: Settings, but: int = 0) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Pool:
         self.deadline = deadline
         context = multiprocessing.get_context("spawn")
         self.workers: dict[Connection, BaseProcess] = {}
+        self.busy: dict[Connection, Any] = {}
         for _ in range(count):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(theirs, perform), daemon=True)
@@ -46,7 +47,7 @@ class Pool:
         Raises:
             RuntimeError: a worker ended or failed; the message says how.
         """
-        waiting, busy = deque(tasks), {}
+        waiting, busy = deque(tasks), self.busy
         for connection in self.workers:
             if waiting and monotonic() < self.deadline:
                 busy[connection] = waiting.popleft()
@@ -66,9 +67,11 @@ class Pool:
         return not waiting
 
     def close(self) -> None:
-        """Tells the workers to save what they are at and to end; waits for them."""
-        for worker in self.workers.values():
-            worker.terminate()
+        """Tells the workers to end, those at work to save first; waits for them."""
+        for connection, worker in self.workers.items():
+            if connection in self.busy:
+                worker.terminate()
+            connection.close()
         for worker in self.workers.values():
             worker.join(PATIENCE)
             if worker.is_alive():

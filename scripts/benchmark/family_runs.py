@@ -16,6 +16,7 @@ from typing import Any
 from family_members import REFERENCE, Member, Settings, configuration
 
 from mixgrpo.assembly import make_windows
+from mixgrpo.checkpoint import CheckpointError
 from mixgrpo.config import Config
 from mixgrpo.revision import git_revision
 from mixgrpo.stopping import TrainingStopped
@@ -55,13 +56,15 @@ class Task:
 def perform(task: Task, settings: Settings, folder: Path, train: Train | None = None) -> None:
     """Trains to each of the task's iterations that has no result yet, and writes its result.
 
-    A run that stopped by itself (weights that are not finite, say) gets a result that says so.
+    A run that failed (weights that are not finite, say) gets a result that says so, and is tried
+    again once that file is deleted.
 
     Args:
         train: in the place of mixgrpo.trainer.train.
 
     Raises:
         TrainingStopped: a signal ended it; the same call goes on from its checkpoint.
+        CheckpointError: nothing can be saved.
     """
     if train is None:
         from transformers.utils.logging import disable_progress_bar
@@ -119,10 +122,12 @@ def _train(train: Train, config: Config, run: Path) -> dict[str, Any]:
     try:
         with (run / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
             train(config)
-    except TrainingStopped as stopped:
-        if stopped.exit_code > 128:
+    except CheckpointError:  # a full disk, say: the other runs would fail too
+        raise
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, TrainingStopped) and error.exit_code > 128:
             raise
-        return {"error": str(stopped)}
+        return {"error": f"{type(error).__name__}: {error}"}
     return measured(read_metrics(run), config.run.iterations)
 
 
