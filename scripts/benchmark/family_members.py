@@ -45,9 +45,9 @@ class Settings:
     """
 
     iterations: int = 16
-    prompts: int = 8
+    prompts: int = 6
     learning_rate: float = 2e-4
-    captions: int = 512
+    captions: int = 384
     seeds: tuple[int, ...] = (1, 2, 3)
     key_seeds: tuple[int, ...] = (4, 5)
     ablation_seeds: tuple[int, ...] = (1, 2, 3)
