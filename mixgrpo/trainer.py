@@ -440,6 +440,6 @@ class Trainer:
         say(
             f"iterations {self.iteration + 1} to {self.config.run.iterations} on "
             f"{self.engine.world_size} x {self.engine.device.type}, {trained / 1e6:.2f}M trained "
-            f"weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) of "
+            f"weights; windows of {windows[0].size} steps lie in [{start}, {stop}) of "
             f"{self.config.sampling.steps}; results in {self.folder}"
         )
