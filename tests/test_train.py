@@ -46,7 +46,7 @@ def assert_same_checkpoint(first: Path, second: Path) -> None:
     """Weights, average, optimizer, schedule and position, to the last bit."""
     one, two = checkpoints.load(first), checkpoints.load(second)
     assert one.weights, "a checkpoint without weights proves nothing"
-    for part in ("iteration", "weights", "ema", "ema_updates", "engine"):
+    for part in ("iteration", "weights", "ema", "ema_updates", "engine", "kl_weight"):
         assert same(getattr(one, part), getattr(two, part)), part
 
 
