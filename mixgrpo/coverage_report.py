@@ -22,6 +22,7 @@ from mixgrpo.coverage import (
     stretches,
     visits,
 )
+from mixgrpo.maths.emphasis import trained_steps
 from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.types import Window
@@ -68,7 +69,7 @@ class Coverage:
         batch = self.config.batch
         return Group(
             samples=batch.samples,
-            chosen=batch.samples,
+            chosen=self.config.advantage.best_of or batch.samples,
             parts=self.config.update.optimizer_steps,
             shared=self.config.sampling.shared_noise,
         )
@@ -76,7 +77,9 @@ class Coverage:
     def of_group(self, window: Window) -> Evaluations:
         """One group's evaluations in an iteration with this window."""
         plan = make_plan(self.config, window)
-        return evaluations_of_group(self.group, plan.window, plan.steps, trained=1.0)
+        size = plan.window.size
+        trained = trained_steps(size, self.config.update.step_fraction) / size
+        return evaluations_of_group(self.group, plan.window, plan.steps, trained)
 
     @cached_property
     def mean(self) -> Evaluations:
@@ -98,16 +101,26 @@ def _heading(coverage: Coverage) -> str:
         f"{config.run.iterations} iterations, {window.strategy} windows of "
         f"{'/'.join(map(str, sorted(sizes)))} of {config.sampling.steps} steps, "
         f"{config.batch.prompts} prompts x {config.batch.samples} pictures, "
-        f"{config.update.optimizer_steps} optimizer steps"
+        f"{config.update.optimizer_steps} optimizer steps{_of_these(coverage)}"
     )
+
+
+def _of_these(coverage: Coverage) -> str:
+    """What of the windows' steps and of the pictures the update takes, where it is not all."""
+    said, config = "", coverage.config
+    most = max(visit.window.size for visit in coverage.visits)
+    count = trained_steps(most, config.update.step_fraction)
+    if count < most:
+        said += f"\neach picture trains {count} of its window's {most} steps, drawn anew every time"
+    if coverage.group.chosen < coverage.group.samples:
+        said += f"\n{coverage.group.chosen} of a group's pictures are trained"
+    return said
 
 
 def _steps_table(coverage: Coverage) -> str:
     parts, most = coverage.group.parts, max(coverage.iterations)
     lines = ["step   sigma  iterations  optimizer steps"]
-    for step, (sigma, count) in enumerate(
-        zip(coverage.sigmas, coverage.iterations, strict=True)
-    ):
+    for step, (sigma, count) in enumerate(zip(coverage.sigmas, coverage.iterations, strict=True)):
         note = "#" * -(-_BAR * count // most) if count else _why_untrained(coverage, step)
         lines.append(f"{step:4d}  {sigma:6.4f}  {count:10d}  {count * parts:15d}  {note}".rstrip())
     return "\n".join(lines)
@@ -123,7 +136,7 @@ def _why_untrained(coverage: Coverage, step: int) -> str:
 def _windows_table(coverage: Coverage) -> str:
     samples = coverage.config.batch.samples
     lines = [
-        f"{'evaluations of a picture':>58}  {'of a group':>29}",
+        f"{'evaluations of a picture':>60}  {'of a group':>29}",
         _columns("window", "iterations", ["rollout", "update", "rollout", "update"]),
         _columns("", "", ["made (alone)"] * 4),
     ]
@@ -146,7 +159,7 @@ def _row(window: str, when: str, found: Evaluations, samples: int) -> str:
 
 
 def _columns(window: str, when: str, cells: Sequence[str]) -> str:
-    return f"{window:9}  {when:20}  {cells[0]:>13} {cells[1]:>12}  {cells[2]:>14} {cells[3]:>14}"
+    return f"{window:9}  {when:20}  {cells[0]:>13} {cells[1]:>13}  {cells[2]:>14} {cells[3]:>14}"
 
 
 def _when(iterations: Sequence[int]) -> str:
@@ -202,8 +215,8 @@ def _how_far(coverage: Coverage) -> str:
         return ""
     return (
         f": {done} iterations reach window start {coverage.visits[-1].window.start} of "
-        f"{windows.valid_starts[-1]}; with --run.iterations {to_the_end} every window gets its turn, "
-        "or spend fewer iterations on each"
+        f"{windows.valid_starts[-1]}; with --run.iterations {to_the_end} every window gets its "
+        "turn, or spend fewer iterations on each"
     )
 
 

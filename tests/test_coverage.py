@@ -24,6 +24,7 @@ from mixgrpo.coverage import (
 )
 from mixgrpo.coverage_report import Coverage, report, save_picture, strip_of
 from mixgrpo.maths.window import WindowSchedule
+from mixgrpo.noise import drawn_steps
 from mixgrpo.rollout import rollout
 from mixgrpo.types import Window
 from mixgrpo.update import evaluations_for, parts_of_groups
@@ -108,7 +109,10 @@ def test_the_rollout_and_the_update_count_the_same(
     found = evaluations_of_group(group, plan.window, plan.steps, trained=1.0)
     assert 2 * found.rollout == trajectory.evaluations == counted.evaluations
     assert found.rollout_alone == 6 * plan.steps
-    updates = [len(evaluations_for(trajectory, rows)) for rows in parts_of_groups(trajectory, 3)]
+    updates = [
+        len(evaluations_for(trajectory, rows, torch.ones(12, size, dtype=torch.bool)))
+        for rows in parts_of_groups(trajectory, 3)
+    ]
     assert 2 * found.update == sum(updates)
     assert found.update_alone == 6 * size
 
@@ -121,6 +125,22 @@ def test_a_share_of_the_transitions_is_the_expected_number() -> None:
     assert found.update_alone == 2
     alone = Group(samples=2, chosen=2, parts=1, shared=False)
     assert evaluations_of_group(alone, Window(0, 2), 5, trained=0.5).update == 2
+
+
+def test_drawn_steps_cost_what_is_expected() -> None:
+    """The mean of 200 draws by two parts."""
+    plan, noise = small_plan(8, 0, 5), small_noise(prompts=(0, 1), samples=4)
+    trajectory = rollout(SmallNet(), small_text(2), plan, noise, micro_batch=8)
+    made = [
+        len(evaluations_for(trajectory, rows, drawn_steps(3, iteration, 2, 4, 5, 2)))
+        for iteration in range(200)
+        for rows in parts_of_groups(trajectory, 2)
+    ]
+    group = Group(samples=4, chosen=4, parts=2, shared=True)
+    expected = evaluations_of_group(group, plan.window, plan.steps, trained=2 / 5)
+    of_a_part = sum(made) / len(made)  # both groups
+    assert 2 * of_a_part == pytest.approx(2 * expected.update, rel=0.02)
+    assert expected.update_alone == 8
 
 
 def test_fewer_pictures_in_the_update_than_in_the_rollout() -> None:
@@ -182,6 +202,25 @@ def test_flash_shortens_tails() -> None:
 def test_narrow_enough_for_a_terminal(knobs: dict) -> None:
     text = report(recipe("flux_mixgrpo", **knobs))
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_dance_recipe_trains_14_of_24_steps_of_its_windows() -> None:
+    coverage = recipe("flux_dancegrpo", sampling__steps=25, update__step_fraction=0.6)
+    assert "trains 14 of its window's 24 steps" in report(coverage)
+    assert coverage.mean.update_alone == 14 * coverage.group.chosen
+
+
+def test_the_best_and_worst_half_are_trained() -> None:
+    coverage = recipe("shapes_mixgrpo", advantage__best_of=4)
+    assert "4 of a group's pictures are trained" in report(coverage)
+    assert coverage.mean.update == 4 * (1 + 1 * 3)
+
+
+def test_a_shortened_prefix_is_counted() -> None:
+    """Window start 11 of 25 steps with half of the prefix: 6 steps, of them 5.5 rounded."""
+    coverage = recipe("flux_mixgrpo", window__strategy="frozen", window__start=11,
+                      prefix__ratio=0.5, run__iterations=1)  # fmt: skip
+    assert coverage.mean.rollout == (round(5.5) + 1) + 12 * (4 + 10 - 1)
 
 
 def test_sigmas_are_the_schedules() -> None:
