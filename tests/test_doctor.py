@@ -57,7 +57,7 @@ def shapes(folder: Path, **knobs: Any) -> Config:
         "batch__prompts": 2,
         **knobs,
     }
-    (folder / "other.txt").write_text("a red circle on a gray background\n")
+    (folder / "other.txt").write_text("a small pond\n")
     for path, value in given.items():
         section, _, name = path.partition("__")
         if name:
@@ -461,7 +461,7 @@ def test_embeddings(tmp_path: Path) -> None:
     assert line.remedy.startswith("python -m mixgrpo preprocess")
     (tmp_path / "stored").mkdir()
     (tmp_path / "stored" / "shard_00000.safetensors").write_bytes(b"1234")
-    shard = Shard(["a red circle on a gray background"], Record(4, "", [""], [8]))
+    shard = Shard(["a small pond"], Record(4, "", [""], [8]))
     encoder = FluxText.identify(config.model)
     write_index(tmp_path / "stored", Index(encoder, [shard]))
     assert "holds all 1 prompts" in only(check_text(config, 1), "ok").text
@@ -556,7 +556,7 @@ def test_disk_of_embeddings(tmp_path: Path) -> None:
         for part, key in (("text_encoder_2", "d_model"), ("text_encoder", "hidden_size"))
     )
     prompts = (SHAPES / "prompts_test.txt").read_text().splitlines()
-    count = len({*prompts, "a red circle on a gray background"})
+    count = len({*prompts, "a small pond"})
     assert missing_embedding_bytes(config) == count * 4 * (16 * width + pooled)
 
 

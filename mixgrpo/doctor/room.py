@@ -13,6 +13,7 @@ from mixgrpo.doctor.devices import memory_of_a_process
 from mixgrpo.doctor.lines import Line, error, ok, size, warning
 from mixgrpo.doctor.rewards import options_of
 from mixgrpo.memory import TrainingMemory, trained_weights, training_memory
+from mixgrpo.models.flux_files import find_weights
 from mixgrpo.prompts import read_prompts
 from mixgrpo.rewards.registry import check_call
 from mixgrpo.rewards.weights import NotReadable, parse_dtype, read_heads
@@ -83,6 +84,7 @@ def _bytes_of_reward(knobs: RewardConfig) -> int:
 
 def check_disk(config: Config, processes: int) -> Iterator[Line]:
     try:
+        find_weights(Path(config.model.path) / "transformer")
         needed = {
             Path(config.run.folder): checkpoint_bytes(config) * kept_checkpoints(config)
             + exported_bytes(config)
