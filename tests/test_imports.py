@@ -26,9 +26,18 @@ MAY_IMPORT = {
     "mixgrpo.config": (),
     "mixgrpo.checks": ("mixgrpo.config",),
     "mixgrpo.maths": ("mixgrpo.types",),
+    "mixgrpo.coverage": ("mixgrpo.maths", "mixgrpo.types"),
+    "mixgrpo.doctor.lines": ("mixgrpo.downloads",),
+    "mixgrpo.doctor.environment": ("mixgrpo.config", "mixgrpo.doctor.lines"),
     "mixgrpo.fingerprint": (),
     "mixgrpo.disk": (),
-    "mixgrpo.models": ("mixgrpo.maths", "mixgrpo.types", "mixgrpo.config", "mixgrpo.fingerprint"),
+    "mixgrpo.models": (
+        "mixgrpo.maths",
+        "mixgrpo.types",
+        "mixgrpo.config",
+        "mixgrpo.fingerprint",
+        "mixgrpo.weight_files",
+    ),
     "mixgrpo.inference.config": ("mixgrpo.config",),
     "mixgrpo.weight_files": (),
     "mixgrpo.revision": (),
@@ -65,6 +74,7 @@ BUILT_ON_NOTHING_ELSE = {
     "mixgrpo.types": {"torch"},
     "mixgrpo.maths": {"torch"},
     "mixgrpo.config": set(),
+    "mixgrpo.doctor.environment": set(),
     "mixgrpo.inference.config": set(),
 }
 HEAVY = {"deepspeed", "wandb", "open_clip", "matplotlib"}

@@ -12,6 +12,8 @@ COMMANDS = {
     "sample": "draw pictures of test prompts",
     "evaluate": "score pictures of several models and compare them",
     "preprocess": "encode prompts in advance, so that training needs no text encoder",
+    "doctor": "look for what would stop a run, before it starts",
+    "schedule": "show which steps a recipe trains, and how often",
     "launch": "a command in several processes: torchrun, with shorter errors",
     "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
