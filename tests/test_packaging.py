@@ -430,11 +430,12 @@ def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
 
 
 def with_a_browser(folder: Path) -> Path:
-    """A folder of programs with a browser: the check that runs installs none."""
+    """A folder of programs with a browser, so that none is installed; nor could it be."""
     programs = folder / "programs"
     programs.mkdir()
-    (programs / "chromium").write_text("#!/bin/sh\n")
-    (programs / "chromium").chmod(0o755)
+    for name, text in (("chromium", ""), ("apt-get", f"touch {folder}/installed")):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
     return programs
 
 
@@ -480,6 +481,7 @@ def test_ci_runs_every_check_and_fails_with_any(tmp_path: Path, failing: str) ->
     assert result.returncode == 1
     for check in ("-m pytest", "-m ruff check .", "-m ruff format --check .", "-m mypy"):
         assert f"ran {check}" in result.stdout.splitlines()
+    assert not (tmp_path / "installed").exists(), "there was a browser"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
