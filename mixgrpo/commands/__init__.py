@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "fine-tune a model by a recipe",
     "sample": "draw pictures of test prompts",
     "evaluate": "score pictures of several models and compare them",
+    "report": "curves, pictures and knobs of runs, as one HTML file",
     "preprocess": "encode prompts in advance, so that training needs no text encoder",
     "doctor": "look for what would stop a run, before it starts",
     "schedule": "show which steps a recipe trains, and how often",
