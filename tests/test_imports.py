@@ -45,6 +45,8 @@ MAY_IMPORT = {
     "mixgrpo.engines": ("mixgrpo.types", "mixgrpo.config"),
     "mixgrpo.noise": (),
     "mixgrpo.ema": (),
+    "mixgrpo.adamw": ("mixgrpo.noise",),
+    "mixgrpo.planning": ("mixgrpo.config", "mixgrpo.weight_files"),
     "mixgrpo.distributed": (),
     "mixgrpo.checkpoint": ("mixgrpo.disk",),
     "mixgrpo.text.embeddings": ("mixgrpo.disk", "mixgrpo.types"),

@@ -15,6 +15,7 @@ COMMANDS = {
     "preprocess": "encode prompts in advance, so that training needs no text encoder",
     "doctor": "look for what would stop a run, before it starts",
     "schedule": "show which steps a recipe trains, and how often",
+    "plan": "estimate memory and time on any number of GPUs",
     "launch": "a command in several processes: torchrun, with shorter errors",
     "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
