@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo import checkpoint as checkpoints
-from mixgrpo.checkpoint import Checkpoint
+from mixgrpo.checkpoint import Saved
 from mixgrpo.checks import check_resumable
 from mixgrpo.config import Config
+from mixgrpo.distributed import Process
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import dynamic_shift, flash_sigmas
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
@@ -169,32 +170,33 @@ def prompt_digests(config: Config) -> dict[str, str]:
     }
 
 
-def resumed_checkpoint(config: Config) -> Checkpoint | None:
+def resumed_checkpoint(config: Config, process: Process) -> Saved | None:
     """The checkpoint to continue from, checked against the recipe; None to start afresh."""
     root = checkpoints_root(config)
-    newest = checkpoints.latest(root)
     if not config.run.resume:
+        newest = checkpoints.latest(root)
         if newest is not None:
             raise ValueError(
                 f"{config.run.folder!r} holds a run already (newest checkpoint {newest.name}); "
                 "continue it with --run.resume true, or choose another --run.folder"
             )
         return None
-    if newest is None:
+    saved = checkpoints.choose(process, root, config.run.resume_from)
+    if saved is None:
         return None
-    saved = checkpoints.load(newest)
-    check_resumable(saved.config, config)
+    position = saved.position
+    check_resumable(position.config, config)
     for key, digest in prompt_digests(config).items():
-        if saved.config.get(key, digest) != digest:
+        if position.config.get(key, digest) != digest:
             knob = key.removeprefix("contents.")
             raise ValueError(
                 f"the file of {knob} has other contents than when this run began, and a resumed "
                 "run must be the run uninterrupted; put the old ones back, or train into another "
                 "--run.folder"
             )
-    if saved.iteration > config.run.iterations:
+    if position.iteration > config.run.iterations:
         raise ValueError(
-            f"the checkpoint {newest} has {saved.iteration} iterations, run.iterations is "
+            f"the checkpoint {saved.path} has {position.iteration} iterations, run.iterations is "
             f"{config.run.iterations}; raise --run.iterations"
         )
     return saved

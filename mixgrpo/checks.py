@@ -11,7 +11,7 @@ from mixgrpo.config import Config, TextConfig, flatten
 MAY_CHANGE = (
     "run.iterations",
     "run.folder",
-    "run.resume",
+    "run.resume",  # and run.resume_from
     "run.threads",
     "text.mode",  # stored embeddings are those of the encoders, to the last bit
     "text.embeddings",
@@ -57,6 +57,11 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
             f"({update.optimizer_steps}), which takes an equal part of every group; set "
             f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
             "--update.optimizer_steps to a divisor"
+        )
+    if config.run.resume_from != "latest" and not config.run.resume:
+        yield (
+            f"run.resume_from is {config.run.resume_from!r}, but run.resume is false, so nothing "
+            "is continued; set --run.resume true"
         )
     yield from _text_complaints(config.text)
     if not config.rewards:

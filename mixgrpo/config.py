@@ -24,7 +24,10 @@ class RunConfig:
     seed: int = 714
     """seed of everything drawn: noise, windows, prompt order, adapter initialisation"""
     resume: bool = False
-    """continue from the newest checkpoint in the folder; without one, start from the beginning"""
+    """continue from a checkpoint in the folder; without one, start from the beginning"""
+    resume_from: str = "latest"
+    """resume: latest, the newest checkpoint; undamaged, the newest that is not damaged; or the
+    name of a folder in checkpoints, to go back"""
     threads: int = 0
     """CPU threads per process; 0 leaves torch's choice, or an equal share under torchrun"""
 
@@ -253,6 +256,8 @@ class CheckpointConfig:
     """iterations between checkpoints; 0 saves only at the end"""
     keep: int = 2
     """newest checkpoints that are kept; 0 keeps all"""
+    asynchronous: bool = True
+    """train on while a checkpoint is written; this takes CPU memory for a copy of the state"""
 
 
 @dataclass

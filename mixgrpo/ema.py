@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Ema:
@@ -42,9 +42,3 @@ class Ema:
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
-
-    def load(self, average: Sequence[Tensor], updates: int) -> None:
-        """Restores a saved average."""
-        for mine, saved in zip(self.average, average, strict=True):
-            mine.copy_(saved)
-        self.updates = updates

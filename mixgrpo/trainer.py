@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mixgrpo import checkpoint as checkpoints
@@ -30,7 +30,7 @@ from mixgrpo.assembly import (
     reward_device,
     shift_for,
 )
-from mixgrpo.checkpoint import Checkpoint
+from mixgrpo.checkpoint import Position, Saved, Saver, Shards
 from mixgrpo.checks import check
 from mixgrpo.config import Config, flatten
 from mixgrpo.disk import own_folder
@@ -38,6 +38,7 @@ from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
 from mixgrpo.engines import Engine
 from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.export import export
 from mixgrpo.hacking import hacking_warning
 from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.window import WindowSchedule
@@ -73,7 +74,7 @@ def train(config: Config) -> Path:
     with process_group(config.run.threads) as process, _explained(config, process):
         check(config, process.world_size)
         windows = make_windows(config)
-        resumed = resumed_checkpoint(config)
+        resumed = resumed_checkpoint(config, process)
         prompts = read_prompts(config.batch.prompts_file, "batch.prompts_file")
         validation_prompts = read_prompts(
             config.validation.prompts_file, "validation.prompts_file"
@@ -87,7 +88,6 @@ def train(config: Config) -> Path:
             )
             if resumed is not None:
                 trainer.restore(resumed)
-                del resumed  # twice the size of the weights, and more
             trainer.run()
     return Path(config.run.folder)
 
@@ -137,9 +137,16 @@ class Trainer:
         self.velocity = policy.velocity(self.engine.module)
         self.weights = {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
         self.ema = Ema(list(self.weights.values()), config.ema.decay) if config.ema.decay else None
+        self.saver = Saver(
+            process,
+            checkpoints_root(config),
+            config.checkpoint.keep,
+            config.checkpoint.asynchronous,
+        )
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
         self.phases = Phases(process.device)
         self.iteration = 0  # iterations done
+        self.resumed: Path | None = None  # the checkpoint that this continues from
         self.contents = prompt_digests(config)  # at the beginning: files may change meanwhile
         self.stop = StopRequest()
 
@@ -210,7 +217,7 @@ class Trainer:
         try:
             check_failures(Scoring(scores, scoring.causes), self.config.scoring.max_failed)
         except RewardError as error:
-            path = self._save()
+            path = self._save_now()
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}: {error}; saved {path}; mend the reward or raise "
                 "--scoring.max_failed, then continue with --run.resume true",
@@ -237,8 +244,9 @@ class Trainer:
             # After the first optimizer step the weights are between two iterations, and it may be
             # that step which broke them: an older checkpoint is better, if there is one.
             root = checkpoints_root(self.config)
+            self.saver.wait()
             if error.optimizer_step == 0 or checkpoints.latest(root) is None:
-                self._save()
+                self._save_now()
             newest = checkpoints.latest(root)
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}, window {batch.trajectory.window}: {error}; this "
@@ -253,11 +261,16 @@ class Trainer:
     def _after_iteration(self) -> None:
         config = self.config
         last = self.iteration == config.run.iterations
+        if self.saver.under_way:
+            with self.phases("save"):
+                self.saver.poll()
         if not last:
             self._stop_if_asked()  # whoever asked will not wait for a validation
         if config.validation.every and self.iteration % config.validation.every == 0 and not last:
             self._validate()
-        if last or (config.checkpoint.every and self.iteration % config.checkpoint.every == 0):
+        if last:
+            self._save_now()
+        elif config.checkpoint.every and self.iteration % config.checkpoint.every == 0:
             self._save()
         if not last:
             self._stop_if_asked()
@@ -302,7 +315,7 @@ class Trainer:
         record = {f"validation/{name}": value for name, value in plain.means.items()}
         if average:
             record |= {f"validation_ema/{name}": value for name, value in average.means.items()}
-        record["seconds/validation"] = self.phases.take()["validation"]
+        record |= {f"seconds/{name}": value for name, value in self.phases.take().items()}
         self.tracker.log(self.iteration, record)
         self._watch()
         if self.engine.rank == 0:
@@ -320,64 +333,55 @@ class Trainer:
 
     def _finish(self) -> None:
         self._validate()
-        if self.engine.rank == 0:
+        checkpoint = self.saver.wait() or self.resumed
+        if self.engine.rank == 0 and checkpoint is not None:
             from mixgrpo.summary import summarize
 
-            self._export(self.folder / "model")
+            export(checkpoint, self.folder / "model")
             self.tracker.say(summarize(self.folder, self.config))
         self.engine.barrier()
 
-    def _export(self, folder: Path) -> None:
-        try:
-            self.policy.export(folder)
-        except (OSError, SafetensorError) as error:
-            raise checkpoints.CheckpointError(
-                f"the trained model {folder} could not be written ({error}); the newest checkpoint "
-                f"is {checkpoints.latest(checkpoints_root(self.config))}; free some disk space, "
-                "then --run.resume true writes it"
-            ) from error
-
     # ---- saving and stopping
 
-    def _save(self) -> Path:
-        """Writes a checkpoint from rank 0 and lets the others wait; an error is raised on all."""
-        path = checkpoints_root(self.config)
-        error: checkpoints.CheckpointError | None = None
-        if self.engine.rank == 0:
-            try:
-                path = checkpoints.save(path, self._state(), self.config.checkpoint.keep)
-            except checkpoints.CheckpointError as caught:
-                error = caught
-        if self.engine.any(error is not None):
-            raise error or checkpoints.CheckpointError("rank 0 could not write a checkpoint")
-        return path
-
-    def _state(self) -> Checkpoint:
-        average = dict(zip(self.weights, self.ema.average, strict=True)) if self.ema else {}
-        return Checkpoint(
+    def _save(self) -> None:
+        """Writes a checkpoint; asynchronously, it is whole after some iterations."""
+        position = Position(
             iteration=self.iteration,
-            weights=self.weights,
-            ema=average,
             ema_updates=self.ema.updates if self.ema else 0,
-            engine=self.engine.state(),
             config={**flatten(self.config), **self.contents},
         )
+        with self.phases("save"):
+            self.saver.save({**self.engine.state(), **self._average()}, position)
 
-    @torch.no_grad()
-    def restore(self, saved: Checkpoint) -> None:
+    def _save_now(self) -> Path:
+        """Lets a checkpoint of the present weights be whole; returns its path."""
+        if not self.saver.has(self.iteration):
+            self._save()
+        with self.phases("save"):
+            path = self.saver.wait()
+        assert path is not None
+        return path
+
+    def _average(self) -> dict[str, Any]:
+        if not self.ema:
+            return {}
+        return {"ema": dict(zip(self.weights, self.ema.average, strict=True))}
+
+    def restore(self, saved: Saved) -> None:
         """Continues from a checkpoint of this same recipe."""
-        for name, parameter in self.weights.items():
-            parameter.copy_(saved.weights[name])
+        read = partial(Shards(saved.path).read, group=self.saver.group)
+        self.engine.restore(read)
         if self.ema:
-            self.ema.load([saved.ema[name] for name in self.weights], saved.ema_updates)
-        self.engine.load_state(saved.engine)
-        self.iteration = saved.iteration
+            read(self._average())
+            self.ema.updates = saved.position.ema_updates
+        self.iteration = saved.position.iteration
+        self.resumed = saved.path
 
     def _stop_if_asked(self) -> None:
         """Called where the weights are those of a whole number of iterations."""
         if not self.engine.any(self.stop.signal is not None):
             return
-        path = self._save()
+        path = self._save_now()
         number = self.stop.signal or signal.SIGTERM
         raise TrainingStopped(
             f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; saved "

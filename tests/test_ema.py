@@ -84,24 +84,3 @@ def test_swapped_restores_every_bit(fails: bool) -> None:
         pass
     assert all_equal(copies(parameters), plain)
     assert all_equal(ema.average, average)
-
-
-def test_a_loaded_average_continues_as_the_one_saved() -> None:
-    parameters = weights()
-    ema = Ema(parameters, 0.9)
-    for _ in range(3):
-        moved(parameters)
-        ema.update()
-    resumed = Ema(parameters, 0.9)
-    resumed.load(copies(ema.average), ema.updates)
-    moved(parameters)
-    for each in (ema, resumed):
-        each.update()
-    assert resumed.updates == 4
-    assert all_equal(resumed.average, ema.average)
-
-
-def test_load_refuses_another_number_of_weights() -> None:
-    ema = Ema(weights(), 0.9)
-    with pytest.raises(ValueError, match="zip"):
-        ema.load(ema.average[:-1], 1)

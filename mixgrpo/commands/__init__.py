@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "draw pictures of test prompts",
     "evaluate": "score pictures of several models and compare them",
     "preprocess": "encode prompts in advance, so that training needs no text encoder",
+    "export": "a checkpoint's weights, or their average, as a diffusers folder or LoRA file",
     "launch": "a command in several processes: torchrun, with shorter errors",
     "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",

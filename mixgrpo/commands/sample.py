@@ -42,10 +42,11 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         return complain(error)
     # Only now: a mistyped knob should not have to wait for torch.
+    from mixgrpo.checkpoint import CheckpointError
     from mixgrpo.memory import OutOfMemory
 
     signal.signal(signal.SIGTERM, _interrupt)
-    expected = (ValueError, OSError, OutOfMemory, Stopped)
+    expected = (ValueError, OSError, CheckpointError, OutOfMemory, Stopped)
     return carry_out(partial(_sample, config), expected, "the same command continues")
 
 

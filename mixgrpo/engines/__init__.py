@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -49,9 +50,18 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Optimizer and schedule state."""
+        """What a checkpoint must hold, nested: "model", "optimizer" and "schedule", by full names.
+
+        Called by all processes together. Sharded tensors are DTensors; under one name all
+        processes hold the same, and a name may be one process's alone.
+        """
         ...
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what ``state`` returned."""
+    def restore(self, read: Callable[[dict[str, Any]], None]) -> None:
+        """Continues from a checkpoint, which another number of processes may have written.
+
+        Args:
+            read: fills the tensors of a nested dict, as ``state`` returns one, in place, and
+                replaces its other leaves; called by all processes together.
+        """
         ...

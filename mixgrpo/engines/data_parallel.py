@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mixgrpo.engines.state import restore_training, training_state
+
 
 class DataParallel:
     """See ``mixgrpo.engines.Engine``."""
@@ -33,7 +35,8 @@ class DataParallel:
         self.module = module
         if self.world_size > 1:
             self.module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
         self.optimizer, self.schedule = make_optimizer(self.parameters)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -68,8 +71,7 @@ class DataParallel:
             dist.barrier()
 
     def state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        return training_state(self.trained, self.optimizer, self.schedule)
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+    def restore(self, read: Callable[[dict[str, Any]], None]) -> None:
+        restore_training(self.trained, self.optimizer, self.schedule, read)

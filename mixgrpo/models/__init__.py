@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -52,8 +51,4 @@ class Policy(Text, Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [N, S, C] at sigma 0 -> images [N, 3, H, W] float32 in [0, 1]."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Writes what other programs load: a model folder, or the adapters alone."""
         ...

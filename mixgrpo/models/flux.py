@@ -1,17 +1,14 @@
-"""FLUX from a diffusers pipeline folder: velocity, decoding, adapters, export."""
+"""FLUX from a diffusers pipeline folder: velocity, decoding, adapters."""
 
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from mixgrpo.config import ModelConfig
@@ -184,27 +181,6 @@ class Flux:
         z = unpacked / vae.config.scaling_factor + vae.config.shift_factor
         decoded = vae.decode(z.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
-
-    def export(self, folder: Path) -> None:
-        """Full training: a pipeline folder. LoRA: ``pytorch_lora_weights.safetensors`` in it."""
-        if self.config.train == "lora":
-            FluxPipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=get_peft_model_state_dict(self.pipeline.transformer),
-                transformer_lora_adapter_metadata={
-                    "r": self.config.lora_rank,
-                    "lora_alpha": self.config.lora_alpha,
-                    "target_modules": LORA_TARGETS[self.config.lora_targets],
-                },
-            )
-            return
-        self.pipeline.transformer.save_pretrained(folder / "transformer")
-        source = Path(self.config.path)
-        shutil.copy2(source / "model_index.json", folder / "model_index.json")
-        for part in PARTS:
-            if part != "transformer":
-                # No links: what is done to the copy must not reach the model it was made from.
-                shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
 
 
 # diffusers casts sigma and guidance to the activations' dtype before it embeds them: in bfloat16
