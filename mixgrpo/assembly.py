@@ -16,6 +16,10 @@ from mixgrpo.checkpoint import Saved
 from mixgrpo.checks import check_resumable
 from mixgrpo.config import Config
 from mixgrpo.distributed import Process
+from mixgrpo.engines import Engine, Network
+from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.engines.fsdp import FullySharded
+from mixgrpo.engines.zero import Zero
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import dynamic_shift, flash_sigmas
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
@@ -35,15 +39,52 @@ FAMILIES = {"flux": Flux}
 ENCODERS = {"flux": FluxText}
 
 
-def make_policy(config: Config, device: torch.device, stored: Text | None = None) -> Policy:
+def make_policy(
+    config: Config, device: torch.device, stored: Text | None = None, world_size: int = 1
+) -> Policy:
     """The model of the wanted family, loaded; ``stored`` embeddings replace its text encoders.
+
+    What an engine of several processes will shard is not loaded: none of them ever holds it all.
 
     Raises:
         FileNotFoundError: a part of it is missing.
     """
+    kind, knobs = engine_kind(config, world_size), config.engine
+    empty = kind == "fsdp" or (kind == "deepspeed" and knobs.zero_stage == 3)
     return FAMILIES[config.model.family].load(
-        config.model, device, config.run.seed, config.text.placement, stored
+        config.model, device, config.run.seed, config.text.placement, stored, empty
     )
+
+
+def engine_kind(config: Config, world_size: int) -> str:
+    """single, ddp, fsdp or deepspeed."""
+    if world_size == 1:
+        return "single"
+    return "ddp" if config.engine.kind == "auto" else config.engine.kind
+
+
+def make_engine(config: Config, process: Process, policy: Policy) -> Engine:
+    """What trains the policy's network."""
+    kind = engine_kind(config, process.world_size)
+    optimizer = partial(make_optimizer, config)
+    network = network_of(policy, policy.module)
+    if kind == "fsdp":
+        return FullySharded(network, config.engine, process.device, optimizer)
+    if kind == "deepspeed":
+        return Zero(network, config.engine, process.device, optimizer)
+    return DataParallel(policy.module, process.device, optimizer)
+
+
+def network_of(policy: Policy, module: torch.nn.Module) -> Network:
+    """The policy's network, or a copy of it, as engines take it."""
+    return Network(module, policy.blocks(module), policy.compute_dtype, policy.stored)
+
+
+def make_reference(policy: Policy, engine: Engine, untrained: torch.nn.Module | None) -> Velocity:
+    """The velocity of the untrained model, of which ``untrained`` is the copy, if there is one."""
+    if untrained is None:
+        return policy.without_adapters(engine.module)
+    return policy.velocity(engine.place(network_of(policy, untrained)))
 
 
 def make_stored_text(config: Config, prompts: list[str], device: torch.device) -> Text | None:

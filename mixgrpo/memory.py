@@ -94,7 +94,8 @@ def explain_training(config: Config, total: int) -> str:
         f"({model.train}) and {_gib(frozen)} for the model's other parts, reward models and "
         "activations come on top; lower --update.micro_batch, --sampling.micro_batch and "
         f"--sampling.decode_batch, set --model.gradient_checkpointing true, --scoring.placement "
-        f"offload and --text.placement offload, or {remedy}"
+        f"offload and --text.placement offload, shard over several GPUs with --engine.kind fsdp "
+        f"(--engine.gather evaluation --engine.reduce micro_batch take the least), or {remedy}"
     )
 
 

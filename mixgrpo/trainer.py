@@ -7,7 +7,6 @@ import json
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import Tensor
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.assembly import (
     checkpoints_root,
+    make_engine,
     make_noise,
     make_objective,
-    make_optimizer,
     make_plan,
     make_policy,
+    make_reference,
     make_rewards,
     make_stored_text,
     make_windows,
@@ -36,8 +36,6 @@ from mixgrpo.config import Config, flatten
 from mixgrpo.disk import own_folder
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
-from mixgrpo.engines import Engine
-from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.export import export
 from mixgrpo.hacking import hacking_warning
 from mixgrpo.maths.advantages import group_advantages
@@ -82,7 +80,7 @@ def train(config: Config) -> Path:
         stored = make_stored_text(config, prompts + validation_prompts, process.device)
         with process.first(own_folder(config.run.folder, "run.folder")):
             rewards = make_rewards(config, reward_device(config, process.device))
-            policy = make_policy(config, process.device, stored)
+            policy = make_policy(config, process.device, stored, process.world_size)
             trainer = Trainer(
                 config, process, windows, policy, rewards, prompts, validation_prompts
             )
@@ -130,23 +128,27 @@ class Trainer:
         self.batches = PromptBatches(
             prompts, config.batch.prompts, config.run.seed, process.rank, process.world_size
         )
-        self.reference = policy.reference() if config.update.kl > 0 else None
-        self.engine: Engine = DataParallel(
-            policy.module, process.device, partial(make_optimizer, config)
+        self.trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+        untrained = policy.untrained() if config.update.kl > 0 else None
+        self.engine = engine = make_engine(config, process, policy)
+        self.velocity = policy.velocity(engine.module)
+        self.reference = make_reference(policy, engine, untrained) if config.update.kl > 0 else None
+        on_cpu = config.ema.placement == "cpu"
+        self.ema = (
+            Ema(engine.shards, config.ema.decay, engine.refresh, on_cpu)
+            if config.ema.decay
+            else None
         )
-        self.velocity = policy.velocity(self.engine.module)
-        self.weights = {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
-        self.ema = Ema(list(self.weights.values()), config.ema.decay) if config.ema.decay else None
+        self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
+        self.phases = Phases(process.device)
         self.saver = Saver(
             process,
             checkpoints_root(config),
             config.checkpoint.keep,
             config.checkpoint.asynchronous,
         )
-        self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
-        self.phases = Phases(process.device)
-        self.iteration = 0  # iterations done
         self.resumed: Path | None = None  # the checkpoint that this continues from
+        self.iteration = 0  # iterations done
         self.contents = prompt_digests(config)  # at the beginning: files may change meanwhile
         self.stop = StopRequest()
 
@@ -200,7 +202,8 @@ class Trainer:
 
             with self.phases("rollout"):
                 plan, size = make_plan(config, window), config.sampling.micro_batch
-                trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
+                with self.engine.gathered():
+                    trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
             with self.phases("reward"):
                 scoring = stream.result()
         self.phases.add("reward_hidden", stream.hidden)
@@ -307,10 +310,11 @@ class Trainer:
         """Scores the fixed prompts, with and without the average; logs and keeps pictures."""
         rewards, placement = self.validator.rewards, self.config.scoring.placement
         with self.phases("validation"), resident(rewards, placement, self.engine.device):
-            plain = self.validator(self.engine, self.velocity)
+            with self.engine.gathered():
+                plain = self.validator(self.engine, self.velocity)
             average = None
             if self.ema and self.iteration > 0:
-                with self.ema.swapped():
+                with self.ema.swapped(), self.engine.gathered():
                     average = self.validator(self.engine, self.velocity)
         record = {f"validation/{name}": value for name, value in plain.means.items()}
         if average:
@@ -351,7 +355,8 @@ class Trainer:
             config={**flatten(self.config), **self.contents},
         )
         with self.phases("save"):
-            self.saver.save({**self.engine.state(), **self._average()}, position)
+            # The average comes first: it is where the weights are while it is copied.
+            self.saver.save({**self._average(), **self.engine.state()}, position)
 
     def _save_now(self) -> Path:
         """Lets a checkpoint of the present weights be whole; returns its path."""
@@ -365,14 +370,16 @@ class Trainer:
     def _average(self) -> dict[str, Any]:
         if not self.ema:
             return {}
-        return {"ema": dict(zip(self.weights, self.ema.average, strict=True))}
+        with self.ema.swapped():
+            return self.saver.copy({"ema": self.engine.weights()})
 
     def restore(self, saved: Saved) -> None:
         """Continues from a checkpoint of this same recipe."""
-        read = partial(Shards(saved.path).read, group=self.saver.group)
-        self.engine.restore(read)
+        shards, group = Shards(saved.path), self.saver.group
+        self.engine.restore(lambda state: shards.read(state, group))
         if self.ema:
-            read(self._average())
+            with self.ema.swapped():
+                self.engine.load_weights(lambda weights: shards.read({"ema": weights}, group))
             self.ema.updates = saved.position.ema_updates
         self.iteration = saved.position.iteration
         self.resumed = saved.path
@@ -396,6 +403,9 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             saved = {"revision": git_revision(), "config": asdict(self.config)}
             (self.folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+            if self.engine.settings:
+                text = json.dumps(self.engine.settings, indent=1)
+                (self.folder / "engine.json").write_text(text + "\n")
         self.engine.barrier()
 
     def _tell_start(self) -> None:
@@ -414,10 +424,9 @@ class Trainer:
             return
         windows = [self.windows.at(i) for i in range(self.iteration, self.config.run.iterations)]
         start, stop = min(w.start for w in windows), max(w.stop for w in windows)
-        trained = sum(p.numel() for p in self.weights.values())
         say(
             f"iterations {self.iteration + 1} to {self.config.run.iterations} on "
-            f"{self.engine.world_size} x {self.engine.device.type}, {trained / 1e6:.2f}M trained "
-            f"weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) of "
-            f"{self.config.sampling.steps}; results in {self.folder}"
+            f"{self.engine.world_size} x {self.engine.device.type}, {self.trained / 1e6:.2f}M "
+            f"trained weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) "
+            f"of {self.config.sampling.steps}; results in {self.folder}"
         )

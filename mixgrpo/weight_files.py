@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,6 +63,15 @@ def read_shapes(files: Iterable[Path]) -> dict[str, Tensor]:
                 "truncated, fetch it again"
             ) from error
     return shapes
+
+
+def open_slices(files: Iterable[Path]) -> dict[str, Any]:
+    """Name -> a tensor in a file, of which parts can be read: ``slices[name][2:5]``."""
+    slices = {}
+    for file in files:
+        opened = safe_open(file, "pt")
+        slices.update({key: opened.get_slice(key) for key in opened.keys()})  # noqa: SIM118
+    return slices
 
 
 @torch.no_grad()

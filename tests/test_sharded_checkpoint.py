@@ -13,59 +13,62 @@ import torch
 import torch.distributed as dist
 from processes import ALONE, started, together
 from tiny_world import same
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo.checkpoint import CheckpointError, Damaged, Position, Saver, Shards, choose, latest
 from mixgrpo.checkpoint import folder as checkpoint_folder
+from mixgrpo.config import EngineConfig
 from mixgrpo.distributed import Process, process_group
-from mixgrpo.engines.state import restore_training, training_state
+from mixgrpo.ema import Ema
+from mixgrpo.engines import Engine, Network
+from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.engines.fsdp import FullySharded
 
 SIZES = (7, 5, 3)  # that no number of processes divides
+CPU = torch.device("cpu")
+
+
+def adamw(parameters: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    return optimizer, LambdaLR(optimizer, lambda step: 1 / (step + 1))
 
 
 class Training:
-    """A small network with AdamW, a schedule and an average, sharded if there are others."""
+    """A small network, sharded if there are other processes, with an average."""
 
     def __init__(self, process: Process) -> None:
         torch.manual_seed(0)
-        self.module = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(SIZES, SIZES[1:])])  # noqa: RUF007, B905
+        module = nn.Sequential(nn.Linear(*SIZES[:2]), nn.Linear(*SIZES[1:]))
+        self.engine: Engine = DataParallel(module, CPU, adamw)
         if process.world_size > 1:
-            fully_shard(self.module)
-        self.trained = dict(self.module.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
-        self.schedule = LambdaLR(self.optimizer, lambda step: 1 / (step + 1))
-        self.average = {name: p.detach().clone() for name, p in self.trained.items()}
+            network = Network(module, list(module), torch.float32)
+            self.engine = FullySharded(network, EngineConfig("fsdp"), CPU, adamw)
+        self.ema = Ema(self.engine.shards, 0.9, self.engine.refresh)
 
     def step(self) -> None:
-        self.module(torch.arange(2.0 * SIZES[0]).reshape(2, -1).sin()).square().sum().backward()
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for name, average in self.average.items():
-            average.mul_(0.9).add_(self.trained[name].detach(), alpha=0.1)
+        inputs = torch.arange(2.0 * SIZES[0]).reshape(2, -1).sin()
+        with self.engine.accumulate(last=True):
+            self.engine.backward(self.engine.module(inputs).square().sum())
+        self.engine.step()
+        self.ema.update()
 
-    def state(self) -> dict[str, Any]:
-        state = training_state(self.trained, self.optimizer, self.schedule)
-        return {**state, "ema": self.average}
+    def save(self, saver: Saver, position: Position) -> None:
+        with self.ema.swapped():
+            average = saver.copy({"ema": self.engine.weights()})
+        saver.save({**average, **self.engine.state()}, position)
 
     def restore(self, shards: Shards, group: Any) -> None:
-        def read(state: dict[str, Any]) -> None:
-            shards.read(state, group)
+        self.engine.restore(lambda state: shards.read(state, group))
+        with self.ema.swapped():
+            self.engine.load_weights(lambda weights: shards.read({"ema": weights}, group))
 
-        restore_training(self.trained, self.optimizer, self.schedule, read)
-        read({"ema": self.average})
-
-
-def whole(state: Any) -> Any:
-    """The same without shards, in memory of its own."""
-    if isinstance(state, DTensor):
-        return state.full_tensor().clone()
-    if isinstance(state, Tensor):
-        return state.clone()
-    return {k: whole(v) for k, v in state.items()} if isinstance(state, dict) else state
+    def whole(self) -> dict[str, Any]:
+        """On rank 0, everything; without shards, in memory of its own."""
+        with self.ema.swapped():
+            average = self.engine.weights(whole=True)
+        return {**self.engine.state(whole=True), "ema": average}
 
 
 def _train_and_save(root: str, expected: str, asynchronous: bool) -> None:
@@ -74,12 +77,13 @@ def _train_and_save(root: str, expected: str, asynchronous: bool) -> None:
         for _ in range(3):
             training.step()
         saver = Saver(process, Path(root), 0, asynchronous)
-        then = whole(training.state())
-        saver.save(training.state(), Position(3, 3, {}))
+        then = training.whole()
+        training.save(saver, Position(3, 3, {}))
         training.step()  # what is saved must not move along
-        assert not same(whole(training.state()), then)
+        now = training.whole()
         saver.wait()
         if process.rank == 0:
+            assert not same(now["model"], then["model"])
             torch.save(then, expected)
 
 
@@ -90,8 +94,10 @@ def _restore(root: str, expected: str) -> None:
         saved = choose(process, Path(root), "latest")
         training.restore(Shards(saved.path), saver.group)
         assert saved.position.iteration == 3
-        assert same(whole(training.state()), torch.load(expected))
-        assert training.optimizer.param_groups[0]["lr"] == 0.1 / 4
+        found = training.whole()
+        if process.rank == 0:
+            assert same(found, torch.load(expected))
+            assert found["optimizer"]["param_groups"][0]["lr"] == 0.1 / 4
 
 
 @pytest.mark.parametrize(
@@ -108,13 +114,13 @@ def test_what_some_processes_saved_others_continue(tmp_path, wrote, reads, async
 def test_before_the_first_step_the_optimizer_is_as_good_as_new(tmp_path):
     first, again = Training(ALONE), Training(ALONE)
     saver = Saver(ALONE, tmp_path, 0, False)
-    saver.save(first.state(), Position(0, 0, {}))
+    first.save(saver, Position(0, 0, {}))
     again.restore(Shards(saver.wait()), None)
     untouched = Training(ALONE)
     for training in (first, again, untouched):
         training.step()
-    assert same(first.state(), untouched.state())
-    assert same(again.state(), untouched.state())
+    assert same(first.whole(), untouched.whole())
+    assert same(again.whole(), untouched.whole())
 
 
 # ---- what one process alone holds

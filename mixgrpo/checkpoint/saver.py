@@ -77,7 +77,7 @@ class Saver:
         self.keep = keep
         self.asynchronous = asynchronous
         self.group = new_group(process)
-        self._copies = _Copies()
+        self._copies, self._own = _Copies(), _Copies()
         self._pending: _Pending | None = None
         self._newest: tuple[int, Path] | None = None
 
@@ -122,6 +122,10 @@ class Saver:
         if self._pending is not None:
             return self._pending.iteration == iteration
         return self._newest is not None and self._newest[0] == iteration
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What ``state`` holds now, on the CPU, for the next ``save``; as it is with ``state``."""
+        return self._own.stage(state)
 
     def _start(self, state: dict[str, Any], writer: ShardWriter) -> Future[Any]:
         if self.asynchronous:

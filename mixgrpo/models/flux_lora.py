@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,23 @@ def without_casts(transformer: nn.Module) -> None:
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+
+
+@contextlib.contextmanager
+def switched_off(transformer: nn.Module) -> Iterator[None]:
+    """Inside, the adapters add nothing.
+
+    The libraries' own switch would freeze their weights too, which an engine that shards or wraps
+    them must not see changing.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _complaints(state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 from environment import environment
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo.checkpoint import Position, Saver, latest, open_saved, verify
 from mixgrpo.distributed import Process
-from mixgrpo.engines.state import training_state
+from mixgrpo.ema import Ema
+from mixgrpo.engines.data_parallel import DataParallel
 
 WIDTH = 1024
 GIGABYTE = 1e9
@@ -54,23 +55,25 @@ class Training:
 
     def __init__(self, parameters: int, device: torch.device) -> None:
         layers = max(1, parameters // WIDTH**2)
-        self.module = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)])
-        self.module.to(device)
-        self.trained = dict(self.module.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-5)
-        self.schedule = LambdaLR(self.optimizer, lambda step: 1.0)
-        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
+        linears = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)]
+        self.engine = DataParallel(nn.Sequential(*linears).to(device), device, _adamw)
+        self.ema = Ema(self.engine.shards, 0.9)
         self.inputs = torch.randn(8, WIDTH, device=device)
 
-    def compute(self) -> Tensor:
-        loss: Tensor = self.module(self.inputs).square().mean()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
+    def compute(self) -> None:
+        self.engine.backward(self.engine.module(self.inputs).square().mean())
+        self.engine.step()
 
-    def state(self) -> dict[str, Any]:
-        return {**training_state(self.trained, self.optimizer, self.schedule), "ema": self.ema}
+    def save(self, saver: Saver, position: Position) -> None:
+        """As the trainer does."""
+        with self.ema.swapped():
+            average = saver.copy({"ema": self.engine.weights()})
+        saver.save({**average, **self.engine.state()}, position)
+
+
+def _adamw(parameters: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    return optimizer, LambdaLR(optimizer, lambda step: 1.0)
 
 
 def main() -> int:
@@ -90,7 +93,7 @@ def main() -> int:
         print(f"{key}: {value}")
     training = Training(given.parameters, device)
     training.compute()
-    size = 16 * sum(p.numel() for p in training.trained.values())
+    size = 16 * sum(shard.numel() for shard in training.engine.shards)
     print(f"state: {size / GIGABYTE:.2f} GB\n")
     print(
         "| | stall, s per save | from begin to whole, s | step alone, s | step beside a save, s |"
@@ -117,7 +120,7 @@ def _time(training: Training, root: Path, asynchronous: bool, given: argparse.Na
     stalls, alone, beside, whole = [], [], [], []
     for number in range(given.saves + 1):  # the first makes room for its copies
         begun = _now(training)
-        saver.save(training.state(), Position(number, 0, {}))
+        training.save(saver, Position(number, 0, {}))
         stall = perf_counter() - begun
         while saver.under_way:
             beside.append(_seconds_of(training))
