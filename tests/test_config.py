@@ -415,6 +415,12 @@ def test_flatten_is_what_json_gives_back():
             b"rewards: {a: {kind: jpeg_size, wieght: 1}}\n",
             "no knob rewards.NAME.wieght; did you mean rewards.NAME.weight",
         ),
+        (b"run: {iterations: abc}\n", "^run.iterations is 'abc'; it must be a whole number$"),
+        (
+            b"rewards: {a: {kind: jpeg_size, weight: abc}}\n",
+            "^rewards.NAME.weight is 'abc'; it must be a number$",
+        ),
+        (b"rewards: {a: {weight: 1}}\n", "a reward has no kind .*set --rewards.NAME.kind too"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_clear_error(tmp_path, content, message):

@@ -51,7 +51,8 @@ def assert_same_checkpoint(first: Path, second: Path) -> None:
         assert one, f"a checkpoint without {part} proves nothing"
         assert same(one, two), part
     one, two = (checkpoints.open_saved(path).position for path in (first, second))
-    assert (one.iteration, one.ema_updates) == (two.iteration, two.ema_updates)
+    for name in ("iteration", "ema_updates", "kl_weight"):
+        assert getattr(one, name) == getattr(two, name), name
     assert same(schedule_of(first), schedule_of(second))
 
 
@@ -79,6 +80,16 @@ def test_a_run_leaves_what_a_user_needs(straight):
         with Image.open(pictures[0]) as picture:
             assert picture.size == (64, 64)
     assert (straight / "model" / "model_index.json").is_file()
+
+
+def test_without_the_first_validation_nothing_is_shown_as_before(world, folder, capsys):
+    knobs = {"run__iterations": 1, "validation__before": False}
+    train_here(world.config(folder, **knobs), summary=True)
+    assert [r["iteration"] for r in records(folder) if "validation/redness" in r] == [1]
+    said = capsys.readouterr().out.splitlines()
+    _, before, after, change, *_ = next(line for line in said if line.startswith("redness")).split()
+    assert (before, change) == ("-", "-")
+    assert float(after) == pytest.approx(records(folder)[-1]["validation/redness"], abs=1e-4)
 
 
 def test_config_json_holds_the_resolved_configuration_and_the_revision(straight, world):

@@ -26,6 +26,7 @@ from small import (
 from torch import Tensor, nn
 
 from mixgrpo.config import UpdateConfig
+from mixgrpo.emphasis import whole
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.transitions import LogRatio, log_ratio, make_transition
@@ -327,7 +328,7 @@ def test_every_transition_is_served_once_by_its_own_state(size: int, shared: boo
         small_trajectory(SmallNet(), prompts=2, samples=6, size=size), shared=shared
     )
     (_, samples) = parts_of_groups(trajectory, 2)
-    needed = evaluations_for(trajectory, samples)
+    needed = evaluations_for(trajectory, samples, whole(trajectory).trained)
     for chunk_size in (1, 3, 100):
         served = []
         for start in range(0, len(needed), chunk_size):

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ class Position:
         iteration: iterations that are done.
         ema_updates: updates that the average of the weights has had; 0 if none is kept.
         config: the run's configuration, dotted path -> value.
+        kl_weight: of the KL to the reference, which may have been adapted.
     """
 
     iteration: int
     ema_updates: int
     config: dict[str, Any]
+    kl_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def open_saved(path: Path) -> Saved:
         if content.pop("digest") != _digest_of(content):
             raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} was altered")
         files = {name: FileDigest(**digest) for name, digest in content["files"].items()}
-        position = Position(content["iteration"], content["ema_updates"], content["config"])
+        position = Position(**{field.name: content[field.name] for field in fields(Position)})
     except FileNotFoundError as error:
         raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
