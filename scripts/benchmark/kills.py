@@ -167,17 +167,22 @@ def _same(first: Saved, second: Saved) -> bool:
     return True
 
 
+def knobs(folder: Path, iterations: int) -> list[str]:
+    """The training's, as a command line."""
+    return [
+        *SMALLEST.split(),
+        *("--run.folder", str(folder), "--run.iterations", str(iterations), "--run.resume", "true"),
+        *("--checkpoint.every", str(EVERY), "--rewards", json.dumps(REWARDS)),
+    ]
+
+
 # ---- processes, forked from one that has imported everything: importing takes longer than training
 
 
 def _start(folder: Path, iterations: int) -> list[multiprocessing.Process]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mixgrpo.trainer", "mixgrpo.summary"])
-    words = [
-        *SMALLEST.split(),
-        *("--run.folder", str(folder), "--run.iterations", str(iterations), "--run.resume", "true"),
-        *("--checkpoint.every", str(EVERY), "--rewards", json.dumps(REWARDS)),
-    ]
+    words = knobs(folder, iterations)
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
