@@ -83,7 +83,10 @@ def main() -> int:
     parser.add_argument("--parameters", type=int, default=120_000_000)
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument(
-        "--step", type=float, default=0, help="seconds from save to save; 0: twice a save"
+        "--step",
+        type=float,
+        default=0,
+        help="seconds of computing after a save; 0: as a save takes",
     )
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to be timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
