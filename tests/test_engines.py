@@ -38,7 +38,7 @@ from torch import Tensor
 from mixgrpo.checks import check
 from mixgrpo.config import Config, ModelConfig
 from mixgrpo.engines.shards import copy_part, read_from, whole_of
-from mixgrpo.engines.zero import settings
+from mixgrpo.engines.zero_setup import settings
 from mixgrpo.models.flux import Flux
 from mixgrpo.models.flux_stored import StoredFlux, draw_adapter
 

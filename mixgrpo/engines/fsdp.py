@@ -40,21 +40,16 @@ class FullySharded(Optimized):
     ) -> None:
         self.knobs = knobs
         self.mesh = make_mesh(device, knobs.hybrid)
-        self.module = _shard(network, self.mesh, knobs.offload, device)
-        super().__init__(self.module, device, make_optimizer)
-        self.sharded = [self.module]
+        self.sharded = [_shard(network, self.mesh, knobs.offload, device)]
+        self.module = network.module
+        super().__init__(network.module, device, make_optimizer)
 
     def place(self, frozen: Network) -> nn.Module:
         # Gathered it has the dtype of the products anyway, so it can rest in it.
-        module = frozen.module.to(frozen.dtype)
-        placed = _shard(
-            Network(module, frozen.blocks, frozen.dtype, frozen.stored),
-            self.mesh,
-            self.knobs.offload,
-            self.device,
-        )
-        self.sharded.append(placed)
-        return placed
+        module = nn.Module.to(frozen.module, frozen.dtype)
+        network = Network(module, frozen.blocks, frozen.dtype, frozen.stored)
+        self.sharded.append(_shard(network, self.mesh, self.knobs.offload, self.device))
+        return module
 
     def refresh(self) -> None:
         """Whole weights that are still held are those of before."""
@@ -72,11 +67,11 @@ class FullySharded(Optimized):
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        keep = self.knobs.gather == "once"
+        trained, keep = self.sharded[0], self.knobs.gather == "once"
         self._reshard_after_forward(not keep)
-        self.module.set_reshard_after_backward(last or not keep)
-        self.module.set_requires_gradient_sync(last or self.knobs.reduce == "micro_batch")
-        self.module.set_requires_all_reduce(last)
+        trained.set_reshard_after_backward(last or not keep)
+        trained.set_requires_gradient_sync(last or self.knobs.reduce == "micro_batch")
+        trained.set_requires_all_reduce(last)
         yield
 
     def _reshard_after_forward(self, reshard: bool) -> None:
@@ -85,6 +80,7 @@ class FullySharded(Optimized):
 
     def _groups(self) -> Iterator[FSDPModule]:
         for sharded in self.sharded:
+            assert isinstance(sharded, nn.Module)
             yield from (module for module in sharded.modules() if isinstance(module, FSDPModule))
 
 

@@ -59,7 +59,7 @@ class Optimized(Processes):
 
     def state(self, whole: bool = False) -> dict[str, Any]:
         self.optimizer.zero_grad(set_to_none=True)
-        state = {"model": self.weights(), "schedule": self.schedule.state_dict()}
+        state: dict[str, Any] = {"model": self.weights(), "schedule": self.schedule.state_dict()}
         if self.optimizer.state:  # else torch would take a step to have one
             state["optimizer"] = get_optimizer_state_dict(self.unwrapped, self.optimizer)
         return map_tensors(state, self._whole) if whole else state

@@ -6,22 +6,25 @@ the matrices' weights and sums their gradients in it.
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from mixgrpo.config import EngineConfig
 from mixgrpo.engines import MakeOptimizer, Network, Read
 from mixgrpo.engines.processes import Processes
-from mixgrpo.engines.shards import copy_part
+from mixgrpo.engines.zero_setup import (
+    import_deepspeed,
+    initialize,
+    no_learning,
+    partition,
+    settings,
+)
 
 _HELD = -1  # in a weight's list of modules that use it: this engine does
 
@@ -48,8 +51,8 @@ class Zero(Processes):
         torch_optimizer, self.schedule = make_optimizer(list(self.trained.values()))
         self.torch_optimizer = torch_optimizer
         self.groups = [[names[id(p)] for p in g["params"]] for g in torch_optimizer.param_groups]
-        with _no_learning(torch_optimizer):  # DeepSpeed takes a step to have the optimizer's state
-            self.module = _initialize(network.module, self.settings, optimizer=torch_optimizer)
+        with no_learning(torch_optimizer):  # DeepSpeed takes a step to have the optimizer's state
+            self.module = initialize(network.module, self.settings, optimizer=torch_optimizer)
         for state in torch_optimizer.state.values():
             state["step"].zero_()
         self.optimizer = self.module.optimizer
@@ -73,11 +76,11 @@ class Zero(Processes):
         self._own(frozen)
         if self.knobs.zero_stage == 2:
             return frozen.module.to(self.device)
-        return _initialize(frozen.module, self.settings)
+        return initialize(frozen.module, self.settings)
 
     def _own(self, network: Network) -> None:
         if self.knobs.zero_stage == 3:
-            _partition(network, self.settings, self.device)
+            partition(network, self.settings, self.device)
             self.sharded.append(network.module)
 
     @contextmanager
@@ -95,7 +98,7 @@ class Zero(Processes):
                 yield
             finally:
                 for parameter in held:
-                    parameter.ds_active_sub_modules.discard(_HELD)
+                    parameter.ds_active_sub_modules.clear()
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -138,11 +141,9 @@ class Zero(Processes):
         return dict(self._collect(safe_get_full_fp32_param, whole))
 
     def load_weights(self, read: Read) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
         weights = self._empty()
         read(weights)
-        self._distribute(weights, safe_set_full_fp32_param)
+        self._distribute(weights, None)
         self.refresh()
 
     def state(self, whole: bool = False) -> dict[str, Any]:
@@ -156,7 +157,7 @@ class Zero(Processes):
 
         state: dict[str, dict[str, Tensor]] = {}
         for key in self._moments():
-            for name, value in self._collect(lambda p, key=key: get(p, key), whole):  # type: ignore[misc]
+            for name, value in self._collect(partial(get, optim_state_key=key), whole):
                 state.setdefault(name, {"step": self._steps().clone()})[key] = value
         return {"state": state, "param_groups": self._named_groups()}
 
@@ -169,8 +170,6 @@ class Zero(Processes):
             self._restore_optimizer(read)
 
     def _restore_optimizer(self, read: Read) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state as put
-
         self._make_moments()
         moments = {key: self._empty() for key in self._moments()}
         state = {
@@ -180,7 +179,7 @@ class Zero(Processes):
         saved = {"state": state, "param_groups": self._named_groups()}
         read({"optimizer": saved})
         for key, values in moments.items():
-            self._distribute(values, lambda p, value, key=key: put(p, value, key))  # type: ignore[misc]
+            self._distribute(values, key)
         steps = next(iter(state.values()))["step"] if state else self._steps().clone()
         dist.broadcast(steps, 0)
         for each in self.torch_optimizer.state.values():
@@ -195,7 +194,7 @@ class Zero(Processes):
             return
         for shard in self.shards:
             shard.grad = torch.zeros_like(shard)
-        with _no_learning(self.torch_optimizer):
+        with no_learning(self.torch_optimizer):
             self.torch_optimizer.step()
         for shard in self.shards:
             shard.grad = None
@@ -227,88 +226,35 @@ class Zero(Processes):
             if self.rank == (0 if whole else owner):
                 yield name, value.reshape(_shape(parameter)).to("cpu", copy=True)
 
-    def _distribute(
-        self, values: dict[str, Tensor], put: Callable[[nn.Parameter, Tensor], None]
-    ) -> None:
+    def _distribute(self, values: dict[str, Tensor], key: str | None) -> None:
+        """Sets weights (no key), or their optimizer state of this name, from ``state``'s parts."""
         for owner, name, parameter in self._owned():
             value = values[name] if owner == self.rank else torch.empty(_shape(parameter))
             value = value.to(self.device)
             dist.broadcast(value, owner)
-            put(parameter, value)
+            self._put(parameter, value, key)
+
+    def _put(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        from deepspeed import utils
+
+        if self.knobs.zero_stage == 2:
+            if key is None:
+                utils.safe_set_full_fp32_param(parameter, value)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # Its counterpart for stage 3 does not know that the last part may be padded.
+        size = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        part = padded[self.rank * size :][:size]
+        if key is None:
+            utils.safe_set_local_fp32_param(parameter, part)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, part, key)
 
     def _empty(self) -> dict[str, Tensor]:
         return {n: torch.empty(_shape(p)) for owner, n, p in self._owned() if owner == self.rank}
 
 
-def settings(knobs: EngineConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # micro-batches are made here, not by DeepSpeed
-        "gradient_accumulation_steps": 1,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 30,
-        "zero_optimization": {
-            "stage": knobs.zero_stage,
-            "stage3_param_persistence_threshold": 0,
-            "memory_efficient_linear": False,
-        },
-        "torch_autocast": {
-            "enabled": dtype != torch.float32,
-            "dtype": str(dtype).removeprefix("torch."),
-        },
-    }
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed for this device; it talks only of what is wrong, and compiles nothing."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel("WARNING")
-    if device.type == "cpu":
-        # It would try compilers, then compile collectives of its own; gloo's do.
-        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
-    return deepspeed
-
-
-def _initialize(module: nn.Module, config: dict[str, Any], **more: Any) -> Any:
-    import deepspeed
-
-    return deepspeed.initialize(model=module, config=config, dist_init_required=False, **more)[0]
-
-
-def _partition(network: Network, config: dict[str, Any], device: torch.device) -> None:
-    """Reads, block by block, what has no memory yet, and leaves each process its part."""
-    import deepspeed
-
-    if network.stored is None:
-        return  # DeepSpeed partitions what is there
-    for part in chain(network.blocks, [network.module]):
-        fresh = []
-        for module in part.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.is_meta:
-                    full = torch.empty_like(parameter, device=device)
-                    fresh.append(nn.Parameter(full, requires_grad=parameter.requires_grad))
-                    setattr(module, name, fresh[-1])
-        names = {id(p): name for name, p in network.module.named_parameters()}
-        for parameter in fresh:
-            copy_part(parameter, network.stored[names[id(parameter)]])
-        deepspeed.zero.Init(module=nn.ParameterList(fresh), config_dict_or_path=config)
-
-
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-@contextmanager
-def _no_learning(optimizer: Optimizer) -> Iterator[None]:
-    """Inside, a step without gradients changes no weight."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    try:
-        yield
-    finally:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate

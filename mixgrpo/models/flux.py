@@ -46,7 +46,7 @@ class Flux:
         text: Text | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.stored: StoredFlux | None = None
+        self.stored: Mapping[str, Any] | None = None
         if pipeline.transformer.device.type != "meta":
             pipeline.transformer.to(device)
         pipeline.vae.to(device)
@@ -139,7 +139,8 @@ class Flux:
         without_casts(transformer)
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
-        return [*module.transformer_blocks, *module.single_transformer_blocks]  # type: ignore[misc, list-item]
+        transformer: Any = module
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
     def velocity(self, module: nn.Module) -> Velocity:
         def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:

@@ -20,7 +20,8 @@ def empty_transformer(path: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     """The transformer of a pipeline folder, on the meta device."""
     config = FluxTransformer2DModel.load_config(Path(path) / "transformer")
     with torch.device("meta"):
-        return FluxTransformer2DModel.from_config(config).to(dtype)
+        # Not diffusers' own `to`, which warns of dtypes for the lists that FLUX leaves empty.
+        return nn.Module.to(FluxTransformer2DModel.from_config(config), dtype)
 
 
 class StoredFlux(Mapping[str, Any]):

@@ -72,7 +72,7 @@ class Memory:
 def write_model(folder: Path, size: dict[str, Any]) -> int:
     """Writes the transformer's folder, in bfloat16; returns its number of weights."""
     with torch.device("meta"):
-        module = FluxTransformer2DModel(**size).to(torch.bfloat16)
+        module = torch.nn.Module.to(FluxTransformer2DModel(**size), torch.bfloat16)
     count = sum(parameter.numel() for parameter in module.parameters())
     if not (folder / "transformer" / "config.json").exists():
         module.to_empty(device=CPU)
