@@ -331,6 +331,8 @@ class LogConfig:
     """auto: online if WANDB_API_KEY is set, otherwise disabled"""
     project: str = "mixgrpo"
     """wandb project"""
+    tensorboard: bool = False
+    """write the same for TensorBoard into the folder's tensorboard/"""
     progress: bool = True
     """show a progress bar"""
 
@@ -392,7 +394,12 @@ class PreprocessConfig:
 
 def flatten(config: Any) -> dict[str, Any]:
     """Dotted path -> value of any configuration, as JSON would give it back (tuples are lists)."""
-    return dict(_leaves("", asdict(config)))
+    return dotted(asdict(config))
+
+
+def dotted(values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted path -> value of nested dicts; empty ones are values."""
+    return dict(_leaves("", values))
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:

@@ -453,6 +453,6 @@ class Trainer:
         say(
             f"iterations {self.iteration + 1} to {self.config.run.iterations} on "
             f"{self.engine.world_size} x {self.engine.device.type}, {self.trained / 1e6:.2f}M "
-            f"trained weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) "
+            f"trained weights; windows of {windows[0].size} steps lie in [{start}, {stop}) "
             f"of {self.config.sampling.steps}; results in {self.folder}"
         )

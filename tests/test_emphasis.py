@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import Counted, Recording, SmallNet, relative_error
+import two_updates
+from small import SHAPE, Counted, Recording, SmallNet, relative_error
 from test_update import (
     drawn_advantages,
     knobs,
@@ -19,16 +20,21 @@ from test_update import (
     small_trajectory,
 )
 from tiny_world import (
+    QUICK,
     World,
     checkpoint_folder,
     environment,
     python,
+    same,
     saved_tensors,
     train_here,
+    training_records,
 )
 from torch import Tensor
 
-from mixgrpo.emphasis import Emphasis, whole
+from mixgrpo import checkpoint as checkpoints
+from mixgrpo.config import AdvantageConfig, Config, UpdateConfig
+from mixgrpo.emphasis import Emphasis, emphasize, whole
 from mixgrpo.noise import drawn_steps
 from mixgrpo.types import Trajectory
 from mixgrpo.update import evaluations_for, evaluations_of_all, parts_of_groups, update
@@ -147,36 +153,156 @@ def test_evaluations_that_serve_nothing_change_nothing() -> None:
     assert relative_error(padded, alone) < 1e-6
 
 
+def test_weights_multiply_the_losses() -> None:
+    """Of samples and of steps: as many gradients of single transitions, weighted."""
+    net = SmallNet()
+    trajectory, advantages, policy = small_trajectory(net), drawn_advantages(8), off_policy(net)
+    weights = torch.outer(torch.arange(8.0), torch.tensor([2.0, 0.0, 0.5]))
+    engine = Recording(policy)
+    given = replace(whole(trajectory), weights=weights)
+    update(engine, engine.module, trajectory, advantages, objective(), knobs(1, 5), given)
+    expected = torch.zeros_like(engine.gradients[0])
+    for row, k in weights.nonzero().tolist():
+        mask = torch.zeros(8, 3, dtype=torch.bool)
+        mask[row, k] = True
+        alone = masked_gradient(policy, trajectory, advantages, mask)
+        expected += weights[row, k] * alone / 24
+    assert relative_error(engine.gradients[0], expected) < 1e-4
+
+
+# ---- from the configuration
+
+
+def emphasized(config: Config, rank: int = 0) -> tuple[Trajectory, Tensor, Emphasis]:
+    """Of two processes with a prompt of four samples each, T = 8, a window [1, 4)."""
+    config.batch.prompts, config.batch.samples = 2, 4
+    trajectory = small_trajectory(SmallNet(), prompts=1, samples=4)
+    advantages = torch.tensor([0.5, -1.0, 2.0, -1.5, 0.0, 0.0, 0.0, 0.0])
+    return emphasize(config, 0, trajectory, advantages, rank, world_size=2)
+
+
+def test_by_default_everything_is_trained_alike() -> None:
+    trajectory, advantages, emphasis = emphasized(Config())
+    assert advantages.tolist() == [0.5, -1.0, 2.0, -1.5]
+    assert emphasis.trained.shape == (8, 3)
+    assert emphasis.trained.all()
+    assert torch.equal(emphasis.weights, whole(trajectory).weights)
+
+
+def test_best_of_hands_the_extremes_to_the_update() -> None:
+    config = Config(advantage=AdvantageConfig(best_of=2, skip_equal=True))
+    trajectory, advantages, emphasis = emphasized(config)
+    every, _, _ = emphasized(Config())
+    assert advantages.tolist() == [2.0, -1.5]
+    assert torch.equal(trajectory.states, every.states[[2, 3]])
+    assert torch.equal(trajectory.old_means, every.old_means[[2, 3]])
+    assert trajectory.group.tolist() == [0, 0]
+    assert emphasis.trained.shape == (4, 3)
+    # One of two groups says something: it counts twice, the other one, on the other rank, nothing.
+    assert emphasis.weights.tolist() == [[2.0] * 3] * 2
+    _, advantages, emphasis = emphasized(config, rank=1)
+    assert emphasis.weights.tolist() == [[0.0] * 3] * 2
+    assert advantages.tolist() == [0.0, 0.0]
+
+
+def test_step_weights_are_those_of_the_window() -> None:
+    config = Config(update=UpdateConfig(step_weight=[float(i) for i in range(7)]))
+    _, _, emphasis = emphasized(config)
+    assert emphasis.weights.tolist() == [[1.0, 2.0, 3.0]] * 4
+
+
+def test_the_draw_is_the_batches_on_every_process() -> None:
+    config = Config(update=UpdateConfig(step_fraction=0.7))
+    (_, _, here), (_, _, there) = emphasized(config, 0), emphasized(config, 1)
+    assert torch.equal(here.trained, there.trained)
+    assert torch.equal(here.trained, drawn_steps(config.run.seed, 0, 2, 4, 3, 2))
+
+
 # ---- runs
 
-ALL_STEPS = {
-    "window__strategy": "all",
-    "update__step_fraction": 0.6,
-    "update__micro_batch": 1,
-    "advantage__best_of": 2,
-    "advantage__skip_equal": True,
-    "validation__every": 0,
-    "run__iterations": 2,
+
+def of_one_process(trajectory: Trajectory, rank: int, samples: int) -> Trajectory:
+    """What the process of the ``rank``-th prompt sampled of a trajectory of several."""
+    own = slice(rank * samples, (rank + 1) * samples)
+    return replace(
+        trajectory,
+        states=trajectory.states[own],
+        old_means=trajectory.old_means[own],
+        final=trajectory.final[own],
+        text=trajectory.text[rank : rank + 1],
+        group=torch.zeros(samples, dtype=torch.int64),
+    )
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Although alone they would make unequal numbers of evaluations, each a pass of its own.
+
+    Every forward is a collective there, as with sharded weights: unequal numbers would not end.
+    """
+    net = two_updates.Net(SHAPE[1])
+    trajectory = small_trajectory(net, prompts=2, samples=8, start=0, size=7)
+    advantages = drawn_advantages(16)
+    for rank in range(2):
+        own = of_one_process(trajectory, rank, 8)
+        torch.save((own, advantages), tmp_path / f"given_{rank}.pt")
+    words = python(str(Path(two_updates.__file__)), str(tmp_path))
+    running = [subprocess.Popen([*words, str(rank)], env=environment()) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    found = [torch.load(tmp_path / f"updated_{rank}.pt") for rank in range(2)]
+    (first, forwards), (second, others) = found
+    expected, alone = two_updates.updated(trajectory, advantages)
+    assert forwards == others
+    assert alone < 2 * forwards, "without padding: this test would show nothing"
+    for one, two, whole_batch in zip(first, second, expected, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, whole_batch, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(whole_batch, torch.full_like(whole_batch, 0.1))
+
+
+def test_an_adapted_kl_weight_survives_resuming(world: World, tmp_path: Path) -> None:
+    """Four iterations, and two and two resumed: the same weights of KL and policy, to the bit."""
+    knobs = {**QUICK, "update__kl": 0.5, "update__kl_target": 1e-4, "checkpoint__every": 2}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train_here(world.config(straight, **{**knobs, "run__iterations": 4}))
+    train_here(world.config(resumed, **{**knobs, "run__iterations": 2}))
+    train_here(world.config(resumed, **{**knobs, "run__iterations": 4, "run__resume": True}))
+    found = [[r["update/kl_weight"] for r in training_records(f)] for f in (straight, resumed)]
+    assert found[0] == found[1]
+    assert found[0][2] != 0.5, "nothing was adapted before the checkpoint"
+    for one, two in zip(found[0], found[0][1:], strict=False):
+        assert two in (one / 2, one, 2 * one)
+    saved = [checkpoints.load(checkpoint_folder(folder, 4)) for folder in (straight, resumed)]
+    assert saved[0].kl_weight == saved[1].kl_weight
+    assert same(saved[0].weights, saved[1].weights)
+
+
+OPTIONS = {
+    "trimmed, balanced, noise weights": {
+        "advantage__trim": 0.25,
+        "advantage__balance": True,
+        "update__step_weight": "noise",
+    },
+    "guard": {"sampling__log_ratio": "guard", "update__step_weight": "inverse_dt"},
+    "listed weights, velocity": {
+        "update__step_weight": [1.0, 0.5, 0.0, 2.0],
+        "update__kl": 0.1,
+        "update__kl_form": "velocity",
+    },
+    "short prefix": {
+        "sampling__steps": 6,
+        "window__strategy": "frozen",
+        "window__start": 3,
+        "prefix__solver": "dpm",
+        "prefix__ratio": 0.6,
+    },
 }
 
 
-def test_two_processes_equal_one_with_drawn_steps(world: World, tmp_path: Path) -> None:
-    """Their draws need unequal numbers of evaluations; tolerances as in test_train."""
-    alone, folder = tmp_path / "alone", tmp_path / "two"
-    train_here(world.config(alone, **ALL_STEPS))
-    torchrun = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = subprocess.run(
-        [*torchrun, "-m", "mixgrpo", *world.arguments(folder, **ALL_STEPS)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    start = dict(world.policy().module.named_parameters())
-    one = saved_tensors(checkpoint_folder(alone, 2))
-    two = saved_tensors(checkpoint_folder(folder, 2))
-    apart = sum((two[name] - one[name]).square().sum() for name in one).sqrt()
-    travelled = sum((one[name] - start[name]).square().sum() for name in one).sqrt()
-    assert apart < 1e-2 * travelled
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_trains(world: World, folder: Path, option: str) -> None:
+    train_here(world.config(folder, **{**QUICK, **OPTIONS[option]}))
+    (record,) = training_records(folder)
+    assert record["update/ratio_error_on_policy"] <= 1e-6
+    assert record["update/grad_norm"] > 0
+    if option == "short prefix":  # two steps before the window, one behind it
+        assert record["rollout/evaluations_per_image"] == (2 * 3 + 8 * 2) / 8

@@ -26,6 +26,9 @@ MAY_IMPORT = {
     "mixgrpo.config": (),
     "mixgrpo.checks": ("mixgrpo.config",),
     "mixgrpo.maths": ("mixgrpo.types",),
+    "mixgrpo.coverage": ("mixgrpo.maths", "mixgrpo.types"),
+    "mixgrpo.doctor.lines": ("mixgrpo.downloads",),
+    "mixgrpo.doctor.environment": ("mixgrpo.config", "mixgrpo.doctor.lines"),
     "mixgrpo.fingerprint": (),
     "mixgrpo.disk": (),
     "mixgrpo.models": (
@@ -44,6 +47,10 @@ MAY_IMPORT = {
     "mixgrpo.text.embeddings": ("mixgrpo.disk", "mixgrpo.types"),
     "mixgrpo.text.stored": ("mixgrpo.config", "mixgrpo.text.embeddings", "mixgrpo.types"),
     "mixgrpo.pictures": (),
+    "mixgrpo.metrics": (),
+    "mixgrpo.report.runs": ("mixgrpo.config", "mixgrpo.prompts"),
+    "mixgrpo.report.charts": ("mixgrpo.metrics", "mixgrpo.report.runs"),
+    "mixgrpo.report.pictures": ("mixgrpo.evaluation", "mixgrpo.report.runs"),
     "mixgrpo.prompts": ("mixgrpo.noise",),
     "mixgrpo.downloads": (),
     "mixgrpo.evaluation.manifests": (),
@@ -68,6 +75,7 @@ BUILT_ON_NOTHING_ELSE = {
     "mixgrpo.types": {"torch"},
     "mixgrpo.maths": {"torch"},
     "mixgrpo.config": set(),
+    "mixgrpo.doctor.environment": set(),
     "mixgrpo.inference.config": set(),
 }
 HEAVY = {"deepspeed", "wandb", "open_clip", "matplotlib"}

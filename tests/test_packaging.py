@@ -376,7 +376,10 @@ def test_quickstart_fails_when_training_fails(tmp_path: Path) -> None:
 
 
 ON_GPUS = {
-    "scripts/finetune/finetune_flux_mixgrpo.sh": "train --recipe flux_mixgrpo",
+    **{
+        f"scripts/finetune/finetune_flux_{name}.sh": f"train --recipe flux_{name}"
+        for name in ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "dancegrpo")
+    },
     "scripts/inference/inference_flux.sh": "sample --recipe flux",
     "scripts/evaluate/eval_reward.sh": "evaluate",
     "scripts/preprocess/preprocess_flux.sh": "preprocess --model.path data/models/FLUX.1-dev "
@@ -403,7 +406,7 @@ def test_scripts_start_a_process_on_each_gpu_or_one_on_the_cpu(
 
 
 @pytest.mark.parametrize("given", [["--recipe", "mine"], ["--recipe=mine"]])
-@pytest.mark.parametrize("script", list(ON_GPUS)[:2])
+@pytest.mark.parametrize("script", [s for s, words in ON_GPUS.items() if "--recipe" in words])
 def test_a_recipe_of_the_users_counts_alone(tmp_path: Path, script: str, given: list[str]) -> None:
     command = wrapping(script, tmp_path, '[ "$1" = -c ] && echo 0 || echo "$@"')
     shutil.copy(ROOT / "scripts" / "launch.sh", tmp_path / "scripts")
@@ -429,15 +432,59 @@ def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
     assert re.fullmatch(r"7 -m pytest --numprocesses [1-4] --dist worksteal -k a b", ran)
 
 
+def with_a_browser(folder: Path) -> Path:
+    """A folder of programs with a browser, so that none is installed; nor could it be."""
+    programs = folder / "programs"
+    programs.mkdir()
+    for name, text in (("chromium", ""), ("apt-get", f"touch {folder}/installed")):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    return programs
+
+
+@pytest.mark.parametrize(
+    ("user", "apt", "said", "required"),
+    [
+        (0, "cp {bin}/true {bin}/chromium", "== installing chromium", "required"),
+        (0, "exit 100", "== chromium could not be installed", "required"),
+        (1000, "exit 100", "only root can install one", ""),
+    ],
+)
+def test_ci_installs_a_browser_or_says_why_not(
+    tmp_path: Path, user: int, apt: str, said: str, required: str
+) -> None:
+    command = wrapping(".ci/run", tmp_path, "true")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "test.sh").write_text('echo "browser: $MIXGRPO_BROWSER."\n')
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for tool in ("bash", "env", "dirname", "readlink", "true", "cp"):
+        (programs / tool).symlink_to(str(shutil.which(tool)))
+    for name, text in (("id", f"echo {user}"), ("apt-get", apt.format(bin=programs))):
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": str(programs)}
+    done = subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
+    assert said in done.stdout
+    assert f"browser: {required}." in done.stdout.splitlines(), done.stderr
+    assert (programs / "chromium").exists() == (said == "== installing chromium")
+
+
 @pytest.mark.parametrize("failing", ["pytest", "ruff check", "ruff format", "mypy"])
 def test_ci_runs_every_check_and_fails_with_any(tmp_path: Path, failing: str) -> None:
     command = wrapping(".ci/run", tmp_path, f'echo "ran $*"; [[ $* != *"{failing}"* ]]')
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "test.sh").write_text(".venv/bin/python -m pytest\n")
-    result = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    environment = {"PATH": f"{with_a_browser(tmp_path)}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 1
     for check in ("-m pytest", "-m ruff check .", "-m ruff format --check .", "-m mypy"):
         assert f"ran {check}" in result.stdout.splitlines()
+    assert not (tmp_path / "installed").exists(), "there was a browser"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

@@ -61,6 +61,27 @@ def _without_jargon(text: str) -> str:
     return f"{knob} is {wrong[3]!r}; it must be {_KINDS[wrong[2]]}"
 
 
+def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of an option that is no knob (its last, None without), and the other words.
+
+    Raises:
+        ValueError: it has no value.
+    """
+    value, others = None, []
+    words = iter(arguments)
+    for word in words:
+        if word == option:
+            value = next(words, "")
+        elif word.startswith(f"{option}="):
+            value = word.removeprefix(f"{option}=")
+        else:
+            others.append(word)
+            continue
+        if not value:
+            raise ValueError(f"{option} lacks its value")
+    return value, others
+
+
 def unknown_knob(message: str) -> str | None:
     """The dotted path of the knob that a parser's message calls unknown."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
