@@ -175,6 +175,7 @@ def _fail_on_one(root: str, said: str) -> None:
             Path(f"{said}_{process.rank}_{asynchronous}").write_text(str(caught.value))
             dist.barrier()
             assert not list(Path(root).glob("partial_*"))
+            dist.barrier()
         saver.save(mine, Position(3, 0, {}))
         saver.wait()
 
