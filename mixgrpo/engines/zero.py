@@ -88,10 +88,10 @@ class Zero(Processes):
         if self.knobs.zero_stage == 2 or self.knobs.gather == "evaluation":
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         held = [parameter for module in self.sharded for parameter in module.parameters()]
-        with GatheredParameters(held):
+        with deepspeed.zero.GatheredParameters(held):
             for parameter in held:  # else each would be given up after its first use
                 parameter.ds_active_sub_modules.add(_HELD)
             try:
