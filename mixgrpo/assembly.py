@@ -13,9 +13,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.adamw import FrugalAdamW
-from mixgrpo.checkpoint import Checkpoint
+from mixgrpo.checkpoint import Saved
 from mixgrpo.checks import check_resumable
 from mixgrpo.config import Config
+from mixgrpo.distributed import Process
+from mixgrpo.engines import Engine, Network
+from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.engines.fsdp import FullySharded
+from mixgrpo.engines.zero import Zero
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.objective import make_kl
 from mixgrpo.maths.schedule import compressed_steps, dynamic_shift, flash_sigmas
@@ -36,15 +41,52 @@ FAMILIES = {"flux": Flux}
 ENCODERS = {"flux": FluxText}
 
 
-def make_policy(config: Config, device: torch.device, stored: Text | None = None) -> Policy:
+def make_policy(
+    config: Config, device: torch.device, stored: Text | None = None, world_size: int = 1
+) -> Policy:
     """The model of the wanted family, loaded; ``stored`` embeddings replace its text encoders.
+
+    What an engine of several processes will shard is not loaded: none of them ever holds it all.
 
     Raises:
         FileNotFoundError: a part of it is missing.
     """
+    kind, knobs = engine_kind(config, world_size), config.engine
+    empty = kind == "fsdp" or (kind == "deepspeed" and knobs.zero_stage == 3)
     return FAMILIES[config.model.family].load(
-        config.model, device, config.run.seed, config.text.placement, stored
+        config.model, device, config.run.seed, config.text.placement, stored, empty
     )
+
+
+def engine_kind(config: Config, world_size: int) -> str:
+    """single, ddp, fsdp or deepspeed."""
+    if world_size == 1:
+        return "single"
+    return "ddp" if config.engine.kind == "auto" else config.engine.kind
+
+
+def make_engine(config: Config, process: Process, policy: Policy) -> Engine:
+    """What trains the policy's network."""
+    kind = engine_kind(config, process.world_size)
+    optimizer = partial(make_optimizer, config)
+    network = network_of(policy, policy.module)
+    if kind == "fsdp":
+        return FullySharded(network, config.engine, process.device, optimizer)
+    if kind == "deepspeed":
+        return Zero(network, config.engine, process.device, optimizer)
+    return DataParallel(policy.module, process.device, optimizer)
+
+
+def network_of(policy: Policy, module: torch.nn.Module) -> Network:
+    """The policy's network, or a copy of it, as engines take it."""
+    return Network(module, policy.blocks(module), policy.compute_dtype, policy.stored)
+
+
+def make_reference(policy: Policy, engine: Engine, untrained: torch.nn.Module | None) -> Velocity:
+    """The velocity of the untrained model, of which ``untrained`` is the copy, if there is one."""
+    if untrained is None:
+        return policy.without_adapters(engine.module)
+    return policy.velocity(engine.place(network_of(policy, untrained)))
 
 
 def make_stored_text(config: Config, prompts: list[str], device: torch.device) -> Text | None:
@@ -184,32 +226,33 @@ def prompt_digests(config: Config) -> dict[str, str]:
     }
 
 
-def resumed_checkpoint(config: Config) -> Checkpoint | None:
+def resumed_checkpoint(config: Config, process: Process) -> Saved | None:
     """The checkpoint to continue from, checked against the recipe; None to start afresh."""
     root = checkpoints_root(config)
-    newest = checkpoints.latest(root)
     if not config.run.resume:
+        newest = checkpoints.latest(root)
         if newest is not None:
             raise ValueError(
                 f"{config.run.folder!r} holds a run already (newest checkpoint {newest.name}); "
                 "continue it with --run.resume true, or choose another --run.folder"
             )
         return None
-    if newest is None:
+    saved = checkpoints.choose(process, root, config.run.resume_from)
+    if saved is None:
         return None
-    saved = checkpoints.load(newest)
-    check_resumable(saved.config, config)
+    position = saved.position
+    check_resumable(position.config, config)
     for key, digest in prompt_digests(config).items():
-        if saved.config.get(key, digest) != digest:
+        if position.config.get(key, digest) != digest:
             knob = key.removeprefix("contents.")
             raise ValueError(
                 f"the file of {knob} has other contents than when this run began, and a resumed "
                 "run must be the run uninterrupted; put the old ones back, or train into another "
                 "--run.folder"
             )
-    if saved.iteration > config.run.iterations:
+    if position.iteration > config.run.iterations:
         raise ValueError(
-            f"the checkpoint {newest} has {saved.iteration} iterations, run.iterations is "
+            f"the checkpoint {saved.path} has {position.iteration} iterations, run.iterations is "
             f"{config.run.iterations}; raise --run.iterations"
         )
     return saved

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from mixgrpo.config import Config, TextConfig, flatten
+from mixgrpo.config import Config, RunConfig, TextConfig, flatten
 
 # What a resumed run may change: nothing here alters the weights that training arrives at.
 MAY_CHANGE = (
     "run.iterations",
     "run.folder",
-    "run.resume",
+    "run.resume",  # and run.resume_from
     "run.threads",
     "text.mode",  # stored embeddings are those of the encoders, to the last bit
     "text.embeddings",
@@ -22,6 +22,10 @@ MAY_CHANGE = (
     "scoring.max_failed",
     "contents.",  # of the prompt files; compared apart
     "checkpoint.",
+    "engine.",  # as the number of processes: they round differently, and nothing else
+    "model.gradient_checkpointing",
+    "model.checkpoint_every",
+    "ema.placement",
     "log.",
 )
 
@@ -54,6 +58,7 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
             f"batch.prompts ({batch.prompts}) must be a multiple of the number of processes "
             f"({world_size}); set --batch.prompts to {_multiple(batch.prompts, world_size)}"
         )
+    yield from _engine_complaints(config, world_size)
     if batch.samples % update.optimizer_steps:
         yield (
             f"batch.samples ({batch.samples}) must be a multiple of update.optimizer_steps "
@@ -61,6 +66,7 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
             f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
             "--update.optimizer_steps to a divisor"
         )
+    yield from _resume_complaints(config.run)
     yield from _emphasis_complaints(config)
     yield from _text_complaints(config.text)
     if not config.rewards:
@@ -77,6 +83,26 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
             yield f"{part}.order is {knobs.order}; DPM-Solver++ has orders 1, 2 and 3"
     if not 0 <= config.ema.decay < 1:
         yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
+
+
+def _engine_complaints(config: Config, world_size: int) -> Iterator[str]:
+    engine = config.engine
+    if engine.kind == "single" and world_size > 1:
+        yield (
+            f"engine.kind is 'single', but there are {world_size} processes; start one, or set "
+            "--engine.kind ddp, fsdp or deepspeed"
+        )
+    for knob in ("hybrid", "offload"):
+        if getattr(engine, knob) and engine.kind != "fsdp":
+            yield (
+                f"engine.{knob} is true, which only fsdp can do, but engine.kind is "
+                f"{engine.kind!r}; set --engine.kind fsdp or --engine.{knob} false"
+            )
+    if engine.offload and world_size == 1:
+        yield (
+            "engine.offload is true, but one process has nothing to shard and holds all of the "
+            "model on its device; start several, or set --engine.offload false"
+        )
 
 
 def _emphasis_complaints(config: Config) -> Iterator[str]:
@@ -105,6 +131,14 @@ def _emphasis_complaints(config: Config) -> Iterator[str]:
         yield (
             f"update.kl_target is {update.kl_target}, but update.kl is 0; set --update.kl to the "
             "weight to begin with"
+        )
+
+
+def _resume_complaints(run: RunConfig) -> Iterator[str]:
+    if run.resume_from != "latest" and not run.resume:
+        yield (
+            f"run.resume_from is {run.resume_from!r}, but run.resume is false, so nothing is "
+            "continued; set --run.resume true"
         )
 
 
@@ -169,6 +203,7 @@ def _too_small(config: Config) -> Iterator[str]:
         "update.warmup": 0,
         "model.lora_rank": 1,
         "model.text_length": 1,
+        "model.checkpoint_every": 1,
         "ema.every": 1,
         "validation.every": 0,
         "validation.prompts": 0,

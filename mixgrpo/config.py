@@ -24,7 +24,10 @@ class RunConfig:
     seed: int = 714
     """seed of everything drawn: noise, windows, prompt order, adapter initialisation"""
     resume: bool = False
-    """continue from the newest checkpoint in the folder; without one, start from the beginning"""
+    """continue from a checkpoint in the folder; without one, start from the beginning"""
+    resume_from: str = "latest"
+    """resume: latest, the newest checkpoint; undamaged, the newest that is not damaged; or the
+    name of a folder in checkpoints, to go back"""
     threads: int = 0
     """CPU threads per process; 0 leaves torch's choice, or an equal share under torchrun"""
 
@@ -60,6 +63,8 @@ class ModelConfig:
     """tokens that the T5 encoder sees; longer prompts are truncated, with a warning"""
     gradient_checkpointing: bool = True
     """recompute activations in the backward pass: less memory, about a third more time"""
+    checkpoint_every: int = 1
+    """gradient_checkpointing: recompute those of every n-th block only; 1 recomputes all"""
     compile: Literal["off", "inductor", "aot_eager"] = "off"
     """compile the transformer's repeated blocks: inductor for speed, after minutes of compiling;
     aot_eager only traces them, to find out what cannot be compiled"""
@@ -273,6 +278,27 @@ class UpdateConfig:
 
 
 @dataclass
+class EngineConfig:
+    """How training is spread over processes. With one process there is nothing to spread."""
+
+    kind: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
+    """single: one process; ddp: each process holds the whole model; fsdp: a part of it (FSDP2);
+    deepspeed: ZeRO; auto: single or ddp"""
+    gather: Literal["once", "rollout", "evaluation"] = "once"
+    """fsdp, ZeRO-3: sharded weights are gathered once for a rollout and once for each optimizer
+    step; or once for a rollout only; or, for small GPUs, anew in every evaluation"""
+    reduce: Literal["once", "micro_batch"] = "once"
+    """fsdp, deepspeed: gradients are exchanged once per optimizer step, up to which each process
+    holds all of them; or, for small GPUs, after every micro-batch, of which each keeps its part"""
+    hybrid: bool = False
+    """fsdp: shard among the processes of a machine, with a copy on every machine"""
+    offload: bool = False
+    """fsdp: weights, gradients and the optimizer rest and step on the CPU"""
+    zero_stage: Literal[2, 3] = 3
+    """deepspeed: 2 shards gradients and the optimizer, 3 the weights too"""
+
+
+@dataclass
 class EmaConfig:
     """Exponential moving average of the trained weights."""
 
@@ -280,6 +306,8 @@ class EmaConfig:
     """highest decay; 0 keeps no average"""
     every: int = 1
     """iterations between updates of the average"""
+    placement: Literal["device", "cpu"] = "device"
+    """where the average is kept"""
 
 
 @dataclass
@@ -313,6 +341,8 @@ class CheckpointConfig:
     """iterations between checkpoints; 0 saves only at the end"""
     keep: int = 2
     """newest checkpoints that are kept; 0 keeps all"""
+    asynchronous: bool = True
+    """train on while a checkpoint is written; this takes CPU memory for a copy of the state"""
 
 
 @dataclass
@@ -346,6 +376,7 @@ class Config:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Ema:
     """Keeps a float32 average of ``parameters``, with decay min((1+n)/(10+n), decay).
 
     The early decays let the average leave its start quickly (Flow-GRPO, arXiv 2505.05470).
+
+    Args:
+        parameters: the weights, or what this process holds of them.
+        changed: called after their values were exchanged.
+        on_cpu: keep the average there.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        decay: float,
+        changed: Callable[[], None] = lambda: None,
+        on_cpu: bool = False,
+    ) -> None:
         self.parameters = list(parameters)
         self.decay = decay
+        self.changed = changed
         self.updates = 0
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.average = [
+            p.detach().to("cpu" if on_cpu else p.device, copy=True) for p in self.parameters
+        ]
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min((1 + self.updates) / (10 + self.updates), self.decay)
         self.updates += 1
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        for average, parameter in zip(self.average, self.parameters, strict=True):
+            average.lerp_(parameter.detach().to(average.device), 1 - decay)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
@@ -42,9 +57,4 @@ class Ema:
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
-
-    def load(self, average: Sequence[Tensor], updates: int) -> None:
-        """Restores a saved average."""
-        for mine, saved in zip(self.average, average, strict=True):
-            mine.copy_(saved)
-        self.updates = updates
+        self.changed()

@@ -151,8 +151,9 @@ def explain_training(config: Config, total: int) -> str:
         f"({model.train}) and {_gib(frozen)} for the model's other parts, reward models and "
         "activations come on top; lower --update.micro_batch, --sampling.micro_batch and "
         f"--sampling.decode_batch, set --model.gradient_checkpointing true, --scoring.placement "
-        f"offload, --text.placement offload{less and ', '}{less}, or {remedy}; `python -m mixgrpo "
-        "plan` shows what each saves"
+        f"offload{less and ', '}{less}, --text.placement offload, shard over several GPUs with "
+        "--engine.kind fsdp (--engine.gather evaluation --engine.reduce micro_batch take the "
+        f"least), or {remedy}; `python -m mixgrpo plan` shows what each saves"
     )
 
 

@@ -102,6 +102,11 @@ METRICS = (
         "scoring that went on while other pictures were sampled; not a part of the run's time",
     ),
     Metric("seconds/update", "Update", "s", "forward and backward passes and optimizer steps"),
+    Metric(
+        "seconds/save", "Saving", "s",
+        "what a checkpoint took from the loop, at its begin and its end; logged with the iteration "
+        "or validation that follows",
+    ),
     Metric("seconds/validation", "Validation", "s", "a validation, that of the average included"),
 )  # fmt: skip
 

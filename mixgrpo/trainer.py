@@ -7,21 +7,21 @@ import json
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.assembly import (
     checkpoints_root,
+    make_engine,
     make_noise,
     make_objective,
-    make_optimizer,
     make_plan,
     make_policy,
+    make_reference,
     make_rewards,
     make_stored_text,
     make_windows,
@@ -30,15 +30,14 @@ from mixgrpo.assembly import (
     reward_device,
     shift_for,
 )
-from mixgrpo.checkpoint import Checkpoint
+from mixgrpo.checkpoint import Position, Saved, Saver, Shards
 from mixgrpo.checks import check
 from mixgrpo.config import Config, flatten
 from mixgrpo.disk import own_folder
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
 from mixgrpo.emphasis import emphasize
-from mixgrpo.engines import Engine
-from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.export import export
 from mixgrpo.hacking import hacking_warning
 from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.emphasis import balanced
@@ -76,7 +75,7 @@ def train(config: Config) -> Path:
     with process_group(config.run.threads) as process, _explained(config, process):
         check(config, process.world_size)
         windows = make_windows(config)
-        resumed = resumed_checkpoint(config)
+        resumed = resumed_checkpoint(config, process)
         prompts = read_prompts(config.batch.prompts_file, "batch.prompts_file")
         validation_prompts = read_prompts(
             config.validation.prompts_file, "validation.prompts_file"
@@ -84,13 +83,12 @@ def train(config: Config) -> Path:
         stored = make_stored_text(config, prompts + validation_prompts, process.device)
         with process.first(own_folder(config.run.folder, "run.folder")):
             rewards = make_rewards(config, reward_device(config, process.device))
-            policy = make_policy(config, process.device, stored)
+            policy = make_policy(config, process.device, stored, process.world_size)
             trainer = Trainer(
                 config, process, windows, policy, rewards, prompts, validation_prompts
             )
             if resumed is not None:
                 trainer.restore(resumed)
-                del resumed  # twice the size of the weights, and more
             trainer.run()
     return Path(config.run.folder)
 
@@ -133,16 +131,27 @@ class Trainer:
         self.batches = PromptBatches(
             prompts, config.batch.prompts, config.run.seed, process.rank, process.world_size
         )
-        self.reference = policy.reference() if config.update.kl > 0 else None
+        self.trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+        untrained = policy.untrained() if config.update.kl > 0 else None
+        self.engine = engine = make_engine(config, process, policy)
+        self.velocity = policy.velocity(engine.module)
+        self.reference = make_reference(policy, engine, untrained) if config.update.kl > 0 else None
         self.kl_weight = config.update.kl
-        self.engine: Engine = DataParallel(
-            policy.module, process.device, partial(make_optimizer, config)
+        on_cpu = config.ema.placement == "cpu"
+        self.ema = (
+            Ema(engine.shards, config.ema.decay, engine.refresh, on_cpu)
+            if config.ema.decay
+            else None
         )
-        self.velocity = policy.velocity(self.engine.module)
-        self.weights = {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
-        self.ema = Ema(list(self.weights.values()), config.ema.decay) if config.ema.decay else None
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
         self.phases = Phases(process.device)
+        self.saver = Saver(
+            process,
+            checkpoints_root(config),
+            config.checkpoint.keep,
+            config.checkpoint.asynchronous,
+        )
+        self.resumed: Path | None = None  # the checkpoint that this continues from
         self.iteration = 0  # iterations done
         self.contents = prompt_digests(config)  # at the beginning: files may change meanwhile
         self.stop = StopRequest()
@@ -197,7 +206,8 @@ class Trainer:
 
             with self.phases("rollout"):
                 plan, size = make_plan(config, window), config.sampling.micro_batch
-                trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
+                with self.engine.gathered():
+                    trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
             with self.phases("reward"):
                 scoring = stream.result()
         self.phases.add("reward_hidden", stream.hidden)
@@ -214,7 +224,7 @@ class Trainer:
         try:
             check_failures(Scoring(scores, scoring.causes), self.config.scoring.max_failed)
         except RewardError as error:
-            path = self._save()
+            path = self._save_now()
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}: {error}; saved {path}; mend the reward or raise "
                 "--scoring.max_failed, then continue with --run.resume true",
@@ -251,8 +261,9 @@ class Trainer:
             # After the first optimizer step the weights are between two iterations, and it may be
             # that step which broke them: an older checkpoint is better, if there is one.
             root = checkpoints_root(self.config)
+            self.saver.wait()
             if error.optimizer_step == 0 or checkpoints.latest(root) is None:
-                self._save()
+                self._save_now()
             newest = checkpoints.latest(root)
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}, window {batch.trajectory.window}: {error}; this "
@@ -269,11 +280,16 @@ class Trainer:
     def _after_iteration(self) -> None:
         config = self.config
         last = self.iteration == config.run.iterations
+        if self.saver.under_way:
+            with self.phases("save"):
+                self.saver.poll()
         if not last:
             self._stop_if_asked()  # whoever asked will not wait for a validation
         if config.validation.every and self.iteration % config.validation.every == 0 and not last:
             self._validate()
-        if last or (config.checkpoint.every and self.iteration % config.checkpoint.every == 0):
+        if last:
+            self._save_now()
+        elif config.checkpoint.every and self.iteration % config.checkpoint.every == 0:
             self._save()
         if not last:
             self._stop_if_asked()
@@ -318,15 +334,16 @@ class Trainer:
         """Scores the fixed prompts, with and without the average; logs and keeps pictures."""
         rewards, placement = self.validator.rewards, self.config.scoring.placement
         with self.phases("validation"), resident(rewards, placement, self.engine.device):
-            plain = self.validator(self.engine, self.velocity)
+            with self.engine.gathered():
+                plain = self.validator(self.engine, self.velocity)
             average = None
             if self.ema and self.iteration > 0:
-                with self.ema.swapped():
+                with self.ema.swapped(), self.engine.gathered():
                     average = self.validator(self.engine, self.velocity)
         record = {f"validation/{name}": value for name, value in plain.means.items()}
         if average:
             record |= {f"validation_ema/{name}": value for name, value in average.means.items()}
-        record["seconds/validation"] = self.phases.take()["validation"]
+        record |= {f"seconds/{name}": value for name, value in self.phases.take().items()}
         self.tracker.log(self.iteration, record)
         self._watch()
         if self.engine.rank == 0:
@@ -344,66 +361,60 @@ class Trainer:
 
     def _finish(self) -> None:
         self._validate()
-        if self.engine.rank == 0:
+        checkpoint = self.saver.wait() or self.resumed
+        if self.engine.rank == 0 and checkpoint is not None:
             from mixgrpo.summary import summarize
 
-            self._export(self.folder / "model")
+            export(checkpoint, self.folder / "model")
             self.tracker.say(summarize(self.folder, self.config))
         self.engine.barrier()
 
-    def _export(self, folder: Path) -> None:
-        try:
-            self.policy.export(folder)
-        except (OSError, SafetensorError) as error:
-            raise checkpoints.CheckpointError(
-                f"the trained model {folder} could not be written ({error}); the newest checkpoint "
-                f"is {checkpoints.latest(checkpoints_root(self.config))}; free some disk space, "
-                "then --run.resume true writes it"
-            ) from error
-
     # ---- saving and stopping
 
-    def _save(self) -> Path:
-        """Writes a checkpoint from rank 0 and lets the others wait; an error is raised on all."""
-        path = checkpoints_root(self.config)
-        error: checkpoints.CheckpointError | None = None
-        if self.engine.rank == 0:
-            try:
-                path = checkpoints.save(path, self._state(), self.config.checkpoint.keep)
-            except checkpoints.CheckpointError as caught:
-                error = caught
-        if self.engine.any(error is not None):
-            raise error or checkpoints.CheckpointError("rank 0 could not write a checkpoint")
-        return path
-
-    def _state(self) -> Checkpoint:
-        average = dict(zip(self.weights, self.ema.average, strict=True)) if self.ema else {}
-        return Checkpoint(
+    def _save(self) -> None:
+        """Writes a checkpoint; asynchronously, it is whole after some iterations."""
+        position = Position(
             iteration=self.iteration,
-            weights=self.weights,
-            ema=average,
             ema_updates=self.ema.updates if self.ema else 0,
-            engine=self.engine.state(),
             config={**flatten(self.config), **self.contents},
             kl_weight=self.kl_weight,
         )
+        with self.phases("save"):
+            # The average comes first: it is where the weights are while it is copied.
+            self.saver.save({**self._average(), **self.engine.state()}, position)
 
-    @torch.no_grad()
-    def restore(self, saved: Checkpoint) -> None:
+    def _save_now(self) -> Path:
+        """Lets a checkpoint of the present weights be whole; returns its path."""
+        if not self.saver.has(self.iteration):
+            self._save()
+        with self.phases("save"):
+            path = self.saver.wait()
+        assert path is not None
+        return path
+
+    def _average(self) -> dict[str, Any]:
+        if not self.ema:
+            return {}
+        with self.ema.swapped():
+            return self.saver.copy({"ema": self.engine.weights()})
+
+    def restore(self, saved: Saved) -> None:
         """Continues from a checkpoint of this same recipe."""
-        for name, parameter in self.weights.items():
-            parameter.copy_(saved.weights[name])
+        shards, group = Shards(saved.path), self.saver.group
+        self.engine.restore(lambda state: shards.read(state, group))
         if self.ema:
-            self.ema.load([saved.ema[name] for name in self.weights], saved.ema_updates)
-        self.engine.load_state(saved.engine)
-        self.iteration = saved.iteration
-        self.kl_weight = saved.kl_weight
+            with self.ema.swapped():
+                self.engine.load_weights(lambda weights: shards.read({"ema": weights}, group))
+            self.ema.updates = saved.position.ema_updates
+        self.kl_weight = saved.position.kl_weight
+        self.iteration = saved.position.iteration
+        self.resumed = saved.path
 
     def _stop_if_asked(self) -> None:
         """Called where the weights are those of a whole number of iterations."""
         if not self.engine.any(self.stop.signal is not None):
             return
-        path = self._save()
+        path = self._save_now()
         number = self.stop.signal or signal.SIGTERM
         raise TrainingStopped(
             f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; saved "
@@ -418,6 +429,9 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             saved = {"revision": git_revision(), "config": asdict(self.config)}
             (self.folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+            if self.engine.settings:
+                text = json.dumps(self.engine.settings, indent=1)
+                (self.folder / "engine.json").write_text(text + "\n")
         self.engine.barrier()
 
     def _tell_start(self) -> None:
@@ -436,10 +450,9 @@ class Trainer:
             return
         windows = [self.windows.at(i) for i in range(self.iteration, self.config.run.iterations)]
         start, stop = min(w.start for w in windows), max(w.stop for w in windows)
-        trained = sum(p.numel() for p in self.weights.values())
         say(
             f"iterations {self.iteration + 1} to {self.config.run.iterations} on "
-            f"{self.engine.world_size} x {self.engine.device.type}, {trained / 1e6:.2f}M trained "
-            f"weights; windows of {windows[0].size} steps lie in [{start}, {stop}) of "
-            f"{self.config.sampling.steps}; results in {self.folder}"
+            f"{self.engine.world_size} x {self.engine.device.type}, {self.trained / 1e6:.2f}M "
+            f"trained weights; windows of {windows[0].size} steps lie in [{start}, {stop}) "
+            f"of {self.config.sampling.steps}; results in {self.folder}"
         )

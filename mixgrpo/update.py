@@ -148,7 +148,7 @@ def update(
                     needed.chunk(start, knobs.micro_batch),
                     emphasis.weights,
                 )
-                (rows["loss"].sum() * scale).backward()
+                engine.backward(rows["loss"].sum() * scale)
             step_rows.append({name: value.detach() for name, value in rows.items()})
         merged = {name: torch.cat([part[name] for part in step_rows]) for name in step_rows[0]}
         norms.append(engine.clip_gradients(knobs.max_grad_norm))

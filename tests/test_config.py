@@ -259,6 +259,7 @@ COMPLAINTS = {
     "norm": ({"update.max_grad_norm": 0.0}, 1, "update.max_grad_norm is 0.0"),
     "kl": ({"update.kl": -0.1}, 1, "update.kl is -0.1.*at least 0"),
     "keep": ({"checkpoint.keep": -1}, 1, "checkpoint.keep is -1.*at least 0"),
+    "not resumed": ({"run.resume_from": "a"}, 1, "run.resume_from is 'a'.*--run.resume true"),
     "eta": ({"sampling.eta": 0.0}, 1, "eta.* 0.0"),
     "no embeddings": ({"text.mode": "embeddings"}, 1, "no folder is given; set --text.embeddings"),
     "unread embeddings": (
@@ -319,6 +320,7 @@ def test_a_resumed_run_may_change_only_what_does_not_alter_its_weights():
     saved = json.loads(json.dumps(saved))
     for allowed in (["--run.iterations", "999"], ["--log.progress", "false"],
                     ["--checkpoint.every", "1"], ["--validation.every", "7"],
+                    ["--checkpoint.asynchronous", "false"], ["--run.resume_from", "undamaged"],
                     ["--run.folder", "elsewhere"], ["--run.resume", "true"]):  # fmt: skip
         check_resumable(saved, parse(["--recipe", "shapes_mixgrpo", *allowed]))
     for refused, words in (

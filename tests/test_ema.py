@@ -86,14 +86,18 @@ def test_swapped_restores_every_bit(fails: bool) -> None:
     assert all_equal(ema.average, average)
 
 
-def test_a_loaded_average_continues_as_the_one_saved() -> None:
+def test_an_average_put_back_continues_as_the_one_saved() -> None:
+    """As a resumed run does: through the weights, while they are exchanged for the average."""
     parameters = weights()
     ema = Ema(parameters, 0.9)
     for _ in range(3):
         moved(parameters)
         ema.update()
     resumed = Ema(parameters, 0.9)
-    resumed.load(copies(ema.average), ema.updates)
+    with resumed.swapped(), torch.no_grad():
+        for parameter, saved in zip(parameters, copies(ema.average), strict=True):
+            parameter.copy_(saved)
+    resumed.updates = ema.updates
     moved(parameters)
     for each in (ema, resumed):
         each.update()
@@ -101,7 +105,21 @@ def test_a_loaded_average_continues_as_the_one_saved() -> None:
     assert all_equal(resumed.average, ema.average)
 
 
-def test_load_refuses_another_number_of_weights() -> None:
-    ema = Ema(weights(), 0.9)
-    with pytest.raises(ValueError, match="zip"):
-        ema.load(ema.average[:-1], 1)
+def test_whoever_holds_copies_hears_of_every_exchange() -> None:
+    heard: list[Tensor] = []
+    parameters = weights()
+    ema = Ema(parameters, 0.9, changed=lambda: heard.append(parameters[0].detach().clone()))
+    moved(parameters)
+    with ema.swapped():
+        assert len(heard) == 1
+    assert torch.equal(heard[0], ema.average[0])
+    assert torch.equal(heard[1], parameters[0])
+
+
+def test_an_average_on_the_cpu_is_no_view_of_the_weights() -> None:
+    parameters = weights()
+    ema = Ema(parameters, 0.9, on_cpu=True)
+    before = copies(ema.average)
+    moved(parameters)
+    assert {average.device.type for average in ema.average} == {"cpu"}
+    assert all_equal(ema.average, before)

@@ -51,8 +51,12 @@ SAMPLING = [c for c in shown_commands() if " sample " in c]
 TRAINING = [c for c in shown_commands() if " train " in c and "flux_mixgrpo" not in c]
 CHAIN = [c for c in shown_commands() if "runs/all/" in c]
 REPORTS = [c for c in shown_commands() if " mixgrpo report " in c]
-OTHERS = [c for c in shown_commands() if " mixgrpo preprocess " in c] + REPORTS
-RUN = [c for c in shown_commands() if c in TRAINING or c in OTHERS]
+OTHERS = {
+    " mixgrpo preprocess ": "prompts in",
+    " mixgrpo export ": "model of",
+    " mixgrpo report ": "report:",
+}
+RUN = [c for c in shown_commands() if c in TRAINING or any(other in c for other in OTHERS)]
 
 
 @pytest.fixture
@@ -95,7 +99,9 @@ def test_commands_run_in_their_order(place):
         training = command in TRAINING
         done = run([*as_here(command), *(SHORT if training else [])], place)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-        said = "trained model:" if training else "report:" if command in REPORTS else "prompts in"
+        said = next(
+            (words for other, words in OTHERS.items() if other in command), "trained model:"
+        )
         assert said in done.stdout
 
 

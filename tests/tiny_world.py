@@ -291,6 +291,13 @@ def copy_run(source: Path, target: Path, iteration: int) -> Path:
     return target
 
 
+def saved_tensors(path: Path, part: str = "model") -> dict[str, Tensor]:
+    """A part of a checkpoint (model, ema, optimizer), whole."""
+    from mixgrpo.checkpoint import Shards
+
+    return Shards(path).whole(part)
+
+
 def same(first: Any, second: Any) -> bool:
     """Equal to the last bit, through nested dicts and lists."""
     if isinstance(first, Tensor):

@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "score pictures of several models and compare them",
     "report": "curves, pictures and knobs of runs, as one HTML file",
     "preprocess": "encode prompts in advance, so that training needs no text encoder",
+    "export": "a checkpoint's weights, or their average, as a diffusers folder or LoRA file",
     "doctor": "look for what would stop a run, before it starts",
     "schedule": "show which steps a recipe trains, and how often",
     "plan": "estimate memory and time on any number of GPUs",

@@ -29,10 +29,13 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         return complain(error)
     # Only now: a mistyped knob should not have to wait for torch.
+    from mixgrpo.checkpoint import CheckpointError
     from mixgrpo.memory import OutOfMemory
 
     left = f"the pictures in {config.folder} are whole, and the same command draws the others"
-    return carry_out(partial(_sample, config), (ValueError, OSError, OutOfMemory), left)
+    return carry_out(
+        partial(_sample, config), (ValueError, OSError, CheckpointError, OutOfMemory), left
+    )
 
 
 def _sample(config: InferenceConfig) -> None:

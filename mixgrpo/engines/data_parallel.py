@@ -6,70 +6,35 @@ With one process there is nothing to wrap and nothing to exchange.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+
+from mixgrpo.engines import MakeOptimizer, Network
+from mixgrpo.engines.optimized import Optimized
 
 
-class DataParallel:
+class DataParallel(Optimized):
     """See ``mixgrpo.engines.Engine``."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        device: torch.device,
-        make_optimizer: Callable[[list[nn.Parameter]], tuple[Optimizer, LRScheduler]],
+        self, module: nn.Module, device: torch.device, make_optimizer: MakeOptimizer
     ) -> None:
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.device = device
+        super().__init__(module, device, make_optimizer)
         self.module = module
         if self.world_size > 1:
             self.module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer, self.schedule = make_optimizer(self.parameters)
+
+    def place(self, frozen: Network) -> nn.Module:
+        return frozen.module
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         if last or not isinstance(self.module, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.module.no_sync()
-
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(self.parameters, max_norm)
-
-    def step(self) -> None:
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def gather(self, values: Tensor) -> Tensor:
-        if self.world_size == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
-
-    def any(self, flag: bool) -> bool:
-        if self.world_size == 1:
-            return flag
-        raised = torch.tensor(float(flag))  # on the CPU: see mixgrpo.distributed
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return bool(raised.item())
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
-    def state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mixgrpo.types import TextEmbedding, Velocity
@@ -37,23 +37,32 @@ class Policy(Text, Protocol):
     Attributes:
         module: the trained network; an engine may wrap it.
         latent_shape: (S, C) of one picture's latent.
+        compute_dtype: of the network's matrix products.
+        stored: if the network was loaded without memory (on the meta device), its weights by name,
+            of which parts can be read like a tensor's.
     """
 
     module: nn.Module
     latent_shape: tuple[int, int]
+    compute_dtype: torch.dtype
+    stored: Mapping[str, Any] | None
+
+    def blocks(self, module: nn.Module) -> list[nn.Module]:
+        """The parts of the network, or of a copy, that are evaluated one after the other."""
+        ...
 
     def velocity(self, module: nn.Module) -> Velocity:
         """The velocity through ``module``: the policy's own, wrapped by an engine, or a copy."""
         ...
 
-    def reference(self) -> Velocity:
-        """The velocity of the untrained model; to be taken before training starts."""
+    def untrained(self) -> nn.Module | None:
+        """A frozen copy of the network; None where adapters can be switched off instead."""
+        ...
+
+    def without_adapters(self, module: nn.Module) -> Velocity:
+        """The velocity through ``module`` of the model beside which the adapters are trained."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [N, S, C] at sigma 0 -> images [N, 3, H, W] float32 in [0, 1]."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Writes what other programs load: a model folder, or the adapters alone."""
         ...

@@ -1,23 +1,23 @@
-"""FLUX from a diffusers pipeline folder: velocity, decoding, adapters, export."""
+"""FLUX from a diffusers pipeline folder: velocity, decoding, adapters."""
 
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.models import Text
 from mixgrpo.models.compiled import compile_blocks
-from mixgrpo.models.flux_lora import without_casts
+from mixgrpo.models.flux_lora import switched_off, without_casts
+from mixgrpo.models.flux_stored import StoredFlux, draw_adapters, empty_transformer
 from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, open_pipeline, require_parts
 from mixgrpo.types import TextEmbedding, Velocity
 
@@ -47,7 +47,9 @@ class Flux:
         text: Text | None = None,
     ) -> None:
         self.pipeline = pipeline
-        pipeline.transformer.to(device)
+        self.stored: Mapping[str, Any] | None = None
+        if pipeline.transformer.device.type != "meta":
+            pipeline.transformer.to(device)
         pipeline.vae.to(device)
         self.text = text or FluxText(pipeline, config.text_length, device, "device")
         self.config = config
@@ -71,24 +73,32 @@ class Flux:
         seed: int,
         text_placement: str = "device",
         stored: Text | None = None,
+        empty: bool = False,
     ) -> Flux:
         """Loads a pipeline folder and makes the wanted weights trainable.
 
         Args:
             text_placement: where the text encoders are kept; see ``FluxText``.
             stored: takes the text encoders' place; then they are not loaded.
+            empty: leaves the transformer without memory (on the meta device), to be filled from
+                ``stored`` by whoever shards it.
 
         Raises:
             FileNotFoundError: the folder or one of its parts is missing.
+            ValueError: a part is damaged.
         """
         require_parts(config.path, PARTS)
         compute = getattr(torch, config.compute_dtype)
         stored_as = trained_dtype(config) if config.train == "full" else compute
         dtypes = {"transformer": stored_as, "default": compute}
-        pipeline = open_pipeline(config.path, dtypes, without=TEXT_PARTS if stored else ())
+        without = TEXT_PARTS if stored else ()
+        given = {"transformer": empty_transformer(config.path, stored_as)} if empty else {}
+        pipeline = open_pipeline(config.path, dtypes, without, **given)
         text = stored or FluxText(pipeline, config.text_length, device, text_placement)
         policy = cls(pipeline, config, device, text)
         policy._make_trainable(seed)
+        if empty:
+            policy.stored = StoredFlux(Path(config.path) / "transformer", policy.module, seed)
         speed_up(policy.module, config)
         return policy
 
@@ -110,13 +120,13 @@ class Flux:
         transformer = self.pipeline.transformer
         self.pipeline.vae.requires_grad_(False).eval()
         if self.config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+            chosen = self.blocks(transformer)[:: self.config.checkpoint_every]
+            transformer.enable_gradient_checkpointing(_recompute(chosen))
         transformer.train()
         if self.config.train == "full":
             transformer.requires_grad_(True)
             return
         transformer.requires_grad_(False)
-        torch.manual_seed(seed)  # the adapters' first halves are random
         transformer.add_adapter(
             LoraConfig(
                 r=self.config.lora_rank,
@@ -127,7 +137,12 @@ class Flux:
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(trained_dtype(self.config))
+        draw_adapters(transformer, seed)
         without_casts(transformer)
+
+    def blocks(self, module: nn.Module) -> list[nn.Module]:
+        transformer: Any = module
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
     def velocity(self, module: nn.Module) -> Velocity:
         def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
@@ -156,18 +171,17 @@ class Flux:
             return None
         return torch.full_like(sigma, self.config.guidance)
 
-    def reference(self) -> Velocity:
-        transformer = self.pipeline.transformer
-        if self.config.train == "full":
-            return self.velocity(copy.deepcopy(transformer).requires_grad_(False).eval())
-        trained = self.velocity(transformer)
+    def untrained(self) -> nn.Module | None:
+        if self.config.train == "lora":
+            return None
+        return copy.deepcopy(self.module).requires_grad_(False).eval()
+
+    def without_adapters(self, module: nn.Module) -> Velocity:
+        trained = self.velocity(module)
 
         def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
-            transformer.disable_adapters()
-            try:
+            with switched_off(self.module):
                 return trained(x, sigma, text)
-            finally:
-                transformer.enable_adapters()
 
         return evaluate
 
@@ -187,26 +201,17 @@ class Flux:
         decoded = vae.decode(z.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
-    def export(self, folder: Path) -> None:
-        """Full training: a pipeline folder. LoRA: ``pytorch_lora_weights.safetensors`` in it."""
-        if self.config.train == "lora":
-            FluxPipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=get_peft_model_state_dict(self.pipeline.transformer),
-                transformer_lora_adapter_metadata={
-                    "r": self.config.lora_rank,
-                    "lora_alpha": self.config.lora_alpha,
-                    "target_modules": LORA_TARGETS[self.config.lora_targets],
-                },
-            )
-            return
-        self.pipeline.transformer.save_pretrained(folder / "transformer")
-        source = Path(self.config.path)
-        shutil.copy2(source / "model_index.json", folder / "model_index.json")
-        for part in PARTS:
-            if part != "transformer":
-                # No links: what is done to the copy must not reach the model it was made from.
-                shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+
+def _recompute(chosen: Sequence[nn.Module]) -> Callable[..., Any]:
+    """Runs a block of diffusers' models; the activations of the chosen ones are not kept."""
+    identities = {id(block) for block in chosen}
+
+    def run(block: nn.Module, *inputs: Any) -> Any:
+        if id(block) not in identities:
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+    return run
 
 
 def trained_dtype(config: ModelConfig) -> torch.dtype:

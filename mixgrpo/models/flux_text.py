@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -151,16 +152,18 @@ def require_parts(path: str, parts: Sequence[str]) -> list[Path]:
 
 
 def open_pipeline(
-    path: str, dtypes: dict[str, torch.dtype], without: Sequence[str]
+    path: str, dtypes: dict[str, torch.dtype], without: Sequence[str], **given: Any
 ) -> FluxPipeline:
-    """Loads a pipeline folder but for the parts that are not wanted.
+    """Loads a pipeline folder but for the parts that are not wanted, or are given.
 
     Raises:
         OSError, ValueError: a part is damaged.
     """
     try:
         with quiet():
-            return FluxPipeline.from_pretrained(path, dtype=dtypes, **dict.fromkeys(without))
+            return FluxPipeline.from_pretrained(
+                path, dtype=dtypes, **dict.fromkeys(without), **given
+            )
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

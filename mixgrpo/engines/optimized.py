@@ -1,0 +1,79 @@
+"""What engines share whose optimizer is torch's own, on parameters that torch knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from mixgrpo.engines import MakeOptimizer, Read
+from mixgrpo.engines.processes import Processes
+from mixgrpo.engines.shards import map_tensors, part_of, whole_of
+
+
+class Optimized(Processes):
+    """Parameters, plain or sharded, with their optimizer; see ``mixgrpo.engines.Engine``."""
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, make_optimizer: MakeOptimizer
+    ) -> None:
+        super().__init__(device)
+        self.unwrapped = module
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
+        self.optimizer, self.schedule = make_optimizer(self.parameters)
+
+    @property
+    def shards(self) -> list[Tensor]:
+        return [part_of(parameter) for parameter in self.parameters]
+
+    def refresh(self) -> None:
+        """Nothing is kept that depends on the shards."""
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.refresh()
+
+    def weights(self, whole: bool = False) -> dict[str, Tensor]:
+        named = {name: parameter.detach() for name, parameter in self.trained.items()}
+        return map_tensors(named, self._whole) if whole else named
+
+    def load_weights(self, read: Read) -> None:
+        read(self.weights())
+        self.refresh()
+
+    def state(self, whole: bool = False) -> dict[str, Any]:
+        self.optimizer.zero_grad(set_to_none=True)
+        state: dict[str, Any] = {"model": self.weights(), "schedule": self.schedule.state_dict()}
+        if self.optimizer.state:  # else torch would take a step to have one
+            state["optimizer"] = get_optimizer_state_dict(self.unwrapped, self.optimizer)
+        return map_tensors(state, self._whole) if whole else state
+
+    def restore(self, read: Read) -> None:
+        self.load_weights(lambda weights: read({"model": weights}))
+        schedule = {"schedule": self.schedule.state_dict()}
+        read(schedule)
+        self.schedule.load_state_dict(schedule["schedule"])
+        if self.schedule.last_epoch > 0:
+            self.optimizer.zero_grad(set_to_none=True)
+            state = get_optimizer_state_dict(self.unwrapped, self.optimizer)
+            read({"optimizer": state})
+            set_optimizer_state_dict(self.unwrapped, self.optimizer, state)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return whole_of(tensor, keep=self.rank == 0)

@@ -1,0 +1,37 @@
+"""What every engine does alike: values that all processes must know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Processes:
+    """This process among those that train together."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.device = device
+        self.settings: dict[str, Any] = {}
+
+    def gather(self, values: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    def any(self, flag: bool) -> bool:
+        if self.world_size == 1:
+            return flag
+        raised = torch.tensor(float(flag))  # on the CPU: see mixgrpo.distributed
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return bool(raised.item())
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
