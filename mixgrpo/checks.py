@@ -13,6 +13,8 @@ MAY_CHANGE = (
     "run.folder",
     "run.resume",
     "run.threads",
+    "run.patience",
+    "run.grace",
     "text.mode",  # stored embeddings are those of the encoders, to the last bit
     "text.embeddings",
     "validation.every",
@@ -102,6 +104,8 @@ def _sampling_complaints(config: Config) -> Iterator[str]:
 def _too_small(config: Config) -> Iterator[str]:
     least = {
         "run.iterations": 1,
+        "run.patience": 0,
+        "run.grace": 1,
         "sampling.steps": 2,
         "sampling.micro_batch": 1,
         "sampling.decode_batch": 1,

@@ -59,6 +59,7 @@ from mixgrpo.tracking import Phases, Tracker, read_metrics
 from mixgrpo.types import Scores, Trajectory, Window
 from mixgrpo.update import NonFiniteUpdate, update
 from mixgrpo.validation import Validation, Validator
+from mixgrpo.watchdog import Watchdog
 
 
 def train(config: Config) -> Path:
@@ -138,14 +139,15 @@ class Trainer:
         self.weights = {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
         self.ema = Ema(list(self.weights.values()), config.ema.decay) if config.ema.decay else None
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
-        self.phases = Phases(process.device)
+        self.watchdog = Watchdog(config.run.patience, process)
+        self.phases = Phases(process.device, self.watchdog.progress)
         self.iteration = 0  # iterations done
         self.contents = prompt_digests(config)  # at the beginning: files may change meanwhile
         self.stop = StopRequest()
 
     def run(self) -> None:
         """Trains from the present position to the last iteration."""
-        with self.stop.from_signals():
+        with self.stop.from_signals(), self.watchdog:
             self._prepare_folder()
             self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
             try:
@@ -190,8 +192,9 @@ class Trainer:
                     parts = latents.split(config.sampling.decode_batch)
                     images = torch.cat([self.policy.decode(part) for part in parts])
                 stream.submit(images, texts[rows.start : rows.stop])
+                self._stop_if_asked()  # the weights are still the last iteration's
 
-            with self.phases("rollout"):
+            with self.phases("rollout"), stream.given_up_on_error():
                 plan, size = make_plan(config, window), config.sampling.micro_batch
                 trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
             with self.phases("reward"):

@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "score pictures of several models and compare them",
     "preprocess": "encode prompts in advance, so that training needs no text encoder",
     "launch": "a command in several processes: torchrun, with shorter errors",
+    "hosts": "a command on all hosts of a hostfile, looked after; hosts check compares them",
     "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }

@@ -1,0 +1,38 @@
+"""What a host runs in the tests of running hosts: no torch, and ends as it is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main(folder: Path, *behaviours: str) -> int:
+    """``RANK:ATTEMPT:BEHAVIOUR``, for a host's place and attempt: ``fail`` or ``stay``.
+
+    A host that stays saves when it is asked to end; all others end well at once.
+    """
+    rank, attempt = os.environ["RANK"], os.environ["MIXGRPO_ATTEMPT"]
+    told = [b.split(":")[2] for b in behaviours if b.split(":")[:2] == [rank, attempt]]
+    print(f"words {' | '.join(behaviours)}, key {len(os.environ.get('WANDB_API_KEY', ''))}")
+    (folder / f"started_{rank}_{attempt}").write_text(str(os.getpid()))
+    if "fail" in told:
+        print("error: out of luck")
+        return 3
+    if "stay" in told:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_save(folder, rank)))
+        time.sleep(600)
+    return 0
+
+
+def _save(folder: Path, rank: str) -> int:
+    time.sleep(0.5)
+    (folder / f"saved_{rank}").touch()
+    print("saved")
+    return 143
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
