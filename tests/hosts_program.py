@@ -10,12 +10,15 @@ from pathlib import Path
 
 
 def main(folder: Path, *behaviours: str) -> int:
-    """``RANK:ATTEMPT:BEHAVIOUR``, for a host's place and attempt: ``fail`` or ``stay``.
+    """``RANK:ATTEMPT:BEHAVIOUR``, for a host's place and attempt: ``fail``, ``stay`` or ``deaf``.
 
-    A host that stays saves when it is asked to end; all others end well at once.
+    A host that stays saves when it is asked to end, a deaf one does not hear; others end well.
     """
     rank, attempt = os.environ["RANK"], os.environ["MIXGRPO_ATTEMPT"]
     told = [b.split(":")[2] for b in behaviours if b.split(":")[:2] == [rank, attempt]]
+    if "deaf" in told:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     print(f"words {' | '.join(behaviours)}, key {len(os.environ.get('WANDB_API_KEY', ''))}")
     (folder / f"started_{rank}_{attempt}").write_text(str(os.getpid()))
     if "fail" in told:
@@ -23,6 +26,7 @@ def main(folder: Path, *behaviours: str) -> int:
         return 3
     if "stay" in told:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_save(folder, rank)))
+    if {"stay", "deaf"} & set(told):
         time.sleep(600)
     return 0
 

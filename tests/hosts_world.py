@@ -43,7 +43,9 @@ def missing() -> str:
     if absent:
         return f"no {', '.join(absent)} here (apt install pdsh openssh-server iproute2)"
     probe = f"mixgrpo-probe-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        ["ip", "netns", "add", probe], capture_output=True, text=True, check=False
+    )
     subprocess.run(["ip", "netns", "del", probe], capture_output=True, check=False)
     return made.stderr.strip()
 
@@ -83,6 +85,7 @@ def two_hosts(root: Path) -> Iterator[Hosts]:
     hosts = Hosts(root, f"{job}-login")
     servers: list[subprocess.Popen[bytes]] = []
     namespaces = [hosts.login, *(f"{job}-{name}" for name in NAMES)]
+    _remove(namespaces)  # of a killed process that had this one's number
     try:
         _make_keys(root)
         for namespace in namespaces:
@@ -100,9 +103,7 @@ def two_hosts(root: Path) -> Iterator[Hosts]:
         for server in servers:
             server.kill()
             server.wait()
-        for namespace in namespaces:
-            subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
-            shutil.rmtree(f"/etc/netns/{namespace}", ignore_errors=True)
+        _remove(namespaces)
 
 
 def _make(namespace: str) -> None:
@@ -114,6 +115,12 @@ def _make(namespace: str) -> None:
     (own / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
     _ip("netns", "add", namespace)
     _ip("-n", namespace, "link", "set", "lo", "up")
+
+
+def _remove(namespaces: list[str]) -> None:
+    for namespace in namespaces:
+        subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+        shutil.rmtree(f"/etc/netns/{namespace}", ignore_errors=True)
 
 
 def _address(number: int) -> str:

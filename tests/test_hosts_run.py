@@ -1,7 +1,7 @@
 """A training on two hosts, one of which is cut off in the middle; the script's own way.
 
 The hosts are network namespaces of this machine with an sshd each. In continuous integration
-MIXGRPO_HOSTS=required makes a machine on which there can be none a failure.
+MIXGRPO_TWO_HOSTS=required makes a machine on which there can be none a failure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOST_AFTER = 6  # seconds
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     reason = hosts_world.missing()
-    if reason and os.environ.get("MIXGRPO_HOSTS") != "required":
+    if reason and os.environ.get("MIXGRPO_TWO_HOSTS") != "required":
         pytest.skip(f"no hosts: {reason}")
     with two_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
         yield hosts
@@ -78,7 +78,7 @@ def test_a_host_cut_off_ends_the_run_which_goes_on_when_it_is_back(
     knobs = {**QUICK, "run__iterations": 3, "batch__prompts": 4, "checkpoint__every": 1}
     words = world.arguments(folder, **knobs, rewards={"redness": REWARDS["redness"]})[1:]
     recipe = place / "scripts" / "recipes" / "tiny.yaml"
-    recipe.write_text("log:\n  project: \"it's %h $HOME\"\n")
+    recipe.write_text('log:\n  project: "it\'s %h $HOME"\n')
     options = ["--lost-after", str(LOST_AFTER), "--max-restarts", "1", "--wait", "300"]
     running = start(place, hosts, [*options, "--recipe", str(recipe), *words], **gate.environment)
     assert running.stdout is not None

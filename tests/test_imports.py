@@ -42,6 +42,8 @@ MAY_IMPORT = {
     "mixgrpo.text.stored": ("mixgrpo.config", "mixgrpo.text.embeddings", "mixgrpo.types"),
     "mixgrpo.pictures": (),
     "mixgrpo.prompts": ("mixgrpo.noise",),
+    "mixgrpo.watchdog": ("mixgrpo.distributed",),
+    "mixgrpo.hosts": ("mixgrpo.fingerprint", "mixgrpo.revision"),
     "mixgrpo.downloads": (),
     "mixgrpo.evaluation.manifests": (),
     "mixgrpo.evaluation.comparison": (),

@@ -80,8 +80,8 @@ def complaints(reports: Mapping[str, Report], paths: Sequence[str]) -> Iterator[
         if abs(report.clock) > CLOCKS_APART:
             side = "ahead" if report.clock > 0 else "behind"
             yield (
-                f"{host}: its clock is {abs(report.clock):.1f} s {side}; start a time service there "
-                "(Debian, Ubuntu: apt install chrony)"
+                f"{host}: its clock is {abs(report.clock):.1f} s {side}; start a time service "
+                "there (Debian, Ubuntu: apt install chrony)"
             )
         if report.facts is not None:
             yield from _differences(host, report.facts, measure, asked[measure], paths)
@@ -113,7 +113,7 @@ def _differences(
                 f"{host}: {path} is missing; bash scripts/download_models.sh, or copy it from a "
                 "host that has it"
             )
-        elif here != there and there != "missing":
+        elif there not in (here, "missing"):
             yield f"{host}: {path} is {here}, {measure}'s {there}; copy the right one to the other"
     for what, is_, wanted in (
         ("GPUs", facts.gpus, expected.gpus),

@@ -24,7 +24,7 @@ from mixgrpo.hosts.link import HostEnded, HostLost, Link, open_link
 LOST = 75  # exit code: another host does not answer any more; sysexits.h's "try again"
 ECHO = 76  # exit code: another host has failed
 STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes that are no failures
-FAILED_PATIENCE = 15  # seconds for processes to notice that others have failed
+FAILED_PATIENCE = 5  # seconds for processes to notice that others have failed
 CONTROL = "::mixgrpo "  # begins the lines that are for the supervisor
 
 
@@ -49,13 +49,18 @@ def main(path: str) -> int:
     """Runs the part in the file; returns the exit code."""
     node = take(Path(path))
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, lambda given, frame: events.put(Asked(_as_stop(given))))
+    listen_to_signals(events)
     threading.Thread(target=_await_closing, args=(events,), daemon=True).start()
     say(f"{CONTROL}pid {os.getpid()}")
     code = run(node, events)
     say(f"{CONTROL}exit {code}")
     return code
+
+
+def listen_to_signals(events: queue.SimpleQueue[Event]) -> None:
+    """Makes events of the signals that ask for an end."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, lambda given, frame: events.put(Asked(_as_stop(given))))
 
 
 def run(node: Node, events: queue.SimpleQueue[Event]) -> int:

@@ -29,6 +29,7 @@ from mixgrpo.hosts.remote import (
 
 SSH_FAILED = 255  # ssh's exit code where the connection, not the command, has failed
 RETRY = 3  # seconds between tries to reach a host
+_prctl = ctypes.CDLL(None).prctl
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SAID = re.compile(r"(?P<host>[\w.-]+): (?P<text>.*)")
 _SSH_ENDED = re.compile(r"pdsh@\S+: (?P<host>\S+): .* exited with exit code (?P<code>\d+)")
@@ -137,12 +138,13 @@ class Supervisor:
 
     def _deliver(self, nodes: list[Node], wait: int) -> str:
         """Tells every host its part; returns what is wrong with those that cannot be told."""
-        by_host = {node.host: node for node in nodes}
+        parts = {node.host: node for node in nodes}
+        left = list(parts)
         deadline, told_of = monotonic() + wait, ""
         while True:
-            results = on_all(list(by_host), lambda host: deliver(by_host[host]))
+            results = on_all(left, lambda host: deliver(parts[host]))
             away = {h: str(r) for h, r in results.items() if isinstance(r, Unreachable)}
-            by_host = {host: by_host[host] for host in away}
+            left = list(away)
             if not away or self._was_asked():
                 return ""
             listed = "; ".join(f"{host}: {why}" for host, why in away.items())
@@ -174,7 +176,7 @@ class Supervisor:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C is for this process to pass on
-                preexec_fn=_die_with_parent,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509: it is one system call
             )
             threading.Thread(target=self._read, args=(pdsh,), daemon=True).start()
             try:
@@ -229,6 +231,8 @@ class Supervisor:
             kind, number = text.removeprefix(CONTROL).split()
             if kind == "pid":
                 seen.pids[host] = int(number)
+                if self.asked is not None:  # before it could be told
+                    self._signal(seen, self.asked)
             else:
                 seen.exit_codes.setdefault(host, int(number))
             return
@@ -266,7 +270,7 @@ def _logs(folder: Path, hosts: list[str], attempt: int) -> Iterator[Callable[[st
 
 def _die_with_parent() -> None:
     """Else pdsh, and with it the job, outlives a supervisor that is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(pdsh: subprocess.Popen[bytes]) -> None:
