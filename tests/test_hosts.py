@@ -16,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import hosts_here
 import pytest
 from tiny_world import ROOT
 
 from mixgrpo.commands import main
+from mixgrpo.commands.hosts import _progress
 from mixgrpo.hosts import node as nodes
 from mixgrpo.hosts import remote, slurm
 from mixgrpo.hosts.environment import forwarded, read_settings
@@ -271,41 +273,9 @@ def test_another_jobs_host_is_sent_away():
 # ---- ssh and pdsh
 
 
-PDSH = """
-import subprocess, sys, threading
-hosts, command = sys.argv[-2:]
-def run(host):
-    script = command.replace("%h", host).replace("%%", "%")
-    process = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        print(f"{host}: {line}", end="", flush=True)
-    if process.wait():
-        print(f"pdsh@here: {host}: ssh exited with exit code {process.returncode}", flush=True)
-threads = [threading.Thread(target=run, args=(host,)) for host in hosts.split(",")]
-[thread.start() for thread in threads]
-"""
-SSH = """
-import os, pathlib, subprocess, sys
-host, script = sys.argv[-2:]
-with open(os.environ["SSH_CALLS"], "a") as calls:
-    print(*sys.argv[1:], file=calls)
-if pathlib.Path(os.environ["SSH_CALLS"] + "." + host + ".away").exists():
-    sys.exit("ssh: connect to host " + host + " port 22: No route to host")
-sys.exit(subprocess.call(["sh", "-c", script]))
-"""
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """pdsh and ssh that run on this machine whatever they are asked to run on a host."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name, text in (("pdsh", PDSH), ("ssh", SSH)):
-        (programs / name).write_text(f"#!{sys.executable} -S\n{text}")
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setenv("SSH_CALLS", str(tmp_path / "calls"))
+    hosts_here.install(tmp_path, monkeypatch)
     return tmp_path
 
 
@@ -506,6 +476,29 @@ def test_the_reason_is_the_first_error_that_is_no_echo():
 
 
 # ---- the command
+
+
+def test_a_run_that_fails_before_its_next_checkpoint_is_not_started_again(tmp_path):
+    has_progressed = _progress(tmp_path / "latest")
+    assert not has_progressed()
+    (tmp_path / "latest").write_text("iteration_1")
+    assert has_progressed()
+    assert not has_progressed()
+
+
+def test_a_folder_that_holds_a_run_is_not_resumed_by_a_restart(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").touch()
+    words = ["train", "--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path)]
+    assert main(["hosts", "--hostfile", str(hostfile(tmp_path, "a\nb\n")), *words]) == 1
+    assert "holds a run already; continue it with --run.resume true" in capsys.readouterr().err
+
+
+def test_times_that_cannot_be(tmp_path, capsys):
+    file = str(hostfile(tmp_path, "a\nb\n"))
+    words = ["train", "--recipe", "shapes_mixgrpo", "--lost-after", "2"]
+    assert main(["hosts", "--hostfile", file, *words]) == 1
+    assert "--lost-after is 2; it must be at least 3" in capsys.readouterr().err
 
 
 def test_a_command_for_this_machine_is_launched_here(tmp_path, monkeypatch):

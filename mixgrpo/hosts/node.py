@@ -123,7 +123,7 @@ def command(node: Node) -> list[str]:
     meeting = ["--master_addr", node.hosts[0], "--master_port", str(node.port)]
     return [
         *python,
-        *("mixgrpo", "launch", "--nproc_per_node", str(node.slots or _processes_here())),
+        *("mixgrpo", "launch", "--nproc_per_node", str(node.slots or processes_here())),
         *([*several, *meeting] if len(node.hosts) > 1 else []),
         *node.words,
     ]
@@ -191,7 +191,8 @@ def _as_stop(number: int) -> int:
     return signal.SIGTERM if number == signal.SIGHUP else number
 
 
-def _processes_here() -> int:
+def processes_here() -> int:
+    """One for each GPU of this machine, or one on its CPU."""
     import torch
 
     return max(1, torch.cuda.device_count())

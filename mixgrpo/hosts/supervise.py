@@ -78,7 +78,7 @@ class Job:
         logs: folder for a log of each host.
         max_restarts: how often it is started again.
         wait: seconds to wait for a host that is away before a restart.
-        is_worth_restarting: called after a failure in which no host was lost.
+        is_worth_restarting: asked after a failure in which no host was lost.
         again: the words of a restart.
     """
 
@@ -122,7 +122,8 @@ class Supervisor:
             finally:
                 untaken = [host for host in self.job.hosts if host not in seen.pids]
                 on_all(untaken, lambda host: withdraw(self.job.nodes[0].job, host))
-            if self.asked is not None:
+            is_done = bool(seen.exit_codes) and not any(seen.exit_codes.values())
+            if self.asked is not None and not is_done:
                 return 128 + self.asked
             if not seen.failed:
                 return seen.exit_code
@@ -176,13 +177,16 @@ class Supervisor:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C is for this process to pass on
-                preexec_fn=_die_with_parent,  # noqa: PLW1509: it is one system call
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call
             )
-            threading.Thread(target=self._read, args=(pdsh,), daemon=True).start()
+            reader = threading.Thread(target=self._read, args=(pdsh,), daemon=True)
+            reader.start()
             try:
                 self._follow(seen, nodes[0], log)
             finally:
                 _end(pdsh)
+                reader.join(timeout=FAILED_PATIENCE)
+                self._was_asked()  # nothing of this attempt is left for the next
         for host in self.job.hosts:
             seen.exit_codes.setdefault(host, SSH_FAILED)
 
