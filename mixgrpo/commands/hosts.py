@@ -109,13 +109,16 @@ def _check_options(given: argparse.Namespace, config: object) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be at least {least}"
             )
-    if isinstance(config, Config) and not config.run.resume:
-        # Here, and not by the first attempt: the next one would resume it.
-        if (Path(config.run.folder) / "checkpoints" / "latest").exists():
-            raise ValueError(
-                f"{config.run.folder!r} holds a run already; continue it with --run.resume true, "
-                "or choose another --run.folder"
-            )
+    # Told here, and not by the first attempt: the next one would resume it.
+    if (
+        isinstance(config, Config)
+        and not config.run.resume
+        and (Path(config.run.folder) / "checkpoints" / "latest").exists()
+    ):
+        raise ValueError(
+            f"{config.run.folder!r} holds a run already; continue it with --run.resume true, or "
+            "choose another --run.folder"
+        )
 
 
 def _progress(pointer: Path) -> Callable[[], bool]:
