@@ -83,6 +83,14 @@ def test_processes_get_their_time_only_if_none_has_failed(exit_codes, expected):
     close.assert_called_once_with(context, signal.SIGTERM, expected)
 
 
+def test_a_signal_that_comes_twice_ends_the_launcher_no_sooner():
+    heard = mock.Mock()
+    handler = launch_command._heeded_once(heard)
+    handler(signal.SIGTERM, None)
+    handler(signal.SIGTERM, None)
+    heard.assert_called_once_with(signal.SIGTERM, None)
+
+
 def test_the_time_to_save_is_the_runs():
     assert launch_command.grace_of(parse(["--run.grace", "77"])) == 77
     assert launch_command.grace_of(object()) == launch_command.GRACE

@@ -12,6 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from mixgrpo.commands import COMMANDS
@@ -79,11 +80,13 @@ def grace_of(config: object) -> int:
 
 
 def _start(given: argparse.Namespace, grace: int) -> int:
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import run as torchrun
 
     PContext.close = _closing(PContext.close, grace)  # type: ignore[method-assign]
+    api._terminate_process_handler = _heeded_once(api._terminate_process_handler)
     logging.disable(logging.ERROR)  # in this process alone, which only waits
     try:
         torchrun(given)
@@ -118,6 +121,20 @@ def _closing(close: Callable[..., None], grace: int) -> Callable[..., None]:
         close(context, death_sig, timeout)
 
     return closing
+
+
+def _heeded_once(handler: Callable[..., None]) -> Callable[..., None]:
+    """A signal's handler that heeds the first alone: SLURM signals a job's every process, and each
+    passes it on. A second one would end the launcher, which waits for its processes to save."""
+    is_heeded = False
+
+    def once(number: int, frame: FrameType | None) -> None:
+        nonlocal is_heeded
+        if not is_heeded:
+            is_heeded = True
+            handler(number, frame)
+
+    return once
 
 
 def _parser_of(command: str) -> Callable[[Sequence[str]], object] | None:

@@ -79,6 +79,7 @@ def run(node: Node, events: queue.SimpleQueue[Event]) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,  # what signals this process's group is passed on once, from here
     )
     reader = threading.Thread(target=_pass_on, args=(process,), daemon=True)
     reader.start()
