@@ -339,7 +339,7 @@ def job(folder: Path, *behaviours: str, **more: object) -> Job:
     """A job of ``hosts_program``; ``more`` replaces fields of its parts or of itself."""
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "WANDB_API_KEY": CANARY}
     words = [str(folder), *behaviours]
-    common = {"job": f"test{os.getpid()}", "port": free_port() & ~1, "program": "hosts_program"}
+    common = {"job": f"test{os.getpid()}", "port": free_port(), "program": "hosts_program"}
     parts = [
         part(rank, **common, words=words, environment=environment, folder=str(folder), grace=20)
         for rank in range(2)

@@ -141,7 +141,6 @@ def environment(node: Node, own: Mapping[str, str], interface: str | None) -> di
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": node.hosts[0],
         "MASTER_PORT": str(node.port),
-        "MIXGRPO_ATTEMPT": str(node.attempt),
     }
     alone = place if node.program != "mixgrpo" else {}  # launch gives its processes theirs
     return {**own, **found, **node.environment, **alone, MARK: node.mark}
