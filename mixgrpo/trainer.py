@@ -54,7 +54,7 @@ from mixgrpo.rewards import (
     resident,
 )
 from mixgrpo.rollout import rollout
-from mixgrpo.stopping import StopRequest, TrainingStopped
+from mixgrpo.stopping import SamplingStopped, StopRequest, TrainingStopped
 from mixgrpo.tracking import Phases, Tracker, read_metrics
 from mixgrpo.types import Scores, Trajectory, Window
 from mixgrpo.update import NonFiniteUpdate, update
@@ -164,7 +164,11 @@ class Trainer:
     def _iterate(self) -> None:
         """One iteration, as the design's sentence."""
         window = self.windows.at(self.iteration)
-        batch = self._sample(window)
+        try:
+            batch = self._sample(window)
+        except SamplingStopped:
+            self._stop_if_asked()  # saves, out of all that sampling keeps open
+            raise
         self._stop_if_asked()
         scores = self._gather(batch.scoring)
         advantages = self._advantages(scores)
@@ -192,7 +196,8 @@ class Trainer:
                     parts = latents.split(config.sampling.decode_batch)
                     images = torch.cat([self.policy.decode(part) for part in parts])
                 stream.submit(images, texts[rows.start : rows.stop])
-                self._stop_if_asked()  # the weights are still the last iteration's
+                if self.engine.any(self.stop.signal is not None):
+                    raise SamplingStopped
 
             with self.phases("rollout"), stream.given_up_on_error():
                 plan, size = make_plan(config, window), config.sampling.micro_batch
