@@ -16,7 +16,8 @@ from mixgrpo.checkpoint import Checkpoint
 from mixgrpo.checks import check_resumable
 from mixgrpo.config import Config
 from mixgrpo.maths.dpm_solver import make_solver
-from mixgrpo.maths.schedule import dynamic_shift, flash_sigmas
+from mixgrpo.maths.objective import make_kl
+from mixgrpo.maths.schedule import compressed_steps, dynamic_shift, flash_sigmas
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.models import Policy, Text
@@ -62,18 +63,22 @@ def make_windows(config: Config) -> WindowSchedule:
     knobs = asdict(config.window)
     if knobs["envelope"] is not None:
         knobs["envelope"] = tuple(knobs["envelope"])
-    return WindowSchedule(steps=config.sampling.steps, seed=config.run.seed, **knobs)
+    if knobs["seed"] is None:
+        knobs["seed"] = config.run.seed
+    return WindowSchedule(steps=config.sampling.steps, **knobs)
 
 
 def make_plan(config: Config, window: Window) -> SamplingPlan:
     """The sampling of an iteration whose window is ``window``."""
-    sampling, tail = config.sampling, config.tail
-    sigmas = flash_sigmas(sampling.steps, shift_for(config), window, tail.ratio)
+    sampling, prefix, tail = config.sampling, config.prefix, config.tail
+    sigmas = flash_sigmas(sampling.steps, shift_for(config), window, tail.ratio, prefix.ratio)
+    start = compressed_steps(window.start, prefix.ratio)
     return SamplingPlan(
         sigmas=sigmas,
-        window=window,
+        window=Window(start, start + window.size),
         transition=make_transition(sampling.transition, sampling.eta),
         solver=partial(make_solver, tail.solver, sigmas, tail.order, tail.variant),
+        prefix=partial(make_solver, prefix.solver, sigmas, prefix.order, prefix.variant),
     )
 
 
@@ -140,14 +145,15 @@ def make_noise(
     )
 
 
-def make_objective(config: Config, reference: Velocity | None) -> Objective:
-    """What the update optimises."""
+def make_objective(config: Config, reference: Velocity | None, kl: float) -> Objective:
+    """What the update optimises; ``kl`` is the KL's present weight."""
     return Objective(
         transition=make_transition(config.sampling.transition, config.sampling.eta),
         log_ratio=make_log_ratio(config.sampling.log_ratio),
         clip=config.update.clip,
-        kl=config.update.kl,
+        kl=kl,
         reference=reference,
+        kl_form=make_kl(config.update.kl_form),
     )
 
 

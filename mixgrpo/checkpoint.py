@@ -41,6 +41,7 @@ class Checkpoint:
         ema_updates: updates that the average has had.
         engine: optimizer and schedule state.
         config: the run's configuration, dotted path -> value.
+        kl_weight: of the KL to the reference, which may have been adapted.
     """
 
     iteration: int
@@ -49,6 +50,7 @@ class Checkpoint:
     ema_updates: int
     engine: dict[str, Any]
     config: dict[str, Any]
+    kl_weight: float = 0.0
 
 
 def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -113,6 +115,7 @@ def load(path: Path) -> Checkpoint:
             ema_updates=state["ema_updates"],
             engine=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
             config=state["config"],
+            kl_weight=state["kl_weight"],
         )
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, EOFError) as error:
         raise CheckpointError(
@@ -129,6 +132,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "iteration": checkpoint.iteration,
         "ema_updates": checkpoint.ema_updates,
         "config": checkpoint.config,
+        "kl_weight": checkpoint.kl_weight,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     for file in [*folder.iterdir(), folder]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ MAY_CHANGE = (
     "text.mode",  # stored embeddings are those of the encoders, to the last bit
     "text.embeddings",
     "validation.every",
+    "validation.before",
     "validation.patience",
     "scoring.max_failed",
     "contents.",  # of the prompt files; compared apart
@@ -60,6 +62,7 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
             f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
             "--update.optimizer_steps to a divisor"
         )
+    yield from _emphasis_complaints(config)
     yield from _text_complaints(config.text)
     if not config.rewards:
         yield "there is no reward; add one, as the recipes in scripts/recipes show"
@@ -68,12 +71,42 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
         yield f"reward weights are {weights}; they must not be negative, and one must be positive"
     if config.scoring.max_failed > 1:
         yield f"scoring.max_failed is {config.scoring.max_failed}; it is a share, at most 1"
-    if not 0 < config.tail.ratio <= 1:
-        yield f"tail.ratio is {config.tail.ratio}; it must lie in (0, 1]"
-    if not 1 <= config.tail.order <= 3:
-        yield f"tail.order is {config.tail.order}; DPM-Solver++ has orders 1, 2 and 3"
+    for part, knobs in (("prefix", config.prefix), ("tail", config.tail)):
+        if not 0 < knobs.ratio <= 1:
+            yield f"{part}.ratio is {knobs.ratio}; it must lie in (0, 1]"
+        if not 1 <= knobs.order <= 3:
+            yield f"{part}.order is {knobs.order}; DPM-Solver++ has orders 1, 2 and 3"
     if not 0 <= config.ema.decay < 1:
         yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
+
+
+def _emphasis_complaints(config: Config) -> Iterator[str]:
+    """What is trained of a rollout, and how much it counts."""
+    advantage, update, samples = config.advantage, config.update, config.batch.samples
+    if not 0 <= advantage.trim < 0.5:
+        yield f"advantage.trim is {advantage.trim}; it is a share at each end, in [0, 0.5)"
+    kept, parts = advantage.best_of, update.optimizer_steps
+    if kept and not (0 < kept <= samples and kept % 2 == 0 and kept % parts == 0):
+        yield (
+            f"advantage.best_of is {kept}; it must be even, a multiple of update.optimizer_steps "
+            f"({parts}), and at most batch.samples ({samples}), or 0 to train all"
+        )
+    if not 0 < update.step_fraction <= 1:
+        yield f"update.step_fraction is {update.step_fraction}; it must lie in (0, 1]"
+    weights, steps = update.step_weight, config.sampling.steps
+    if isinstance(weights, list):
+        if len(weights) != steps - 1:
+            yield (
+                f"update.step_weight has {len(weights)} weights; {steps} denoising steps need "
+                f"{steps - 1}, one for each but the last"
+            )
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            yield f"update.step_weight is {weights}; weights are finite and >= 0, one positive"
+    if update.kl_target > 0 and update.kl == 0:
+        yield (
+            f"update.kl_target is {update.kl_target}, but update.kl is 0; set --update.kl to the "
+            "weight to begin with"
+        )
 
 
 def _text_complaints(text: TextConfig) -> Iterator[str]:
@@ -118,6 +151,7 @@ def _too_small(config: Config) -> Iterator[str]:
         "update.learning_rate": 1e-12,
         "update.max_grad_norm": 1e-12,
         "update.kl": 0,
+        "update.kl_target": 0,
         "update.warmup": 0,
         "model.lora_rank": 1,
         "model.text_length": 1,

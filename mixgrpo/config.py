@@ -88,8 +88,9 @@ class SamplingConfig:
     """stochastic step used inside the window"""
     eta: float = 0.7
     """noise level of the stochastic step"""
-    log_ratio: Literal["normal", "unscaled"] = "normal"
-    """true Gaussian density, or the published CPS variant without 1/(2 std^2)"""
+    log_ratio: Literal["normal", "unscaled", "guard"] = "normal"
+    """true Gaussian density; the published CPS variant without 1/(2 std^2); or GRPO-Guard's,
+    centred and of one scale at every step"""
     shared_noise: bool = True
     """all samples of a prompt start from one initial noise; their common steps are run once"""
     micro_batch: int = 12
@@ -126,6 +127,23 @@ class WindowConfig:
     """exp_decay: window start up to which nothing decays"""
     envelope: tuple[int, int] | None = None
     """[first, last+1) steps where windows may lie; without one, all but the last step"""
+    seed: int | None = None
+    """random: seed of the windows; without one, run.seed"""
+
+
+@dataclass
+class PrefixConfig:
+    """The deterministic steps before the window. Shortening them collapses quality (the paper's
+    ablation); here to be measured."""
+
+    solver: Literal["euler", "dpm"] = "euler"
+    """Euler, or DPM-Solver++ multistep"""
+    order: int = 2
+    """order of DPM-Solver++, 1 to 3"""
+    variant: Literal["midpoint", "heun"] = "midpoint"
+    """second-order variant of DPM-Solver++"""
+    ratio: float = 1.0
+    """share of the steps before the window that is kept; 1 keeps the base schedule"""
 
 
 @dataclass
@@ -192,6 +210,15 @@ class AdvantageConfig:
     """advantage_sum normalises each reward in its group before the weighted sum"""
     clip: float = 5.0
     """advantages are clamped to plus or minus this"""
+    trim: float = 0.0
+    """share of a group's rewards, at each end, that its mean and standard deviation leave out"""
+    skip_equal: bool = False
+    """groups whose advantages are all 0 do not count in the loss's average (DAPO)"""
+    balance: bool = False
+    """scale advantages so that the positive ones and the negative ones weigh the same in total"""
+    best_of: int = 0
+    """pictures of each group that are trained: the better half of them are its best, the other half
+    its worst; 0 trains all"""
 
 
 @dataclass
@@ -204,8 +231,17 @@ class UpdateConfig:
     """model evaluations in one forward and backward pass"""
     clip: float = 1e-4
     """the ratio is clipped to 1 plus or minus this"""
+    step_fraction: float = 1.0
+    """share of the window's steps that is trained, drawn anew for each sample (DanceGRPO: 0.6)"""
+    step_weight: Literal["equal", "inverse_dt", "noise"] | list[float] = "equal"
+    """weight of a step's loss: 1; 1 / step size in sigma (GRPO-Guard); its noise over the window's
+    mean (TempFlow-GRPO); or a list with one for each denoising step but the last"""
     kl: float = 0.0
     """weight of the KL to the reference policy (the untrained model)"""
+    kl_form: Literal["mean", "velocity"] = "mean"
+    """KL of the stochastic steps, or mean squared difference of the velocities"""
+    kl_target: float = 0.0
+    """the KL's weight is doubled or halved, from kl, to keep the KL near this (PPO); 0 leaves it"""
     learning_rate: float = 1e-5
     """AdamW learning rate"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -234,6 +270,8 @@ class ValidationConfig:
 
     every: int = 25
     """iterations between validations; 0 validates only before and after"""
+    before: bool = True
+    """validate the untrained model too; false where its scores are known from another run"""
     prompts_file: str = "data/prompts_test.txt"
     """validation prompts, one a line, UTF-8"""
     prompts: int = 64
@@ -280,6 +318,7 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
     tail: TailConfig = field(default_factory=TailConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)

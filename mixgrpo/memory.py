@@ -1,8 +1,9 @@
-"""How much GPU memory sampling and training take, by rules of thumb, for when it was not enough."""
+"""How much memory sampling and training take, by rules of thumb."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from mixgrpo.config import Config
 from mixgrpo.inference.config import InferenceConfig
+from mixgrpo.models.flux import LORA_TARGETS
 from mixgrpo.weight_files import read_shapes
 
 # Values of the transformer's width that live at once for each token, in a single-stream block:
@@ -70,25 +72,108 @@ def explain(config: InferenceConfig, total: int) -> str:
     )
 
 
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a process takes to train with the whole model on its device, estimated.
+
+    Attributes:
+        weights: of the transformer, and of the adapters.
+        gradients: of the trained weights.
+        optimizer: AdamW's two moments.
+        ema: the average; 0 without one.
+        reference: the frozen copy for the KL; 0 without one.
+        rewards: their models, where they stay on the device.
+        text_encoders: both, where they stay on the device.
+        vae: the decoder and its encoder.
+        activations: the most that the rollout, the decoding or the update take at once.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    reference: int
+    rewards: int
+    text_encoders: int
+    vae: int
+    activations: int
+
+    @property
+    def held(self) -> int:
+        """All the time, whatever the batches."""
+        return sum(vars(self).values()) - self.activations
+
+
+def training_memory(config: Config, rewards: int) -> TrainingMemory:
+    """Read off the model folder, without loading it.
+
+    Args:
+        rewards: bytes of the reward models.
+    """
+    model, folder = config.model, Path(config.model.path)
+    size = getattr(torch, model.compute_dtype).itemsize
+    transformer, trained = _parameters(folder, "transformer"), trained_weights(config)
+    full = model.train == "full"
+    encoders = config.text.mode == "online" and config.text.placement == "device"
+    return TrainingMemory(
+        weights=transformer * 4 if full else transformer * size + trained * 4,
+        gradients=trained * 4,
+        optimizer=trained * 8,
+        ema=trained * 4 * bool(config.ema.decay),
+        reference=transformer * 4 * (full and config.update.kl > 0),
+        rewards=rewards * (config.scoring.placement == "device"),
+        text_encoders=_parameters(folder, "text_encoder*") * size * encoders,
+        vae=_parameters(folder, "vae") * size,
+        activations=_training_activations(config),
+    )
+
+
+def trained_weights(config: Config) -> int:
+    """How many weights a run trains: the transformer's, or r*(in + out) for each adapted layer."""
+    folder, model = Path(config.model.path), config.model
+    if model.train == "full":
+        return _parameters(folder, "transformer")
+    shapes = read_shapes(folder.glob("transformer/*.safetensors"))
+    layers = re.compile(LORA_TARGETS[model.lora_targets] + r"\.weight")
+    return sum(
+        model.lora_rank * sum(w.shape) for name, w in shapes.items() if layers.fullmatch(name)
+    )
+
+
+def _training_activations(config: Config) -> int:
+    """The largest of what the rollout's, the decoder's and the update's passes take.
+
+    The update keeps what each block needs for its gradient; with gradient checkpointing just each
+    block's input, and one block at a time is computed again, with its gradients beside.
+    """
+    model, folder = config.model, Path(config.model.path)
+    size = getattr(torch, model.compute_dtype).itemsize
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    decoder = json.loads((folder / "vae" / "config.json").read_text())
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    blocks = transformer["num_layers"] + transformer["num_single_layers"]
+    pixels = model.height * model.width
+    token = width * size * (pixels // 256 + model.text_length)  # a value of the width, all tokens
+    kept = blocks + 2 * _WIDTHS if model.gradient_checkpointing else (blocks + 1) * _WIDTHS
+    sampling, group = config.sampling, config.batch.prompts * config.batch.samples
+    maps = _MAPS * 2 * decoder["block_out_channels"][0] * pixels * size
+    return max(
+        min(config.update.micro_batch, group) * token * kept,
+        min(sampling.micro_batch, group) * token * _WIDTHS,
+        min(sampling.decode_batch, group) * maps,
+    )
+
+
 def explain_training(config: Config, total: int) -> str:
     """One sentence for a GPU of ``total`` bytes on which training did not fit.
 
-    Held all the time, for each trained weight: float32 weight, gradient, AdamW's two moments, the
-    average if there is one, and the frozen copy if there is a KL.
+    The rewards, whose sizes are not looked up here, are left out.
     """
-    model, folder = config.model, Path(config.model.path)
-    transformer, size = (
-        _parameters(folder, "transformer"),
-        getattr(torch, model.compute_dtype).itemsize,
-    )
-    if model.train == "full":
-        copies = 4 + bool(config.ema.decay) + bool(config.update.kl)
-        held, remedy = transformer * 4 * copies, "train --model.train lora"
-    else:
-        held, remedy = transformer * size, "lower --model.lora_rank"
-    frozen = _parameters(folder, "vae") * size
-    if config.text.mode == "online" and config.text.placement == "device":
-        frozen += _parameters(folder, "text_encoder*") * size
+    model, needed = config.model, training_memory(config, rewards=0)
+    full = model.train == "full"
+    remedy = "train --model.train lora" if full else "lower --model.lora_rank"
+    frozen = needed.vae + needed.text_encoders
+    held = needed.held - frozen
     return (
         f"the GPU's {_gib(total)} did not suffice: about {_gib(held)} are held for the transformer "
         f"({model.train}) and {_gib(frozen)} for the model's other parts, reward models and "

@@ -36,7 +36,8 @@ def summarize(folder: Path, config: Config) -> str:
 def _table(history: list[dict[str, Any]], config: Config) -> str:
     """Validation scores before and after training, a line for each reward."""
     validations = [r for r in history if any(key.startswith("validation/") for key in r)]
-    first, last = validations[0], validations[-1]
+    last = validations[-1]
+    first = validations[0] if validations[0]["iteration"] == 0 else {}
     width = max(map(len, ("validation", *config.rewards)))
     rows = [
         f"{'validation':<{width}}  {'before':>8}  {'after':>8}  {'change':>8}  {'EMA':>8}",

@@ -36,10 +36,13 @@ from mixgrpo.config import Config, flatten
 from mixgrpo.disk import own_folder
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
+from mixgrpo.emphasis import emphasize
 from mixgrpo.engines import Engine
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.hacking import hacking_warning
 from mixgrpo.maths.advantages import group_advantages
+from mixgrpo.maths.emphasis import balanced
+from mixgrpo.maths.objective import adapted_kl_weight
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.memory import OutOfMemory, explain_training, memory_of
 from mixgrpo.models import Policy
@@ -132,6 +135,7 @@ class Trainer:
             prompts, config.batch.prompts, config.run.seed, process.rank, process.world_size
         )
         self.reference = policy.reference() if config.update.kl > 0 else None
+        self.kl_weight = config.update.kl
         self.engine: Engine = DataParallel(
             policy.module, process.device, partial(make_optimizer, config)
         )
@@ -152,7 +156,7 @@ class Trainer:
             self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
             try:
                 self._tell_start()
-                if self.iteration == 0:
+                if self.iteration == 0 and self.config.validation.before:
                     self._validate()
                 while self.iteration < self.config.run.iterations:
                     self._iterate()
@@ -232,15 +236,25 @@ class Trainer:
         weights = {name: self.config.rewards[name].weight for name in scores}
         count = self.config.batch.prompts * self.config.batch.samples
         group = torch.arange(count, device=self.engine.device) // self.config.batch.samples
-        return group_advantages(scores, group, weights, knobs.kind, knobs.clip)
+        advantages = group_advantages(scores, group, weights, knobs.kind, knobs.clip, knobs.trim)
+        return balanced(advantages) if knobs.balance else advantages
 
     def _update(self, batch: Batch, advantages: Tensor) -> dict[str, Tensor]:
         knobs = self.config.update
-        mine = advantages.chunk(self.engine.world_size)[self.engine.rank]
-        objective = make_objective(self.config, self.reference)
+        trajectory, mine, emphasis = emphasize(
+            self.config,
+            self.iteration,
+            batch.trajectory,
+            advantages,
+            self.engine.rank,
+            self.engine.world_size,
+        )
+        objective = make_objective(self.config, self.reference, self.kl_weight)
         try:
             with self.phases("update"):
-                return update(self.engine, self.velocity, batch.trajectory, mine, objective, knobs)
+                metrics = update(
+                    self.engine, self.velocity, trajectory, mine, objective, knobs, emphasis
+                )
         except NonFiniteUpdate as error:
             # After the first optimizer step the weights are between two iterations, and it may be
             # that step which broke them: an older checkpoint is better, if there is one.
@@ -255,6 +269,8 @@ class Trainer:
                 "and train into another --run.folder, or continue with --run.resume true",
                 exit_code=1,
             ) from error
+        metrics["evaluations_per_image"] *= len(trajectory) / len(batch.trajectory)
+        return metrics
 
     # ---- after an iteration
 
@@ -285,6 +301,7 @@ class Trainer:
         record = dict(zip((f"update/{n}" for n in names), reduced.mean(0).tolist(), strict=True))
         worst = names.index("ratio_error_on_policy")
         record["update/ratio_error_on_policy"] = reduced[:, worst].max().item()
+        self._adapt_kl(record)
         for name, values in scores.items():
             record[f"reward/{name}"] = values.nanmean().item()
             record[f"reward_failed/{name}"] = values.isnan().sum().item()
@@ -297,6 +314,13 @@ class Trainer:
         rewards = " ".join(f"{name} {values.nanmean():.3f}" for name, values in scores.items())
         phases = " ".join(f"{name} {value:.2f}s" for name, value in seconds.items())
         self.tracker.advance(f"window {window} | {rewards} | {phases}")
+
+    def _adapt_kl(self, record: dict[str, float]) -> None:
+        """The KL's weight for the next iteration, from every process's KL."""
+        target = self.config.update.kl_target
+        if target:
+            record["update/kl_weight"] = self.kl_weight
+            self.kl_weight = adapted_kl_weight(self.kl_weight, record["update/kl"], target)
 
     def _validate(self) -> Validation:
         """Scores the fixed prompts, with and without the average; logs and keeps pictures."""
@@ -369,6 +393,7 @@ class Trainer:
             ema_updates=self.ema.updates if self.ema else 0,
             engine=self.engine.state(),
             config={**flatten(self.config), **self.contents},
+            kl_weight=self.kl_weight,
         )
 
     @torch.no_grad()
@@ -380,6 +405,7 @@ class Trainer:
             self.ema.load([saved.ema[name] for name in self.weights], saved.ema_updates)
         self.engine.load_state(saved.engine)
         self.iteration = saved.iteration
+        self.kl_weight = saved.kl_weight
 
     def _stop_if_asked(self) -> None:
         """Called where the weights are those of a whole number of iterations."""
@@ -422,6 +448,6 @@ class Trainer:
         say(
             f"iterations {self.iteration + 1} to {self.config.run.iterations} on "
             f"{self.engine.world_size} x {self.engine.device.type}, {trained / 1e6:.2f}M trained "
-            f"weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) of "
+            f"weights; windows of {windows[0].size} steps lie in [{start}, {stop}) of "
             f"{self.config.sampling.steps}; results in {self.folder}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,9 @@ import pytest
 from tiny_world import World, train_here
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

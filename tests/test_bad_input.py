@@ -182,6 +182,23 @@ def test_an_unknown_command(complain):
     assert "did you mean 'train'" in line
 
 
+def importing_raises(error: BaseException) -> mock.Mock:
+    return mock.Mock(import_module=mock.Mock(side_effect=error))
+
+
+def test_a_python_without_the_packages(complain):
+    missing = ModuleNotFoundError(name="yaml.loader")
+    with mock.patch("mixgrpo.commands.importlib", importing_raises(missing)):
+        line = complain(["train", "--recipe", "shapes_mixgrpo"])
+    assert "has no package yaml.loader" in line
+    assert "bash env_setup.sh" in line
+
+
+def test_an_interrupt_while_modules_are_imported(complain):
+    with mock.patch("mixgrpo.commands.importlib", importing_raises(KeyboardInterrupt())):
+        assert "interrupted before it began" in complain(["train"])
+
+
 def test_an_unknown_recipe(complain):
     line = complain(["train", "--recipe", "shape_mixgrpo"])
     assert "'shape_mixgrpo'" in line

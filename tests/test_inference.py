@@ -461,18 +461,16 @@ def test_an_interrupted_run_goes_on(knobs, draw, base_pictures):
 
 
 def test_a_signal_is_told_in_a_line(knobs, capfd):
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with (
-            interrupted_after(1, lambda: signal.raise_signal(signal.SIGTERM)),
-            mock.patch("mixgrpo.commands.sample.parse", return_value=knobs()),
-        ):
-            code = main(["sample"])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        interrupted_after(1, lambda: signal.raise_signal(signal.SIGTERM)),
+        mock.patch("mixgrpo.commands.sample.parse", return_value=knobs()),
+    ):
+        code = main(["sample"])
+    assert signal.getsignal(signal.SIGTERM) == before
     assert code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"stopped by SIGTERM; the pictures in {knobs().folder} are whole" in said
     assert len(read(Path(knobs().folder))) == 1
 
 
@@ -742,22 +740,18 @@ def test_recipes():
 def test_the_command_line(knobs, tmp_path, capfd):
     words = ["--prompts_file", knobs().prompts_file, "--folder", knobs().folder, "--steps", "2",
              "--model.path", knobs().model.path, "--progress", "false"]  # fmt: skip
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["sample", "--recipe", "shapes", *words]) == 0
-        assert capfd.readouterr().out == f"pictures: {knobs().folder}\n"
-        assert len(read(Path(knobs().folder))) == PROMPTS
-        assert main(["sample", "--recipe", "shapes", "--stepz", "3"]) == 1
-        assert capfd.readouterr().err == "error: there is no knob stepz; did you mean steps?\n"
-        assert main(["sample", "--recipe", "shaeps"]) == 1
-        assert "did you mean 'shapes'? Known: flux, shapes" in capfd.readouterr().err
-        (tmp_path / "broken.yaml").write_text("steps: [1\n")
-        assert main(["sample", "--recipe", str(tmp_path / "broken.yaml")]) == 1
-        assert "broken.yaml is no recipe: " in capfd.readouterr().err
-        assert main(["sample", "--recipe", "shapes", "--steps", "1"]) == 1
-        assert capfd.readouterr().err == "error: steps is 1; it must be at least 2\n"
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    assert main(["sample", "--recipe", "shapes", *words]) == 0
+    assert capfd.readouterr().out == f"pictures: {knobs().folder}\n"
+    assert len(read(Path(knobs().folder))) == PROMPTS
+    assert main(["sample", "--recipe", "shapes", "--stepz", "3"]) == 1
+    assert capfd.readouterr().err == "error: there is no knob stepz; did you mean steps?\n"
+    assert main(["sample", "--recipe", "shaeps"]) == 1
+    assert "did you mean 'shapes'? Known: flux, shapes" in capfd.readouterr().err
+    (tmp_path / "broken.yaml").write_text("steps: [1\n")
+    assert main(["sample", "--recipe", str(tmp_path / "broken.yaml")]) == 1
+    assert "broken.yaml is no recipe: " in capfd.readouterr().err
+    assert main(["sample", "--recipe", "shapes", "--steps", "1"]) == 1
+    assert capfd.readouterr().err == "error: steps is 1; it must be at least 2\n"
 
 
 def test_help_tells_every_knob(capsys):

@@ -376,7 +376,10 @@ def test_quickstart_fails_when_training_fails(tmp_path: Path) -> None:
 
 
 ON_GPUS = {
-    "scripts/finetune/finetune_flux_mixgrpo.sh": "train --recipe flux_mixgrpo",
+    **{
+        f"scripts/finetune/finetune_flux_{name}.sh": f"train --recipe flux_{name}"
+        for name in ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "dancegrpo")
+    },
     "scripts/inference/inference_flux.sh": "sample --recipe flux",
     "scripts/evaluate/eval_reward.sh": "evaluate",
     "scripts/preprocess/preprocess_flux.sh": "preprocess --model.path data/models/FLUX.1-dev "
@@ -403,7 +406,7 @@ def test_scripts_start_a_process_on_each_gpu_or_one_on_the_cpu(
 
 
 @pytest.mark.parametrize("given", [["--recipe", "mine"], ["--recipe=mine"]])
-@pytest.mark.parametrize("script", list(ON_GPUS)[:2])
+@pytest.mark.parametrize("script", [s for s, words in ON_GPUS.items() if "--recipe" in words])
 def test_a_recipe_of_the_users_counts_alone(tmp_path: Path, script: str, given: list[str]) -> None:
     command = wrapping(script, tmp_path, '[ "$1" = -c ] && echo 0 || echo "$@"')
     shutil.copy(ROOT / "scripts" / "launch.sh", tmp_path / "scripts")

@@ -135,6 +135,16 @@ def test_the_scripts_run_one_after_the_other(place):
         assert name in table
 
 
+def test_what_is_looked_at_before_a_run(place):
+    """The windows are drawn, and the Shapes world is healthy."""
+    commands = [c for c in shown_commands() if " schedule " in c or " doctor " in c]
+    assert len(commands) == 2
+    for command in commands:
+        done = run(as_here(command), place)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr[-2000:]}"
+    assert (place / "runs/schedule/windows.png").is_file()
+
+
 def test_inference_commands_have_knobs_that_are_there():
     """Those for FLUX.1-dev need its weights, so they are read, not run."""
     commands = [c for c in shown_commands() if "inference_flux.sh" in c and c not in CHAIN]

@@ -47,7 +47,7 @@ def assert_same_checkpoint(first: Path, second: Path) -> None:
     """Weights, average, optimizer, schedule and position, to the last bit."""
     one, two = checkpoints.load(first), checkpoints.load(second)
     assert one.weights, "a checkpoint without weights proves nothing"
-    for part in ("iteration", "weights", "ema", "ema_updates", "engine"):
+    for part in ("iteration", "weights", "ema", "ema_updates", "engine", "kl_weight"):
         assert same(getattr(one, part), getattr(two, part)), part
 
 
@@ -68,6 +68,16 @@ def test_a_run_leaves_what_a_user_needs(straight):
         with Image.open(pictures[0]) as picture:
             assert picture.size == (64, 64)
     assert (straight / "model" / "model_index.json").is_file()
+
+
+def test_without_the_first_validation_nothing_is_shown_as_before(world, folder, capsys):
+    knobs = {"run__iterations": 1, "validation__before": False}
+    train_here(world.config(folder, **knobs), summary=True)
+    assert [r["iteration"] for r in records(folder) if "validation/redness" in r] == [1]
+    said = capsys.readouterr().out.splitlines()
+    _, before, after, change, *_ = next(line for line in said if line.startswith("redness")).split()
+    assert (before, change) == ("-", "-")
+    assert float(after) == pytest.approx(records(folder)[-1]["validation/redness"], abs=1e-4)
 
 
 def test_config_json_holds_the_resolved_configuration_and_the_revision(straight, world):
