@@ -447,15 +447,20 @@ def test_a_host_that_is_away_is_named_at_the_start(here):
 
 def test_a_host_that_is_away_is_waited_for_before_a_restart(here):
     away = here / "calls.127.0.0.2.away"
+    said: list[str] = []
 
     def is_worth_restarting() -> bool:
         away.touch()
-        threading.Timer(2, away.unlink).start()
         return True
 
-    code, said = supervised(job(here, "1:0:fail", is_worth_restarting=is_worth_restarting))
-    assert code == 0
-    assert "waiting up to 20 s for 127.0.0.2" in said
+    def hear(line: str) -> None:
+        said.append(line)
+        if line == "waiting up to 60 s for 127.0.0.2":
+            away.unlink()
+
+    whole = job(here, "1:0:fail", is_worth_restarting=is_worth_restarting, wait=60)
+    assert Supervisor(whole, hear).run() == 0
+    assert "waiting up to 60 s for 127.0.0.2" in said
 
 
 def test_the_reason_is_the_first_error_that_is_no_echo():
