@@ -14,6 +14,8 @@ MAY_CHANGE = (
     "run.folder",
     "run.resume",  # and run.resume_from
     "run.threads",
+    "run.patience",
+    "run.grace",
     "text.mode",  # stored embeddings are those of the encoders, to the last bit
     "text.embeddings",
     "validation.every",
@@ -187,6 +189,8 @@ def _sampling_complaints(config: Config) -> Iterator[str]:
 def _too_small(config: Config) -> Iterator[str]:
     least = {
         "run.iterations": 1,
+        "run.patience": 0,
+        "run.grace": 1,
         "sampling.steps": 2,
         "sampling.micro_batch": 1,
         "sampling.decode_batch": 1,

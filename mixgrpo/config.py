@@ -30,6 +30,10 @@ class RunConfig:
     name of a folder in checkpoints, to go back"""
     threads: int = 0
     """CPU threads per process; 0 leaves torch's choice, or an equal share under torchrun"""
+    patience: int = 1800
+    """seconds without progress after which every process tells where it hangs and ends; 0 never"""
+    grace: int = 900
+    """seconds to save and end in after SIGTERM or Ctrl-C; then the launcher kills"""
 
 
 @dataclass

@@ -115,8 +115,8 @@ def _device(local_rank: int, local_size: int) -> torch.device:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """Ends this process; one of several on GPUs that failed at once, waiting for no other."""
-    if exit_code and "RANK" in os.environ and torch.cuda.is_available():
+    """Ends this process; one of several that failed at once, waiting for no other and no thread."""
+    if exit_code and "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

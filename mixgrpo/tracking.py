@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -26,14 +26,24 @@ WANDB_PATIENCE = 60  # seconds, for its server to answer
 class Phases:
     """Seconds spent in each named phase since the last ``take``, without the phases inside it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, progress: Callable[[str], None] = lambda name: None
+    ) -> None:
+        """
+        Args:
+            progress: called with a phase's name when it begins, and when one inside it ends.
+        """
         self.device = device
+        self.progress = progress
         self.seconds: dict[str, float] = {}
+        self._name = "between phases"
         self._inside = 0.0  # seconds of the phases that ended inside the present one
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         outer, self._inside = self._inside, 0.0
+        outer_name, self._name = self._name, name
+        self.progress(name)
         start = perf_counter()
         yield
         if self.device.type == "cuda":  # once per phase, so that its kernels are counted in it
@@ -41,6 +51,8 @@ class Phases:
         seconds = perf_counter() - start
         self.add(name, seconds - self._inside)
         self._inside = outer + seconds
+        self._name = outer_name
+        self.progress(outer_name)
 
     def add(self, name: str, seconds: float) -> None:
         """Counts seconds that were measured elsewhere."""

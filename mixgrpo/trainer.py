@@ -56,11 +56,12 @@ from mixgrpo.rewards import (
     resident,
 )
 from mixgrpo.rollout import rollout
-from mixgrpo.stopping import StopRequest, TrainingStopped
+from mixgrpo.stopping import SamplingStopped, StopRequest, TrainingStopped
 from mixgrpo.tracking import Phases, Tracker, read_metrics
 from mixgrpo.types import Scores, Trajectory, Window
 from mixgrpo.update import NonFiniteUpdate, update
 from mixgrpo.validation import Validation, Validator
+from mixgrpo.watchdog import Watchdog
 
 
 def train(config: Config) -> Path:
@@ -144,7 +145,6 @@ class Trainer:
             else None
         )
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
-        self.phases = Phases(process.device)
         self.saver = Saver(
             process,
             checkpoints_root(config),
@@ -152,13 +152,15 @@ class Trainer:
             config.checkpoint.asynchronous,
         )
         self.resumed: Path | None = None  # the checkpoint that this continues from
+        self.watchdog = Watchdog(config.run.patience, process)
+        self.phases = Phases(process.device, self.watchdog.progress)
         self.iteration = 0  # iterations done
         self.contents = prompt_digests(config)  # at the beginning: files may change meanwhile
         self.stop = StopRequest()
 
     def run(self) -> None:
         """Trains from the present position to the last iteration."""
-        with self.stop.from_signals():
+        with self.stop.from_signals(), self.watchdog:
             self._prepare_folder()
             self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
             try:
@@ -175,7 +177,11 @@ class Trainer:
     def _iterate(self) -> None:
         """One iteration, as the design's sentence."""
         window = self.windows.at(self.iteration)
-        batch = self._sample(window)
+        try:
+            batch = self._sample(window)
+        except SamplingStopped:
+            self._stop_if_asked()  # saves, out of all that sampling keeps open
+            raise
         self._stop_if_asked()
         scores = self._gather(batch.scoring)
         advantages = self._advantages(scores)
@@ -203,8 +209,10 @@ class Trainer:
                     parts = latents.split(config.sampling.decode_batch)
                     images = torch.cat([self.policy.decode(part) for part in parts])
                 stream.submit(images, texts[rows.start : rows.stop])
+                if self.engine.any(self.stop.signal is not None):
+                    raise SamplingStopped
 
-            with self.phases("rollout"):
+            with self.phases("rollout"), stream.given_up_on_error():
                 plan, size = make_plan(config, window), config.sampling.micro_batch
                 with self.engine.gathered():
                     trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)

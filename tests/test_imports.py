@@ -54,6 +54,8 @@ MAY_IMPORT = {
     "mixgrpo.report.charts": ("mixgrpo.metrics", "mixgrpo.report.runs"),
     "mixgrpo.report.pictures": ("mixgrpo.evaluation", "mixgrpo.report.runs"),
     "mixgrpo.prompts": ("mixgrpo.noise",),
+    "mixgrpo.watchdog": ("mixgrpo.distributed",),
+    "mixgrpo.hosts": ("mixgrpo.fingerprint", "mixgrpo.revision"),
     "mixgrpo.downloads": (),
     "mixgrpo.evaluation.manifests": (),
     "mixgrpo.evaluation.comparison": (),

@@ -40,6 +40,7 @@ from mixgrpo.assembly import prompt_digests, resumed_checkpoint
 from mixgrpo.config import RewardConfig, flatten
 from mixgrpo.models.flux import Flux
 from mixgrpo.rewards import RewardError
+from mixgrpo.rollout import rollout
 from mixgrpo.stopping import StopRequest, TrainingStopped
 from mixgrpo.trainer import Trainer
 
@@ -236,6 +237,28 @@ def test_a_signal_saves_and_ends(straight, world, folder, number, call, saved_af
     train_here(world.config(folder, run__resume=True, **knobs))
     assert_same_checkpoint(checkpoint_folder(folder, 4), checkpoint_folder(straight, 4))
     assert without_times(records(folder)) == without_times(records(straight))
+
+
+def test_a_signal_is_heeded_between_micro_batches(world, folder, monkeypatch):
+    """The next one is not sampled, and what is saved is the last whole iteration."""
+    sampled = []
+
+    def stopped(*arguments):
+        *others, finished = arguments
+
+        def and_stop(latents, rows):
+            sampled.append(rows)
+            os.kill(os.getpid(), signal.SIGTERM)
+            finished(latents, rows)
+
+        return rollout(*others, and_stop)
+
+    monkeypatch.setattr("mixgrpo.trainer.rollout", stopped)
+    config = world.config(folder, **QUICK, sampling__micro_batch=4, scoring__micro_batch=4)
+    with pytest.raises(TrainingStopped, match="stopped by SIGTERM after iteration 0; saved"):
+        train_here(config)
+    assert sampled == [range(4)]
+    assert checkpoint_folder(folder, 0).is_dir()
 
 
 def test_a_second_signal_ends_at_once_but_one_that_is_passed_on_counts_once(monkeypatch):

@@ -18,6 +18,7 @@ COMMANDS = {
     "schedule": "show which steps a recipe trains, and how often",
     "plan": "estimate memory and time on any number of GPUs",
     "launch": "a command in several processes: torchrun, with shorter errors",
+    "hosts": "a command on all hosts of a hostfile, looked after; hosts check compares them",
     "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }
