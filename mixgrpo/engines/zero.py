@@ -90,7 +90,7 @@ class Zero(Processes):
             return
         import deepspeed
 
-        held = [parameter for module in self.sharded for parameter in module.parameters()]
+        held: list[Any] = [p for module in self.sharded for p in module.parameters()]
         with deepspeed.zero.GatheredParameters(held):
             for parameter in held:  # else each would be given up after its first use
                 parameter.ds_active_sub_modules.add(_HELD)
@@ -172,11 +172,11 @@ class Zero(Processes):
     def _restore_optimizer(self, read: Read) -> None:
         self._make_moments()
         moments = {key: self._empty() for key in self._moments()}
-        state = {
+        state: dict[str, dict[str, Tensor]] = {
             name: {"step": self._steps().clone()} | {key: moments[key][name] for key in moments}
             for name in self._empty()
         }
-        saved = {"state": state, "param_groups": self._named_groups()}
+        saved: dict[str, Any] = {"state": state, "param_groups": self._named_groups()}
         read({"optimizer": saved})
         for key, values in moments.items():
             self._distribute(values, key)
@@ -234,7 +234,7 @@ class Zero(Processes):
             dist.broadcast(value, owner)
             self._put(parameter, value, key)
 
-    def _put(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    def _put(self, parameter: Any, value: Tensor, key: str | None) -> None:
         from deepspeed import utils
 
         if self.knobs.zero_stage == 2:
