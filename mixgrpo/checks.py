@@ -105,6 +105,16 @@ def _engine_complaints(config: Config, world_size: int) -> Iterator[str]:
             "engine.offload is true, but one process has nothing to shard and holds all of the "
             "model on its device; start several, or set --engine.offload false"
         )
+    if engine.kind == "deepspeed" and config.update.optimizer != "adamw":
+        yield (
+            f"update.optimizer is {config.update.optimizer!r}, but DeepSpeed steps on flat float32 "
+            "copies of the weights; set --update.optimizer adamw or --engine.kind fsdp"
+        )
+    if engine.kind == "deepspeed" and config.model.weights != "float32":
+        yield (
+            f"model.weights is {config.model.weights!r}, but DeepSpeed keeps float32 copies of "
+            "them; set --model.weights float32 or --engine.kind fsdp"
+        )
 
 
 def _emphasis_complaints(config: Config) -> Iterator[str]:

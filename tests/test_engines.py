@@ -358,3 +358,16 @@ def test_combinations_that_cannot_work_are_refused(kind, processes, more, compla
     config.batch.prompts = 2
     with pytest.raises(ValueError, match=complaint):
         check(config, processes)
+
+
+def test_deepspeed_keeps_its_own_float32_weights():
+    config = Config()
+    config.engine = EngineConfig("deepspeed")
+    config.batch.prompts = 2
+    config.update.optimizer = "adamw_8bit"
+    with pytest.raises(ValueError, match=r"update.optimizer is 'adamw_8bit', but DeepSpeed"):
+        check(config, 2)
+    config.update.optimizer = "adamw"
+    config.model.weights = "bfloat16_stochastic"
+    with pytest.raises(ValueError, match=r"model.weights is 'bfloat16_stochastic', but DeepSpeed"):
+        check(config, 2)
