@@ -149,7 +149,7 @@ def _seen(config: Config, spread: Spread) -> int:
 
 def _kept(config: Config, size: FluxSize, tokens: int, precision: Precision) -> int:
     model = config.model
-    every = 1 if model.gradient_checkpointing else 0
+    every = model.checkpoint_every if model.gradient_checkpointing else 0
     kept = kept_bytes(
         size,
         tokens,

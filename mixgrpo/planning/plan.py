@@ -112,7 +112,7 @@ def pace(
     model, batch = config.model, config.batch
     size = FluxSize.of_folder(Path(model.path))
     products = size.products((model.height // 16) * (model.width // 16), model.text_length)
-    recomputed = float(model.gradient_checkpointing)
+    recomputed = 1 / model.checkpoint_every if model.gradient_checkpointing else 0.0
     full, kl = model.train == "full", config.update.kl > 0
     one = operations_per_picture(products, rollout, update, full, recomputed, kl)
     operations = one * batch.prompts * batch.samples / gpus
