@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo import checkpoint as checkpoints
+from mixgrpo.adamw import FrugalAdamW
 from mixgrpo.checkpoint import Checkpoint
 from mixgrpo.checks import check_resumable
 from mixgrpo.config import Config
@@ -113,15 +114,23 @@ def reward_device(
 def make_optimizer(
     config: Config, parameters: list[torch.nn.Parameter]
 ) -> tuple[Optimizer, LRScheduler]:
-    """AdamW and its linear warm-up."""
+    """AdamW, torch's own where it can be, and its linear warm-up."""
     knobs = config.update
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=knobs.learning_rate,
-        betas=(knobs.betas[0], knobs.betas[1]),
-        weight_decay=knobs.weight_decay,
-        fused=parameters[0].device.type == "cuda",
-    )
+    betas = (knobs.betas[0], knobs.betas[1])
+    optimizer: Optimizer
+    if knobs.optimizer == "adamw" and config.model.weights == "float32":
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=knobs.learning_rate,
+            betas=betas,
+            weight_decay=knobs.weight_decay,
+            fused=parameters[0].device.type == "cuda",
+        )
+    else:
+        eight_bit = knobs.optimizer == "adamw_8bit"
+        optimizer = FrugalAdamW(
+            parameters, knobs.learning_rate, betas, knobs.weight_decay, eight_bit, config.run.seed
+        )
     warmup = max(1, knobs.warmup)
     return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
 

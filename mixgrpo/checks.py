@@ -45,6 +45,7 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
     for side in ("height", "width"):
         if getattr(model, side) < 16 or getattr(model, side) % 16:
             yield f"model.{side} is {getattr(model, side)}; it must be a positive multiple of 16"
+    yield from _weight_complaints(config)
     if batch.samples < 2:
         yield (
             f"batch.samples is {batch.samples}: a group of one has nothing to be compared with; "
@@ -119,6 +120,23 @@ def _text_complaints(text: TextConfig) -> Iterator[str]:
         yield (
             f"text.embeddings is {text.embeddings!r}, but text.mode is 'online', which reads "
             "none; set --text.mode embeddings"
+        )
+
+
+def _weight_complaints(config: Config) -> Iterator[str]:
+    if config.model.weights == "float32":
+        return
+    if config.model.compute_dtype != "bfloat16":
+        yield (
+            f"model.weights is {config.model.weights}, but model.compute_dtype is "
+            f"{config.model.compute_dtype}; set --model.compute_dtype bfloat16 or --model.weights "
+            "float32"
+        )
+    if config.ema.decay:
+        yield (
+            f"ema.decay is {config.ema.decay} with model.weights {config.model.weights}: an "
+            "average moves by less than bfloat16 can tell; set --ema.decay 0 or --model.weights "
+            "float32"
         )
 
 

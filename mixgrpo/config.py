@@ -49,8 +49,11 @@ class ModelConfig:
     """scale of the adapters, applied as alpha / rank"""
     lora_targets: Literal["attention", "all"] = "all"
     """which projections get adapters: the attention ones, or the feed-forward ones too"""
+    weights: Literal["float32", "bfloat16_stochastic"] = "float32"
+    """trained weights and gradients: float32; or, in half the memory, bfloat16, rounded without
+    bias in the optimizer"""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """dtype of the model's matrix products; weights, states and step arithmetic stay float32"""
+    """dtype of the model's matrix products; states and step arithmetic stay float32"""
     guidance: float = 3.5
     """value for the distilled guidance embedding; no effect on models without one"""
     height: int = 720
@@ -61,6 +64,23 @@ class ModelConfig:
     """tokens that the T5 encoder sees; longer prompts are truncated, with a warning"""
     gradient_checkpointing: bool = True
     """recompute activations in the backward pass: less memory, about a third more time"""
+    compile: Literal["off", "inductor", "aot_eager"] = "off"
+    """compile the transformer's repeated blocks: inductor for speed, after minutes of compiling;
+    aot_eager only traces them, to find out what cannot be compiled"""
+    attention: Literal[
+        "native",
+        "_native_flash",
+        "_native_efficient",
+        "_native_cudnn",
+        "_native_math",
+        "flash",
+        "flex",
+        "xformers",
+    ] = "native"
+    """diffusers' attention backend, of those that can be trained through; native: torch's choice;
+    flash and xformers need their packages"""
+    tf32: bool = False
+    """on a GPU, float32 matrix products with mantissas of 10 bits (TF32), the rewards' included"""
 
 
 @dataclass
@@ -242,6 +262,8 @@ class UpdateConfig:
     """KL of the stochastic steps, or mean squared difference of the velocities"""
     kl_target: float = 0.0
     """the KL's weight is doubled or halved, from kl, to keep the KL near this (PPO); 0 leaves it"""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW with float32 moments, or in a quarter of the memory with moments of 8 bits"""
     learning_rate: float = 1e-5
     """AdamW learning rate"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -305,6 +327,8 @@ class LogConfig:
     """auto: online if WANDB_API_KEY is set, otherwise disabled"""
     project: str = "mixgrpo"
     """wandb project"""
+    tensorboard: bool = False
+    """write the same for TensorBoard into the folder's tensorboard/"""
     progress: bool = True
     """show a progress bar"""
 
@@ -365,7 +389,12 @@ class PreprocessConfig:
 
 def flatten(config: Any) -> dict[str, Any]:
     """Dotted path -> value of any configuration, as JSON would give it back (tuples are lists)."""
-    return dict(_leaves("", asdict(config)))
+    return dotted(asdict(config))
+
+
+def dotted(values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted path -> value of nested dicts; empty ones are values."""
+    return dict(_leaves("", values))
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,11 @@ import torch
 from mixgrpo.config import Config
 from mixgrpo.inference.config import InferenceConfig
 from mixgrpo.models.flux import LORA_TARGETS
+from mixgrpo.planning.activations import decoding_bytes, evaluation_bytes
+from mixgrpo.planning.device_memory import device_memory, first_width
+from mixgrpo.planning.flux_size import FluxSize
+from mixgrpo.planning.spread import Spread
 from mixgrpo.weight_files import read_shapes
-
-# Values of the transformer's width that live at once for each token, in a single-stream block:
-# the residual and its norm, q, k and v, the feed-forward's four before and four after its
-# activation, attention's result, and the five that are concatenated; one for copies.
-_WIDTHS = 20
-# Feature maps at full size that live at once in the decoder's last block: input, norm, activation,
-# convolution's result and its workspace, each of twice the decoder's first width.
-_MAPS = 5
 
 
 class OutOfMemory(RuntimeError):
@@ -46,16 +41,13 @@ def estimate(config: InferenceConfig) -> Memory:
     """Read off the model folder, without loading it."""
     folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
     parameters = _parameters(folder, "*")
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
-    decoder = json.loads((folder / "vae" / "config.json").read_text())
     pixels = config.model.height * config.model.width
     tokens = pixels // 256 + config.model.text_length
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    maps = _MAPS * 2 * decoder["block_out_channels"][0]
+    decoded = min(config.decode_batch, config.micro_batch)
     return Memory(
         weights=parameters * size,
-        evaluation=config.micro_batch * tokens * width * _WIDTHS * size,
-        decoding=min(config.decode_batch, config.micro_batch) * pixels * maps * size,
+        evaluation=evaluation_bytes(FluxSize.of_folder(folder), tokens, config.micro_batch, size),
+        decoding=decoding_bytes(pixels, decoded, first_width(folder), size),
     )
 
 
@@ -85,7 +77,8 @@ class TrainingMemory:
         rewards: their models, where they stay on the device.
         text_encoders: both, where they stay on the device.
         vae: the decoder and its encoder.
-        activations: the most that the rollout, the decoding or the update take at once.
+        activations: the most that the rollout, the decoding or the update take at once, with the
+            weights' copies that autocast makes.
     """
 
     weights: int
@@ -105,26 +98,28 @@ class TrainingMemory:
 
 
 def training_memory(config: Config, rewards: int) -> TrainingMemory:
-    """Read off the model folder, without loading it.
+    """Read off the model folder, without loading it; see ``mixgrpo.planning``.
 
     Args:
         rewards: bytes of the reward models.
+
+    Raises:
+        FileNotFoundError: there is no transformer in it.
     """
-    model, folder = config.model, Path(config.model.path)
-    size = getattr(torch, model.compute_dtype).itemsize
-    transformer, trained = _parameters(folder, "transformer"), trained_weights(config)
-    full = model.train == "full"
-    encoders = config.text.mode == "online" and config.text.placement == "device"
+    folder = Path(config.model.path)
+    if not (folder / "transformer" / "config.json").is_file():
+        raise FileNotFoundError(f"there is no transformer in {folder}")
+    found = device_memory(config, Spread("single"), gpus=1)
     return TrainingMemory(
-        weights=transformer * 4 if full else transformer * size + trained * 4,
-        gradients=trained * 4,
-        optimizer=trained * 8,
-        ema=trained * 4 * bool(config.ema.decay),
-        reference=transformer * 4 * (full and config.update.kl > 0),
+        weights=found.weights,
+        gradients=found.gradients,
+        optimizer=found.optimizer,
+        ema=found.average,
+        reference=found.reference,
         rewards=rewards * (config.scoring.placement == "device"),
-        text_encoders=_parameters(folder, "text_encoder*") * size * encoders,
-        vae=_parameters(folder, "vae") * size,
-        activations=_training_activations(config),
+        text_encoders=found.text,
+        vae=found.vae,
+        activations=found.whole + max(found.kept, found.evaluating),
     )
 
 
@@ -140,30 +135,6 @@ def trained_weights(config: Config) -> int:
     )
 
 
-def _training_activations(config: Config) -> int:
-    """The largest of what the rollout's, the decoder's and the update's passes take.
-
-    The update keeps what each block needs for its gradient; with gradient checkpointing just each
-    block's input, and one block at a time is computed again, with its gradients beside.
-    """
-    model, folder = config.model, Path(config.model.path)
-    size = getattr(torch, model.compute_dtype).itemsize
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
-    decoder = json.loads((folder / "vae" / "config.json").read_text())
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    blocks = transformer["num_layers"] + transformer["num_single_layers"]
-    pixels = model.height * model.width
-    token = width * size * (pixels // 256 + model.text_length)  # a value of the width, all tokens
-    kept = blocks + 2 * _WIDTHS if model.gradient_checkpointing else (blocks + 1) * _WIDTHS
-    sampling, group = config.sampling, config.batch.prompts * config.batch.samples
-    maps = _MAPS * 2 * decoder["block_out_channels"][0] * pixels * size
-    return max(
-        min(config.update.micro_batch, group) * token * kept,
-        min(sampling.micro_batch, group) * token * _WIDTHS,
-        min(sampling.decode_batch, group) * maps,
-    )
-
-
 def explain_training(config: Config, total: int) -> str:
     """One sentence for a GPU of ``total`` bytes on which training did not fit.
 
@@ -171,6 +142,7 @@ def explain_training(config: Config, total: int) -> str:
     """
     model, needed = config.model, training_memory(config, rewards=0)
     full = model.train == "full"
+    less = "--update.optimizer adamw_8bit" if config.update.optimizer == "adamw" else ""
     remedy = "train --model.train lora" if full else "lower --model.lora_rank"
     frozen = needed.vae + needed.text_encoders
     held = needed.held - frozen
@@ -179,7 +151,8 @@ def explain_training(config: Config, total: int) -> str:
         f"({model.train}) and {_gib(frozen)} for the model's other parts, reward models and "
         "activations come on top; lower --update.micro_batch, --sampling.micro_batch and "
         f"--sampling.decode_batch, set --model.gradient_checkpointing true, --scoring.placement "
-        f"offload and --text.placement offload, or {remedy}"
+        f"offload, --text.placement offload{less and ', '}{less}, or {remedy}; `python -m mixgrpo "
+        "plan` shows what each saves"
     )
 
 

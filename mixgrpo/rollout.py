@@ -75,7 +75,7 @@ def rollout(
 
     x, v = x.repeat_interleave(spread, 0), v.repeat_interleave(spread, 0)  # [B, S, C]
     group = torch.arange(len(text)).repeat_interleave(noise.samples)
-    prompt = group.to(x.device)  # once: copying makes the host wait
+    prompt = group.to(x.device, non_blocking=True)
     branches = []
     for rows in _chunks(len(x), micro_batch):
         part = slice(rows.start, rows.stop)

@@ -266,7 +266,7 @@ def _predict(
     failed: Tensor,
 ) -> Prediction:
     steps = needed.step + trajectory.window.start
-    sigmas = trajectory.sigmas.to(steps.device)
+    sigmas = trajectory.sigmas.to(steps.device, non_blocking=True)
     x = _finite_if_failed(trajectory.states[needed.sample, needed.step], failed[needed.sample])
     text = trajectory.text[needed.prompt]
     v = velocity(x, sigmas[steps], text)

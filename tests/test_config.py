@@ -238,6 +238,20 @@ COMPLAINTS = {
     "target": ({"update.kl_target": 0.01}, 1, "kl_target is 0.01, but update.kl is 0"),
     "target below": ({"update.kl_target": -0.01}, 1, "kl_target is -0.01.*at least 0"),
     "decay": ({"ema.decay": 1.0}, 1, r"ema.decay is 1.0.*\[0, 1\)"),
+    "bfloat16 weights, float32 products": (
+        {"model.weights": "bfloat16_stochastic", "model.compute_dtype": "float32"},
+        1,
+        r"model.compute_dtype is float32; set --model.compute_dtype bfloat16",
+    ),
+    "bfloat16 weights, an average": (
+        {
+            "model.weights": "bfloat16_stochastic",
+            "model.compute_dtype": "bfloat16",
+            "ema.decay": 0.9,
+        },
+        1,
+        r"ema.decay is 0.9 with model.weights bfloat16_stochastic",
+    ),
     "shift": ({"sampling.shift": -1.0}, 1, "sampling.shift is -1.0"),
     "iterations": ({"run.iterations": 0}, 1, "run.iterations is 0.*at least 1"),
     "steps": ({"sampling.steps": 1}, 1, "sampling.steps is 1.*at least 2"),

@@ -465,19 +465,60 @@ def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
     assert re.fullmatch(r"7 -m pytest --numprocesses [1-4] --dist worksteal -k a b", ran)
 
 
+def with_a_browser(folder: Path) -> Path:
+    """A folder of programs with a browser, so that none is installed; nor could it be."""
+    programs = folder / "programs"
+    programs.mkdir()
+    there = dict.fromkeys(("chromium", "pdsh", "sshd", "ip", "ps"), "")
+    for name, text in {**there, "apt-get": f"touch {folder}/installed"}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    return programs
+
+
+@pytest.mark.parametrize(
+    ("user", "apt", "said", "required"),
+    [
+        (0, "cp {bin}/true {bin}/chromium", "== installing chromium", "required"),
+        (0, "exit 100", "== chromium could not be installed", "required"),
+        (1000, "exit 100", "only root can install one", ""),
+    ],
+)
+def test_ci_installs_a_browser_or_says_why_not(
+    tmp_path: Path, user: int, apt: str, said: str, required: str
+) -> None:
+    command = wrapping(".ci/run", tmp_path, "true")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "test.sh").write_text('echo "browser: $MIXGRPO_BROWSER."\n')
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for tool in ("bash", "env", "dirname", "readlink", "true", "cp"):
+        (programs / tool).symlink_to(str(shutil.which(tool)))
+    for name, text in (("id", f"echo {user}"), ("apt-get", apt.format(bin=programs))):
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": str(programs)}
+    done = subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
+    assert said in done.stdout
+    assert f"browser: {required}." in done.stdout.splitlines(), done.stderr
+    assert (programs / "chromium").exists() == (said == "== installing chromium")
+
+
 @pytest.mark.parametrize("failing", ["pytest", "ruff check", "ruff format", "mypy"])
 def test_ci_runs_every_check_and_fails_with_any(tmp_path: Path, failing: str) -> None:
     command = wrapping(".ci/run", tmp_path, f'echo "ran $*"; [[ $* != *"{failing}"* ]]')
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "test.sh").write_text(".venv/bin/python -m pytest\n")
-    (tmp_path / "apt-get").symlink_to(shutil.which("true") or "/bin/true")  # installs nothing
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = {"PATH": f"{with_a_browser(tmp_path)}:{os.environ['PATH']}"}
     result = subprocess.run(
         command, cwd="/", env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
     for check in ("-m pytest", "-m ruff check .", "-m ruff format --check .", "-m mypy"):
         assert f"ran {check}" in result.stdout.splitlines()
+    assert not (tmp_path / "installed").exists(), "there was a browser"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

@@ -64,7 +64,8 @@ def test_a_run_leaves_what_a_user_needs(straight):
             assert min(picture.size) > 100
     for iteration in (0, 2, 4):
         pictures = sorted((straight / "pictures" / f"iteration_{iteration:08d}").iterdir())
-        assert [picture.name for picture in pictures] == ["000.png", "001.png", "002.png"]
+        names = ["000.png", "001.png", "002.png", "scores.json"]
+        assert [picture.name for picture in pictures] == names
         with Image.open(pictures[0]) as picture:
             assert picture.size == (64, 64)
     assert (straight / "model" / "model_index.json").is_file()

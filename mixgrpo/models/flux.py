@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.models import Text
+from mixgrpo.models.compiled import compile_blocks
 from mixgrpo.models.flux_lora import without_casts
 from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, open_pipeline, require_parts
 from mixgrpo.types import TextEmbedding, Velocity
@@ -34,8 +35,8 @@ LORA_TARGETS = {
 class Flux:
     """The FLUX policy; see ``mixgrpo.models.Policy``.
 
-    Trained weights are float32 and computed with in ``compute_dtype`` by autocast; frozen weights
-    are stored in ``compute_dtype``.
+    Trained weights are float32, or bfloat16 if ``config.weights`` says so, and computed with in
+    ``compute_dtype`` by autocast; frozen weights are stored in ``compute_dtype``.
     """
 
     def __init__(
@@ -82,12 +83,13 @@ class Flux:
         """
         require_parts(config.path, PARTS)
         compute = getattr(torch, config.compute_dtype)
-        trained = torch.float32 if config.train == "full" else compute
-        dtypes = {"transformer": trained, "default": compute}
+        stored_as = trained_dtype(config) if config.train == "full" else compute
+        dtypes = {"transformer": stored_as, "default": compute}
         pipeline = open_pipeline(config.path, dtypes, without=TEXT_PARTS if stored else ())
         text = stored or FluxText(pipeline, config.text_length, device, text_placement)
         policy = cls(pipeline, config, device, text)
         policy._make_trainable(seed)
+        speed_up(policy.module, config)
         return policy
 
     @classmethod
@@ -124,7 +126,7 @@ class Flux:
         )
         for parameter in transformer.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(trained_dtype(self.config))
         without_casts(transformer)
 
     def velocity(self, module: nn.Module) -> Velocity:
@@ -205,6 +207,31 @@ class Flux:
             if part != "transformer":
                 # No links: what is done to the copy must not reach the model it was made from.
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+
+
+def trained_dtype(config: ModelConfig) -> torch.dtype:
+    """What trained weights are stored in."""
+    return torch.float32 if config.weights == "float32" else torch.bfloat16
+
+
+def speed_up(transformer: Any, config: ModelConfig) -> None:
+    """Sets the knobs that only speed depends on.
+
+    Raises:
+        ValueError: an attention backend or the compiler is not usable here.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    if config.attention != "native":
+        try:
+            transformer.set_attention_backend(config.attention)
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise ValueError(
+                f"model.attention is {config.attention!r}, which is not usable here "
+                f"({str(error).splitlines()[0]}); install its package, or set "
+                "--model.attention native"
+            ) from error
+    if config.compile != "off":
+        compile_blocks(transformer, config.compile)
 
 
 # diffusers casts sigma and guidance to the activations' dtype before it embeds them: in bfloat16
