@@ -662,7 +662,7 @@ def test_an_average_where_there_is_none(knobs, straight, lora_run):
     message = refused(knobs, checkpoint=str(straight / "model"), weights="ema")
     assert "is no checkpoints/iteration_N folder" in message
     message = refused(knobs, checkpoint=str(checkpoint_folder(lora_run, 1)), weights="ema")
-    assert "kept no average; take --weights plain" in message
+    assert "holds no average: its run kept none; take --weights plain" in message
 
 
 def test_a_lora_scale_for_whole_weights(knobs, straight):

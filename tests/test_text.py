@@ -652,7 +652,7 @@ def test_launch_hands_the_words_on_as_they_are():
     words = ["preprocess", "--prompts_files", "train", "b", "--output", "c"]
     with mock.patch.object(launch, "_start", return_value=0) as start:
         assert launch.run(["--nproc_per_node", "2", *words]) == 0
-    (given,) = start.call_args.args
+    given = start.call_args.args[0]
     assert (given.training_script, given.training_script_args) == ("mixgrpo", words)
     assert given.nproc_per_node == "2"
 

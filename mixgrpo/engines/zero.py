@@ -198,7 +198,8 @@ class Zero(Processes):
             self.torch_optimizer.step()
         for shard in self.shards:
             shard.grad = None
-        self.optimizer._lazy_init_hp_params_optimizer_state()
+        if self.knobs.zero_stage == 2:  # whose weights are told where theirs are
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _moments(self) -> list[str]:
         state = next(iter(self.torch_optimizer.state.values()))
