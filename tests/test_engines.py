@@ -61,7 +61,6 @@ SMALL_GPU = {
     "engine__offload": True,
     "model__gradient_checkpointing": True,
     "model__checkpoint_every": 2,
-    "update__micro_batch": 3,
     "ema__placement": "cpu",
 }
 ZERO3 = {"engine__kind": "deepspeed", "engine__zero_stage": 3}
@@ -229,7 +228,6 @@ def test_a_training_in_two_processes_equals_one(name, two, alone, world):
     folder, reference = two[1] / name, alone["lora" if "lora" in name else "full"]
     one, found = ({r["iteration"]: r for r in training_records(run)} for run in (reference, folder))
     assert found.keys() == one.keys()
-    assert found[1]["update/kl"] == 0
     for iteration, record in found.items():
         assert record["update/ratio_error_on_policy"] <= 1e-6
         for key in ("update/kl", "update/loss", "update/grad_norm", "reward/redness"):

@@ -168,7 +168,7 @@ def test_the_command_compares_and_tries_an_all_reduce(
     monkeypatch.chdir(tmp_path)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    (tmp_path / "hostfile").write_text("127.0.0.1\n127.0.0.2\n127.0.0.3\n")
+    (tmp_path / "hostfile").write_text("127.0.0.4\n127.0.0.2\n127.0.0.3\n")
     (tmp_path / "calls.127.0.0.3.away").touch()
     words = world.arguments(tmp_path / "run")[1:]
     assert main(["hosts", "--hostfile", "hostfile", "check", *words]) == 1
@@ -176,7 +176,7 @@ def test_the_command_compares_and_tries_an_all_reduce(
     assert "127.0.0.3: not reached (ssh: connect to host 127.0.0.3 port 22" in told
     assert "`ssh 127.0.0.3 true` must work from here without a password" in told
     assert "all-reduce" not in told
-    (tmp_path / "hostfile").write_text("127.0.0.1\n127.0.0.2\n")
+    (tmp_path / "hostfile").write_text("127.0.0.4\n127.0.0.2\n")
     assert main(["hosts", "--hostfile", "hostfile", "check", *words]) == 0
     told = capfd.readouterr().out
     assert "127.0.0.2: all-reduce by gloo: right, " in told

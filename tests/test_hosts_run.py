@@ -19,6 +19,8 @@ import pytest
 from hosts_world import Hosts, two_hosts
 from tiny_world import QUICK, REWARDS, ROOT, Gate, World, environment, training_records
 
+pytestmark = pytest.mark.slow
+
 CANARY = "canary0123456789canary0123456789canary01"
 LOST_AFTER = 6  # seconds
 

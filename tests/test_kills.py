@@ -27,6 +27,8 @@ from tiny_world import (
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.commands import main
 
+pytestmark = pytest.mark.slow
+
 ITERATIONS = 4
 KNOBS = {
     "run__iterations": ITERATIONS,

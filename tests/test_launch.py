@@ -129,6 +129,7 @@ def reward(images, texts):
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_told_of_and_takes_a_hung_one_along(tmp_path):
     (tmp_path / "deadly.py").write_text(DEADLY)
     done = subprocess.run(

@@ -93,6 +93,7 @@ def test_the_readme_shows_training_commands():
     assert len(TRAINING) >= 4
 
 
+@pytest.mark.slow
 def test_commands_run_in_their_order(place):
     assert len(REPORTS) >= 2
     for command in RUN:
@@ -105,6 +106,7 @@ def test_commands_run_in_their_order(place):
         assert said in done.stdout
 
 
+@pytest.mark.slow
 def test_sampling_commands_run(place):
     """In their order, on the first prompts; the tuned ones with a trained model where they want."""
     (place / "few.txt").write_text("a red circle on a gray background\n" * 3)
@@ -119,6 +121,7 @@ def test_sampling_commands_run(place):
         assert len(list((place / folder).glob("*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_the_scripts_run_one_after_the_other(place):
     """Preprocessing, fine-tuning, three inferences, evaluation: made short, otherwise as shown."""
     (place / "scripts").unlink()

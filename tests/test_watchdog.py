@@ -117,6 +117,7 @@ def test_phases_say_where_a_process_is():
     assert places == ["rollout", "decode", "rollout", "between phases"]
 
 
+@pytest.mark.slow
 def test_a_hung_reward_ends_a_training(world: World, folder: Path):
     rewards = {"stuck": RewardConfig(kind="tiny_world:stuck")}
     words = world.arguments(folder, **QUICK, run__patience=6, rewards=rewards)

@@ -195,7 +195,11 @@ class Zero(Processes):
         for shard in self.shards:
             shard.grad = torch.zeros_like(shard)
         with no_learning(self.torch_optimizer):
-            self.torch_optimizer.step()
+            if self.knobs.zero_stage == 3:  # whose optimizer knows one part at a time
+                for index in range(len(self.shards)):
+                    self.optimizer._optimizer_step(index)
+            else:
+                self.torch_optimizer.step()
         for shard in self.shards:
             shard.grad = None
         if self.knobs.zero_stage == 2:  # whose weights are told where theirs are
