@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo import checkpoint as checkpoints
-from mixgrpo.checkpoint import Checkpoint
+from mixgrpo.adamw import FrugalAdamW
+from mixgrpo.checkpoint import Saved
 from mixgrpo.checks import check_resumable
 from mixgrpo.config import Config
 from mixgrpo.distributed import Process
@@ -21,7 +22,8 @@ from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.engines.fsdp import FullySharded
 from mixgrpo.engines.zero import Zero
 from mixgrpo.maths.dpm_solver import make_solver
-from mixgrpo.maths.schedule import dynamic_shift, flash_sigmas
+from mixgrpo.maths.objective import make_kl
+from mixgrpo.maths.schedule import compressed_steps, dynamic_shift, flash_sigmas
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.models import Policy, Text
@@ -104,18 +106,22 @@ def make_windows(config: Config) -> WindowSchedule:
     knobs = asdict(config.window)
     if knobs["envelope"] is not None:
         knobs["envelope"] = tuple(knobs["envelope"])
-    return WindowSchedule(steps=config.sampling.steps, seed=config.run.seed, **knobs)
+    if knobs["seed"] is None:
+        knobs["seed"] = config.run.seed
+    return WindowSchedule(steps=config.sampling.steps, **knobs)
 
 
 def make_plan(config: Config, window: Window) -> SamplingPlan:
     """The sampling of an iteration whose window is ``window``."""
-    sampling, tail = config.sampling, config.tail
-    sigmas = flash_sigmas(sampling.steps, shift_for(config), window, tail.ratio)
+    sampling, prefix, tail = config.sampling, config.prefix, config.tail
+    sigmas = flash_sigmas(sampling.steps, shift_for(config), window, tail.ratio, prefix.ratio)
+    start = compressed_steps(window.start, prefix.ratio)
     return SamplingPlan(
         sigmas=sigmas,
-        window=window,
+        window=Window(start, start + window.size),
         transition=make_transition(sampling.transition, sampling.eta),
         solver=partial(make_solver, tail.solver, sigmas, tail.order, tail.variant),
+        prefix=partial(make_solver, prefix.solver, sigmas, prefix.order, prefix.variant),
     )
 
 
@@ -150,15 +156,23 @@ def reward_device(
 def make_optimizer(
     config: Config, parameters: list[torch.nn.Parameter]
 ) -> tuple[Optimizer, LRScheduler]:
-    """AdamW and its linear warm-up."""
+    """AdamW, torch's own where it can be, and its linear warm-up."""
     knobs = config.update
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=knobs.learning_rate,
-        betas=(knobs.betas[0], knobs.betas[1]),
-        weight_decay=knobs.weight_decay,
-        fused=parameters[0].device.type == "cuda",
-    )
+    betas = (knobs.betas[0], knobs.betas[1])
+    optimizer: Optimizer
+    if knobs.optimizer == "adamw" and config.model.weights == "float32":
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=knobs.learning_rate,
+            betas=betas,
+            weight_decay=knobs.weight_decay,
+            fused=parameters[0].device.type == "cuda",
+        )
+    else:
+        eight_bit = knobs.optimizer == "adamw_8bit"
+        optimizer = FrugalAdamW(
+            parameters, knobs.learning_rate, betas, knobs.weight_decay, eight_bit, config.run.seed
+        )
     warmup = max(1, knobs.warmup)
     return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
 
@@ -182,14 +196,15 @@ def make_noise(
     )
 
 
-def make_objective(config: Config, reference: Velocity | None) -> Objective:
-    """What the update optimises."""
+def make_objective(config: Config, reference: Velocity | None, kl: float) -> Objective:
+    """What the update optimises; ``kl`` is the KL's present weight."""
     return Objective(
         transition=make_transition(config.sampling.transition, config.sampling.eta),
         log_ratio=make_log_ratio(config.sampling.log_ratio),
         clip=config.update.clip,
-        kl=config.update.kl,
+        kl=kl,
         reference=reference,
+        kl_form=make_kl(config.update.kl_form),
     )
 
 
@@ -211,32 +226,33 @@ def prompt_digests(config: Config) -> dict[str, str]:
     }
 
 
-def resumed_checkpoint(config: Config) -> Checkpoint | None:
+def resumed_checkpoint(config: Config, process: Process) -> Saved | None:
     """The checkpoint to continue from, checked against the recipe; None to start afresh."""
     root = checkpoints_root(config)
-    newest = checkpoints.latest(root)
     if not config.run.resume:
+        newest = checkpoints.latest(root)
         if newest is not None:
             raise ValueError(
                 f"{config.run.folder!r} holds a run already (newest checkpoint {newest.name}); "
                 "continue it with --run.resume true, or choose another --run.folder"
             )
         return None
-    if newest is None:
+    saved = checkpoints.choose(process, root, config.run.resume_from)
+    if saved is None:
         return None
-    saved = checkpoints.load(newest)
-    check_resumable(saved.config, config)
+    position = saved.position
+    check_resumable(position.config, config)
     for key, digest in prompt_digests(config).items():
-        if saved.config.get(key, digest) != digest:
+        if position.config.get(key, digest) != digest:
             knob = key.removeprefix("contents.")
             raise ValueError(
                 f"the file of {knob} has other contents than when this run began, and a resumed "
                 "run must be the run uninterrupted; put the old ones back, or train into another "
                 "--run.folder"
             )
-    if saved.iteration > config.run.iterations:
+    if position.iteration > config.run.iterations:
         raise ValueError(
-            f"the checkpoint {newest} has {saved.iteration} iterations, run.iterations is "
+            f"the checkpoint {saved.path} has {position.iteration} iterations, run.iterations is "
             f"{config.run.iterations}; raise --run.iterations"
         )
     return saved

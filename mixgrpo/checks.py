@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from mixgrpo.config import Config, TextConfig, flatten
+from mixgrpo.config import Config, RunConfig, TextConfig, flatten
 
 # What a resumed run may change: nothing here alters the weights that training arrives at.
 MAY_CHANGE = (
     "run.iterations",
     "run.folder",
-    "run.resume",
+    "run.resume",  # and run.resume_from
     "run.threads",
+    "run.patience",
+    "run.grace",
     "text.mode",  # stored embeddings are those of the encoders, to the last bit
     "text.embeddings",
     "validation.every",
+    "validation.before",
     "validation.patience",
     "scoring.max_failed",
     "contents.",  # of the prompt files; compared apart
@@ -45,6 +49,7 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
     for side in ("height", "width"):
         if getattr(model, side) < 16 or getattr(model, side) % 16:
             yield f"model.{side} is {getattr(model, side)}; it must be a positive multiple of 16"
+    yield from _weight_complaints(config)
     if batch.samples < 2:
         yield (
             f"batch.samples is {batch.samples}: a group of one has nothing to be compared with; "
@@ -63,6 +68,8 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
             f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
             "--update.optimizer_steps to a divisor"
         )
+    yield from _resume_complaints(config.run)
+    yield from _emphasis_complaints(config)
     yield from _text_complaints(config.text)
     if not config.rewards:
         yield "there is no reward; add one, as the recipes in scripts/recipes show"
@@ -71,10 +78,11 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
         yield f"reward weights are {weights}; they must not be negative, and one must be positive"
     if config.scoring.max_failed > 1:
         yield f"scoring.max_failed is {config.scoring.max_failed}; it is a share, at most 1"
-    if not 0 < config.tail.ratio <= 1:
-        yield f"tail.ratio is {config.tail.ratio}; it must lie in (0, 1]"
-    if not 1 <= config.tail.order <= 3:
-        yield f"tail.order is {config.tail.order}; DPM-Solver++ has orders 1, 2 and 3"
+    for part, knobs in (("prefix", config.prefix), ("tail", config.tail)):
+        if not 0 < knobs.ratio <= 1:
+            yield f"{part}.ratio is {knobs.ratio}; it must lie in (0, 1]"
+        if not 1 <= knobs.order <= 3:
+            yield f"{part}.order is {knobs.order}; DPM-Solver++ has orders 1, 2 and 3"
     if not 0 <= config.ema.decay < 1:
         yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
 
@@ -97,6 +105,53 @@ def _engine_complaints(config: Config, world_size: int) -> Iterator[str]:
             "engine.offload is true, but one process has nothing to shard and holds all of the "
             "model on its device; start several, or set --engine.offload false"
         )
+    if engine.kind == "deepspeed" and config.update.optimizer != "adamw":
+        yield (
+            f"update.optimizer is {config.update.optimizer!r}, but DeepSpeed steps on flat float32 "
+            "copies of the weights; set --update.optimizer adamw or --engine.kind fsdp"
+        )
+    if engine.kind == "deepspeed" and config.model.weights != "float32":
+        yield (
+            f"model.weights is {config.model.weights!r}, but DeepSpeed keeps float32 copies of "
+            "them; set --model.weights float32 or --engine.kind fsdp"
+        )
+
+
+def _emphasis_complaints(config: Config) -> Iterator[str]:
+    """What is trained of a rollout, and how much it counts."""
+    advantage, update, samples = config.advantage, config.update, config.batch.samples
+    if not 0 <= advantage.trim < 0.5:
+        yield f"advantage.trim is {advantage.trim}; it is a share at each end, in [0, 0.5)"
+    kept, parts = advantage.best_of, update.optimizer_steps
+    if kept and not (0 < kept <= samples and kept % 2 == 0 and kept % parts == 0):
+        yield (
+            f"advantage.best_of is {kept}; it must be even, a multiple of update.optimizer_steps "
+            f"({parts}), and at most batch.samples ({samples}), or 0 to train all"
+        )
+    if not 0 < update.step_fraction <= 1:
+        yield f"update.step_fraction is {update.step_fraction}; it must lie in (0, 1]"
+    weights, steps = update.step_weight, config.sampling.steps
+    if isinstance(weights, list):
+        if len(weights) != steps - 1:
+            yield (
+                f"update.step_weight has {len(weights)} weights; {steps} denoising steps need "
+                f"{steps - 1}, one for each but the last"
+            )
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            yield f"update.step_weight is {weights}; weights are finite and >= 0, one positive"
+    if update.kl_target > 0 and update.kl == 0:
+        yield (
+            f"update.kl_target is {update.kl_target}, but update.kl is 0; set --update.kl to the "
+            "weight to begin with"
+        )
+
+
+def _resume_complaints(run: RunConfig) -> Iterator[str]:
+    if run.resume_from != "latest" and not run.resume:
+        yield (
+            f"run.resume_from is {run.resume_from!r}, but run.resume is false, so nothing is "
+            "continued; set --run.resume true"
+        )
 
 
 def _text_complaints(text: TextConfig) -> Iterator[str]:
@@ -109,6 +164,23 @@ def _text_complaints(text: TextConfig) -> Iterator[str]:
         yield (
             f"text.embeddings is {text.embeddings!r}, but text.mode is 'online', which reads "
             "none; set --text.mode embeddings"
+        )
+
+
+def _weight_complaints(config: Config) -> Iterator[str]:
+    if config.model.weights == "float32":
+        return
+    if config.model.compute_dtype != "bfloat16":
+        yield (
+            f"model.weights is {config.model.weights}, but model.compute_dtype is "
+            f"{config.model.compute_dtype}; set --model.compute_dtype bfloat16 or --model.weights "
+            "float32"
+        )
+    if config.ema.decay:
+        yield (
+            f"ema.decay is {config.ema.decay} with model.weights {config.model.weights}: an "
+            "average moves by less than bfloat16 can tell; set --ema.decay 0 or --model.weights "
+            "float32"
         )
 
 
@@ -127,6 +199,8 @@ def _sampling_complaints(config: Config) -> Iterator[str]:
 def _too_small(config: Config) -> Iterator[str]:
     least = {
         "run.iterations": 1,
+        "run.patience": 0,
+        "run.grace": 1,
         "sampling.steps": 2,
         "sampling.micro_batch": 1,
         "sampling.decode_batch": 1,
@@ -139,6 +213,7 @@ def _too_small(config: Config) -> Iterator[str]:
         "update.learning_rate": 1e-12,
         "update.max_grad_norm": 1e-12,
         "update.kl": 0,
+        "update.kl_target": 0,
         "update.warmup": 0,
         "model.lora_rank": 1,
         "model.text_length": 1,

@@ -24,9 +24,16 @@ class RunConfig:
     seed: int = 714
     """seed of everything drawn: noise, windows, prompt order, adapter initialisation"""
     resume: bool = False
-    """continue from the newest checkpoint in the folder; without one, start from the beginning"""
+    """continue from a checkpoint in the folder; without one, start from the beginning"""
+    resume_from: str = "latest"
+    """resume: latest, the newest checkpoint; undamaged, the newest that is not damaged; or the
+    name of a folder in checkpoints, to go back"""
     threads: int = 0
     """CPU threads per process; 0 leaves torch's choice, or an equal share under torchrun"""
+    patience: int = 1800
+    """seconds without progress after which every process tells where it hangs and ends; 0 never"""
+    grace: int = 900
+    """seconds to save and end in after SIGTERM or Ctrl-C; then the launcher kills"""
 
 
 @dataclass
@@ -45,8 +52,11 @@ class ModelConfig:
     """scale of the adapters, applied as alpha / rank"""
     lora_targets: Literal["attention", "all"] = "all"
     """which projections get adapters: the attention ones, or the feed-forward ones too"""
+    weights: Literal["float32", "bfloat16_stochastic"] = "float32"
+    """trained weights and gradients: float32; or, in half the memory, bfloat16, rounded without
+    bias in the optimizer"""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """dtype of the model's matrix products; weights, states and step arithmetic stay float32"""
+    """dtype of the model's matrix products; states and step arithmetic stay float32"""
     guidance: float = 3.5
     """value for the distilled guidance embedding; no effect on models without one"""
     height: int = 720
@@ -59,6 +69,23 @@ class ModelConfig:
     """recompute activations in the backward pass: less memory, about a third more time"""
     checkpoint_every: int = 1
     """gradient_checkpointing: recompute those of every n-th block only; 1 recomputes all"""
+    compile: Literal["off", "inductor", "aot_eager"] = "off"
+    """compile the transformer's repeated blocks: inductor for speed, after minutes of compiling;
+    aot_eager only traces them, to find out what cannot be compiled"""
+    attention: Literal[
+        "native",
+        "_native_flash",
+        "_native_efficient",
+        "_native_cudnn",
+        "_native_math",
+        "flash",
+        "flex",
+        "xformers",
+    ] = "native"
+    """diffusers' attention backend, of those that can be trained through; native: torch's choice;
+    flash and xformers need their packages"""
+    tf32: bool = False
+    """on a GPU, float32 matrix products with mantissas of 10 bits (TF32), the rewards' included"""
 
 
 @dataclass
@@ -86,8 +113,9 @@ class SamplingConfig:
     """stochastic step used inside the window"""
     eta: float = 0.7
     """noise level of the stochastic step"""
-    log_ratio: Literal["normal", "unscaled"] = "normal"
-    """true Gaussian density, or the published CPS variant without 1/(2 std^2)"""
+    log_ratio: Literal["normal", "unscaled", "guard"] = "normal"
+    """true Gaussian density; the published CPS variant without 1/(2 std^2); or GRPO-Guard's,
+    centred and of one scale at every step"""
     shared_noise: bool = True
     """all samples of a prompt start from one initial noise; their common steps are run once"""
     micro_batch: int = 12
@@ -124,6 +152,23 @@ class WindowConfig:
     """exp_decay: window start up to which nothing decays"""
     envelope: tuple[int, int] | None = None
     """[first, last+1) steps where windows may lie; without one, all but the last step"""
+    seed: int | None = None
+    """random: seed of the windows; without one, run.seed"""
+
+
+@dataclass
+class PrefixConfig:
+    """The deterministic steps before the window. Shortening them collapses quality (the paper's
+    ablation); here to be measured."""
+
+    solver: Literal["euler", "dpm"] = "euler"
+    """Euler, or DPM-Solver++ multistep"""
+    order: int = 2
+    """order of DPM-Solver++, 1 to 3"""
+    variant: Literal["midpoint", "heun"] = "midpoint"
+    """second-order variant of DPM-Solver++"""
+    ratio: float = 1.0
+    """share of the steps before the window that is kept; 1 keeps the base schedule"""
 
 
 @dataclass
@@ -190,6 +235,15 @@ class AdvantageConfig:
     """advantage_sum normalises each reward in its group before the weighted sum"""
     clip: float = 5.0
     """advantages are clamped to plus or minus this"""
+    trim: float = 0.0
+    """share of a group's rewards, at each end, that its mean and standard deviation leave out"""
+    skip_equal: bool = False
+    """groups whose advantages are all 0 do not count in the loss's average (DAPO)"""
+    balance: bool = False
+    """scale advantages so that the positive ones and the negative ones weigh the same in total"""
+    best_of: int = 0
+    """pictures of each group that are trained: the better half of them are its best, the other half
+    its worst; 0 trains all"""
 
 
 @dataclass
@@ -202,8 +256,19 @@ class UpdateConfig:
     """model evaluations in one forward and backward pass"""
     clip: float = 1e-4
     """the ratio is clipped to 1 plus or minus this"""
+    step_fraction: float = 1.0
+    """share of the window's steps that is trained, drawn anew for each sample (DanceGRPO: 0.6)"""
+    step_weight: Literal["equal", "inverse_dt", "noise"] | list[float] = "equal"
+    """weight of a step's loss: 1; 1 / step size in sigma (GRPO-Guard); its noise over the window's
+    mean (TempFlow-GRPO); or a list with one for each denoising step but the last"""
     kl: float = 0.0
     """weight of the KL to the reference policy (the untrained model)"""
+    kl_form: Literal["mean", "velocity"] = "mean"
+    """KL of the stochastic steps, or mean squared difference of the velocities"""
+    kl_target: float = 0.0
+    """the KL's weight is doubled or halved, from kl, to keep the KL near this (PPO); 0 leaves it"""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW with float32 moments, or in a quarter of the memory with moments of 8 bits"""
     learning_rate: float = 1e-5
     """AdamW learning rate"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -255,6 +320,8 @@ class ValidationConfig:
 
     every: int = 25
     """iterations between validations; 0 validates only before and after"""
+    before: bool = True
+    """validate the untrained model too; false where its scores are known from another run"""
     prompts_file: str = "data/prompts_test.txt"
     """validation prompts, one a line, UTF-8"""
     prompts: int = 64
@@ -278,6 +345,8 @@ class CheckpointConfig:
     """iterations between checkpoints; 0 saves only at the end"""
     keep: int = 2
     """newest checkpoints that are kept; 0 keeps all"""
+    asynchronous: bool = True
+    """train on while a checkpoint is written; this takes CPU memory for a copy of the state"""
 
 
 @dataclass
@@ -288,6 +357,8 @@ class LogConfig:
     """auto: online if WANDB_API_KEY is set, otherwise disabled"""
     project: str = "mixgrpo"
     """wandb project"""
+    tensorboard: bool = False
+    """write the same for TensorBoard into the folder's tensorboard/"""
     progress: bool = True
     """show a progress bar"""
 
@@ -301,6 +372,7 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
     tail: TailConfig = field(default_factory=TailConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
@@ -348,7 +420,12 @@ class PreprocessConfig:
 
 def flatten(config: Any) -> dict[str, Any]:
     """Dotted path -> value of any configuration, as JSON would give it back (tuples are lists)."""
-    return dict(_leaves("", asdict(config)))
+    return dotted(asdict(config))
+
+
+def dotted(values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted path -> value of nested dicts; empty ones are values."""
+    return dict(_leaves("", values))
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:

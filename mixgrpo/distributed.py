@@ -62,10 +62,7 @@ def process_group(threads: int) -> Iterator[Process]:
     # process, where NCCL gives up after minutes, and notice a lost one at once.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
-    # A group is destroyed with whoever held it last. DDP does so holding the interpreter's lock,
-    # joins gloo's threads, and hangs if one of these wants that lock; Python's own reference, kept
-    # here to the end, is given up without it.
-    atexit.register(lambda group: None, dist.group.WORLD)
+    _keep(dist.group.WORLD)
     try:
         yield Process(rank, world_size, device)
     except BaseException:
@@ -73,6 +70,25 @@ def process_group(threads: int) -> Iterator[Process]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def new_group(process: Process) -> dist.ProcessGroup | None:
+    """All processes once more, by gloo: for a thread of its own beside the run; None if alone."""
+    if process.world_size == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _keep(group)
+    return group
+
+
+def _keep(group: object) -> None:
+    """Keeps a group to the end.
+
+    It is destroyed with whoever held it last. DDP does so holding the interpreter's lock, joins
+    gloo's threads, and hangs if one of these wants that lock; Python's own reference, kept here, is
+    given up without it.
+    """
+    atexit.register(lambda group: None, group)
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:
@@ -99,8 +115,8 @@ def _device(local_rank: int, local_size: int) -> torch.device:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """Ends this process; one of several on GPUs that failed at once, waiting for no other."""
-    if exit_code and "RANK" in os.environ and torch.cuda.is_available():
+    """Ends this process; one of several that failed at once, waiting for no other and no thread."""
+    if exit_code and "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

@@ -1,8 +1,8 @@
-"""How much GPU memory sampling and training take, by rules of thumb, for when it was not enough."""
+"""How much memory sampling and training take, by rules of thumb."""
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +10,12 @@ import torch
 
 from mixgrpo.config import Config
 from mixgrpo.inference.config import InferenceConfig
+from mixgrpo.models.flux import LORA_TARGETS
+from mixgrpo.planning.activations import decoding_bytes, evaluation_bytes
+from mixgrpo.planning.device_memory import device_memory, first_width
+from mixgrpo.planning.flux_size import FluxSize
+from mixgrpo.planning.spread import Spread
 from mixgrpo.weight_files import read_shapes
-
-# Values of the transformer's width that live at once for each token, in a single-stream block:
-# the residual and its norm, q, k and v, the feed-forward's four before and four after its
-# activation, attention's result, and the five that are concatenated; one for copies.
-_WIDTHS = 20
-# Feature maps at full size that live at once in the decoder's last block: input, norm, activation,
-# convolution's result and its workspace, each of twice the decoder's first width.
-_MAPS = 5
 
 
 class OutOfMemory(RuntimeError):
@@ -44,16 +41,13 @@ def estimate(config: InferenceConfig) -> Memory:
     """Read off the model folder, without loading it."""
     folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
     parameters = _parameters(folder, "*")
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
-    decoder = json.loads((folder / "vae" / "config.json").read_text())
     pixels = config.model.height * config.model.width
     tokens = pixels // 256 + config.model.text_length
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    maps = _MAPS * 2 * decoder["block_out_channels"][0]
+    decoded = min(config.decode_batch, config.micro_batch)
     return Memory(
         weights=parameters * size,
-        evaluation=config.micro_batch * tokens * width * _WIDTHS * size,
-        decoding=min(config.decode_batch, config.micro_batch) * pixels * maps * size,
+        evaluation=evaluation_bytes(FluxSize.of_folder(folder), tokens, config.micro_batch, size),
+        decoding=decoding_bytes(pixels, decoded, first_width(folder), size),
     )
 
 
@@ -70,32 +64,96 @@ def explain(config: InferenceConfig, total: int) -> str:
     )
 
 
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a process takes to train with the whole model on its device, estimated.
+
+    Attributes:
+        weights: of the transformer, and of the adapters.
+        gradients: of the trained weights.
+        optimizer: AdamW's two moments.
+        ema: the average; 0 without one.
+        reference: the frozen copy for the KL; 0 without one.
+        rewards: their models, where they stay on the device.
+        text_encoders: both, where they stay on the device.
+        vae: the decoder and its encoder.
+        activations: the most that the rollout, the decoding or the update take at once, with the
+            weights' copies that autocast makes.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    reference: int
+    rewards: int
+    text_encoders: int
+    vae: int
+    activations: int
+
+    @property
+    def held(self) -> int:
+        """All the time, whatever the batches."""
+        return sum(vars(self).values()) - self.activations
+
+
+def training_memory(config: Config, rewards: int) -> TrainingMemory:
+    """Read off the model folder, without loading it; see ``mixgrpo.planning``.
+
+    Args:
+        rewards: bytes of the reward models.
+
+    Raises:
+        FileNotFoundError: there is no transformer in it.
+    """
+    folder = Path(config.model.path)
+    if not (folder / "transformer" / "config.json").is_file():
+        raise FileNotFoundError(f"there is no transformer in {folder}")
+    found = device_memory(config, Spread("single"), gpus=1)
+    return TrainingMemory(
+        weights=found.weights,
+        gradients=found.gradients,
+        optimizer=found.optimizer,
+        ema=found.average,
+        reference=found.reference,
+        rewards=rewards * (config.scoring.placement == "device"),
+        text_encoders=found.text,
+        vae=found.vae,
+        activations=found.whole + max(found.kept, found.evaluating),
+    )
+
+
+def trained_weights(config: Config) -> int:
+    """How many weights a run trains: the transformer's, or r*(in + out) for each adapted layer."""
+    folder, model = Path(config.model.path), config.model
+    if model.train == "full":
+        return _parameters(folder, "transformer")
+    shapes = read_shapes(folder.glob("transformer/*.safetensors"))
+    layers = re.compile(LORA_TARGETS[model.lora_targets] + r"\.weight")
+    return sum(
+        model.lora_rank * sum(w.shape) for name, w in shapes.items() if layers.fullmatch(name)
+    )
+
+
 def explain_training(config: Config, total: int) -> str:
     """One sentence for a GPU of ``total`` bytes on which training did not fit.
 
-    Held all the time, for each trained weight: float32 weight, gradient, AdamW's two moments, the
-    average if there is one, and the frozen copy if there is a KL.
+    The rewards, whose sizes are not looked up here, are left out.
     """
-    model, folder = config.model, Path(config.model.path)
-    transformer, size = (
-        _parameters(folder, "transformer"),
-        getattr(torch, model.compute_dtype).itemsize,
-    )
-    if model.train == "full":
-        copies = 4 + bool(config.ema.decay) + bool(config.update.kl)
-        held, remedy = transformer * 4 * copies, "train --model.train lora"
-    else:
-        held, remedy = transformer * size, "lower --model.lora_rank"
-    frozen = _parameters(folder, "vae") * size
-    if config.text.mode == "online" and config.text.placement == "device":
-        frozen += _parameters(folder, "text_encoder*") * size
+    model, needed = config.model, training_memory(config, rewards=0)
+    full = model.train == "full"
+    less = "--update.optimizer adamw_8bit" if config.update.optimizer == "adamw" else ""
+    remedy = "train --model.train lora" if full else "lower --model.lora_rank"
+    frozen = needed.vae + needed.text_encoders
+    held = needed.held - frozen
     return (
         f"the GPU's {_gib(total)} did not suffice: about {_gib(held)} are held for the transformer "
         f"({model.train}) and {_gib(frozen)} for the model's other parts, reward models and "
         "activations come on top; lower --update.micro_batch, --sampling.micro_batch and "
         f"--sampling.decode_batch, set --model.gradient_checkpointing true, --scoring.placement "
-        f"offload and --text.placement offload, shard over several GPUs with --engine.kind fsdp "
-        f"(--engine.gather evaluation --engine.reduce micro_batch take the least), or {remedy}"
+        f"offload{less and ', '}{less}, --text.placement offload, shard over several GPUs with "
+        "--engine.kind fsdp (--engine.gather evaluation --engine.reduce micro_batch take the "
+        f"least), or {remedy}; `python -m mixgrpo plan` shows what each saves"
     )
 
 

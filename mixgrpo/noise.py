@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _INITIAL = -1  # the "step" of the initial noise
+_STEPS = -2  # the "step" of the draw of trained steps
 _SHARED = -1  # the "sample" of a noise that all samples of a prompt share
 
 
@@ -18,6 +19,21 @@ def key_seed(*key: int) -> int:
     """A seed from integers, everywhere the same; 32 bits, all that torch's generator uses."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 1) & 0xFFFFFFFF
+
+
+def drawn_steps(
+    seed: int, iteration: int, prompts: int, samples: int, steps: int, count: int
+) -> Tensor:
+    """[prompts*samples, steps] bool: ``count`` of the window's steps for each sample of the batch.
+
+    Each sample's draw depends on (seed, iteration, prompt, sample) alone.
+    """
+    drawn = torch.zeros(prompts * samples, steps, dtype=torch.bool)
+    for row, chosen in enumerate(drawn):
+        key = (seed, iteration, row // samples, row % samples, _STEPS)
+        generator = torch.Generator().manual_seed(key_seed(*key))
+        chosen[torch.randperm(steps, generator=generator)[:count]] = True
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,19 @@ def save_pictures(images: Tensor, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         to_pil(image).save(folder / f"{index:03d}.png")
+
+
+def save_scores(prompts: Sequence[str], scores: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes ``scores.json`` beside pictures: their n prompts, and each reward's n scores.
+
+    A score that is no number is null.
+    """
+    known = {
+        name: [value if math.isfinite(value) else None for value in values.tolist()]
+        for name, values in scores.items()
+    }
+    text = json.dumps({"prompts": list(prompts), "scores": known}, ensure_ascii=False)
+    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
 
 
 def before_after(

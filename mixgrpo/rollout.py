@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixgrpo.maths.dpm_solver import Solver
+from mixgrpo.maths.dpm_solver import Euler, Solver
 from mixgrpo.maths.schedule import step_at
 from mixgrpo.maths.transitions import Transition, euler, predict_data, sample
 from mixgrpo.noise import Noise
@@ -29,12 +29,14 @@ class SamplingPlan:
         window: the stochastic steps.
         transition: the stochastic step.
         solver: makes the solver of the steps behind the window, a fresh one per micro-batch.
+        prefix: makes that of the steps before the window.
     """
 
     sigmas: Tensor
     window: Window
     transition: Transition
     solver: Callable[[], Solver]
+    prefix: Callable[[], Solver] = Euler
 
     @property
     def steps(self) -> int:
@@ -65,14 +67,15 @@ def rollout(
     spread = noise.samples if noise.shared else 1
     sources = text.repeat_each(noise.samples // spread)
     evaluate = in_batches(velocity, micro_batch)
+    prefix = plan.prefix()
     for i in range(plan.window.start):
-        x = euler(x, evaluate(x, plan.sigmas[i], sources), step_at(plan.sigmas, i))
+        x = prefix.step(x, evaluate(x, plan.sigmas[i], sources), step_at(plan.sigmas, i))
     v = evaluate(x, plan.sigmas[plan.window.start], sources)
     evaluations = len(x) * (plan.window.start + 1)
 
     x, v = x.repeat_interleave(spread, 0), v.repeat_interleave(spread, 0)  # [B, S, C]
     group = torch.arange(len(text)).repeat_interleave(noise.samples)
-    prompt = group.to(x.device)  # once: copying makes the host wait
+    prompt = group.to(x.device, non_blocking=True)
     branches = []
     for rows in _chunks(len(x), micro_batch):
         part = slice(rows.start, rows.stop)

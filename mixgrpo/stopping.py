@@ -17,6 +17,10 @@ class TrainingStopped(RuntimeError):
         self.exit_code = exit_code
 
 
+class SamplingStopped(Exception):
+    """A signal came while pictures were being sampled; the weights are whole."""
+
+
 class StopRequest:
     """Whether SIGTERM or Ctrl-C has asked for an end, and which of them."""
 

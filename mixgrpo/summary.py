@@ -14,17 +14,23 @@ from mixgrpo.config import Config
 from mixgrpo.hacking import hacking_warning
 from mixgrpo.pictures import before_after, reward_curves
 from mixgrpo.prompts import read_prompts
+from mixgrpo.report.page import write_report
+from mixgrpo.report.runs import read_run
 from mixgrpo.tracking import read_metrics
 
 
 def summarize(folder: Path, config: Config) -> str:
-    """Writes ``before_after.png`` and ``rewards.png``; returns the closing table and the paths."""
+    """Writes ``before_after.png``, ``rewards.png`` and ``report.html``; returns what to tell.
+
+    That is the closing table, and the paths.
+    """
     history = read_metrics(folder)
     reward_curves(history, folder / "rewards.png")
     lines = [_table(history, config), f"reward curves: {folder / 'rewards.png'}"]
     grid = _before_after(folder, config)
     if grid is not None:
         lines.append(f"before and after: {grid}")
+    lines.append(f"report: {write_report([read_run(folder)], folder / 'report.html')}")
     lines.append(f"trained model: {folder / 'model'}")
     weights = {name: knobs.weight for name, knobs in config.rewards.items()}
     warning = hacking_warning(history, weights, config.validation.patience)
@@ -36,7 +42,8 @@ def summarize(folder: Path, config: Config) -> str:
 def _table(history: list[dict[str, Any]], config: Config) -> str:
     """Validation scores before and after training, a line for each reward."""
     validations = [r for r in history if any(key.startswith("validation/") for key in r)]
-    first, last = validations[0], validations[-1]
+    last = validations[-1]
+    first = validations[0] if validations[0]["iteration"] == 0 else {}
     width = max(map(len, ("validation", *config.rewards)))
     rows = [
         f"{'validation':<{width}}  {'before':>8}  {'after':>8}  {'change':>8}  {'EMA':>8}",

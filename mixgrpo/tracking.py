@@ -1,4 +1,4 @@
-"""What a run tells: the progress bar, ``metrics.jsonl``, wandb."""
+"""What a run tells: the progress bar, ``metrics.jsonl``, wandb, TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -26,14 +26,24 @@ WANDB_PATIENCE = 60  # seconds, for its server to answer
 class Phases:
     """Seconds spent in each named phase since the last ``take``, without the phases inside it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, progress: Callable[[str], None] = lambda name: None
+    ) -> None:
+        """
+        Args:
+            progress: called with a phase's name when it begins, and when one inside it ends.
+        """
         self.device = device
+        self.progress = progress
         self.seconds: dict[str, float] = {}
+        self._name = "between phases"
         self._inside = 0.0  # seconds of the phases that ended inside the present one
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         outer, self._inside = self._inside, 0.0
+        outer_name, self._name = self._name, name
+        self.progress(name)
         start = perf_counter()
         yield
         if self.device.type == "cuda":  # once per phase, so that its kernels are counted in it
@@ -41,6 +51,8 @@ class Phases:
         seconds = perf_counter() - start
         self.add(name, seconds - self._inside)
         self._inside = outer + seconds
+        self._name = outer_name
+        self.progress(outer_name)
 
     def add(self, name: str, seconds: float) -> None:
         """Counts seconds that were measured elsewhere."""
@@ -70,6 +82,7 @@ class Tracker:
         self.active = active
         self.folder = folder
         self.wandb: Any = None
+        self.tensorboard: Any = None
         if not active:
             return
         path = folder / "metrics.jsonl"
@@ -83,6 +96,8 @@ class Tracker:
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
         self.wandb = _start_wandb(config, folder)
+        if config.log.tensorboard:
+            self.tensorboard = _start_tensorboard(config, folder, first_iteration)
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         """Records metrics under the number of iterations done; NaN is written as null."""
@@ -96,8 +111,12 @@ class Tracker:
                 f"{self.file.name} could not be written ({error.strerror}); free some disk space, "
                 "then continue from the newest checkpoint with --run.resume true"
             ) from error
+        known = {k: v for k, v in finite.items() if v is not None}
         if self.wandb:
-            self.wandb.log({k: v for k, v in finite.items() if v is not None}, step=iteration)
+            self.wandb.log(known, step=iteration)
+        if self.tensorboard:
+            _add_scalars(self.tensorboard, iteration, known)
+            self.tensorboard.flush()
 
     def advance(self, summary: str) -> None:
         """Moves the progress bar by one iteration."""
@@ -106,7 +125,11 @@ class Tracker:
             self.bar.update()
 
     def pictures(self, iteration: int, images: Tensor, captions: Sequence[str]) -> None:
-        """Sends pictures [N, 3, H, W] uint8 to wandb."""
+        """Sends pictures [N, 3, H, W] uint8 to wandb and TensorBoard."""
+        if self.tensorboard:
+            for place, image in enumerate(images.cpu()):
+                self.tensorboard.add_image(f"pictures/{place:03d}", image, iteration)
+            self.tensorboard.flush()
         if self.wandb:
             import wandb
 
@@ -134,6 +157,8 @@ class Tracker:
                 self.file.close()
             if self.wandb:
                 self.wandb.finish()
+            if self.tensorboard:
+                self.tensorboard.close()
 
 
 def _keep_records(path: Path, done: int, total: int) -> None:
@@ -152,6 +177,32 @@ def _keep_records(path: Path, done: int, total: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
     partial.replace(path)  # a full disk must not cost the old records
+
+
+def _start_tensorboard(config: Config, folder: Path, done: int) -> Any:
+    """A writer into ``folder/tensorboard`` that voids what is there of iterations done again.
+
+    Of what it voids, the records that were kept are written once more: those of the iteration
+    ``done`` where its validation is repeated, and all where nothing was written before.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    target = folder / "tensorboard"
+    is_at_an_end = done in (0, config.run.iterations)
+    first = 0 if not target.exists() else done if is_at_an_end else done + 1
+    writer = SummaryWriter(str(target), purge_step=first)
+    rows = "".join(f"| {name} | `{value}` |\n" for name, value in flatten(config).items())
+    writer.add_text("config", f"| knob | value |\n|---|---|\n{rows}", first)
+    for record in read_metrics(folder):
+        if record["iteration"] >= first:
+            values = {k: v for k, v in record.items() if k != "iteration" and v is not None}
+            _add_scalars(writer, record["iteration"], values)
+    return writer
+
+
+def _add_scalars(writer: Any, iteration: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, iteration)
 
 
 def _start_wandb(config: Config, folder: Path) -> Any:

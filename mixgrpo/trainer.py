@@ -8,9 +8,9 @@ import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mixgrpo import checkpoint as checkpoints
@@ -30,15 +30,18 @@ from mixgrpo.assembly import (
     reward_device,
     shift_for,
 )
-from mixgrpo.checkpoint import Checkpoint
+from mixgrpo.checkpoint import Position, Saved, Saver, Shards
 from mixgrpo.checks import check
 from mixgrpo.config import Config, flatten
 from mixgrpo.disk import own_folder
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
-from mixgrpo.engines.shards import read_from
+from mixgrpo.emphasis import emphasize
+from mixgrpo.export import export
 from mixgrpo.hacking import hacking_warning
 from mixgrpo.maths.advantages import group_advantages
+from mixgrpo.maths.emphasis import balanced
+from mixgrpo.maths.objective import adapted_kl_weight
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.memory import OutOfMemory, explain_training, memory_of
 from mixgrpo.models import Policy
@@ -53,11 +56,12 @@ from mixgrpo.rewards import (
     resident,
 )
 from mixgrpo.rollout import rollout
-from mixgrpo.stopping import StopRequest, TrainingStopped
+from mixgrpo.stopping import SamplingStopped, StopRequest, TrainingStopped
 from mixgrpo.tracking import Phases, Tracker, read_metrics
 from mixgrpo.types import Scores, Trajectory, Window
 from mixgrpo.update import NonFiniteUpdate, update
 from mixgrpo.validation import Validation, Validator
+from mixgrpo.watchdog import Watchdog
 
 
 def train(config: Config) -> Path:
@@ -72,7 +76,7 @@ def train(config: Config) -> Path:
     with process_group(config.run.threads) as process, _explained(config, process):
         check(config, process.world_size)
         windows = make_windows(config)
-        resumed = resumed_checkpoint(config)
+        resumed = resumed_checkpoint(config, process)
         prompts = read_prompts(config.batch.prompts_file, "batch.prompts_file")
         validation_prompts = read_prompts(
             config.validation.prompts_file, "validation.prompts_file"
@@ -86,7 +90,6 @@ def train(config: Config) -> Path:
             )
             if resumed is not None:
                 trainer.restore(resumed)
-                del resumed  # twice the size of the weights, and more
             trainer.run()
     return Path(config.run.folder)
 
@@ -134,6 +137,7 @@ class Trainer:
         self.engine = engine = make_engine(config, process, policy)
         self.velocity = policy.velocity(engine.module)
         self.reference = make_reference(policy, engine, untrained) if config.update.kl > 0 else None
+        self.kl_weight = config.update.kl
         on_cpu = config.ema.placement == "cpu"
         self.ema = (
             Ema(engine.shards, config.ema.decay, engine.refresh, on_cpu)
@@ -141,19 +145,27 @@ class Trainer:
             else None
         )
         self.validator = Validator(config, policy, rewards, validation_prompts, shift_for(config))
-        self.phases = Phases(process.device)
+        self.saver = Saver(
+            process,
+            checkpoints_root(config),
+            config.checkpoint.keep,
+            config.checkpoint.asynchronous,
+        )
+        self.resumed: Path | None = None  # the checkpoint that this continues from
+        self.watchdog = Watchdog(config.run.patience, process)
+        self.phases = Phases(process.device, self.watchdog.progress)
         self.iteration = 0  # iterations done
         self.contents = prompt_digests(config)  # at the beginning: files may change meanwhile
         self.stop = StopRequest()
 
     def run(self) -> None:
         """Trains from the present position to the last iteration."""
-        with self.stop.from_signals():
+        with self.stop.from_signals(), self.watchdog:
             self._prepare_folder()
             self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
             try:
                 self._tell_start()
-                if self.iteration == 0:
+                if self.iteration == 0 and self.config.validation.before:
                     self._validate()
                 while self.iteration < self.config.run.iterations:
                     self._iterate()
@@ -165,7 +177,11 @@ class Trainer:
     def _iterate(self) -> None:
         """One iteration, as the design's sentence."""
         window = self.windows.at(self.iteration)
-        batch = self._sample(window)
+        try:
+            batch = self._sample(window)
+        except SamplingStopped:
+            self._stop_if_asked()  # saves, out of all that sampling keeps open
+            raise
         self._stop_if_asked()
         scores = self._gather(batch.scoring)
         advantages = self._advantages(scores)
@@ -193,8 +209,10 @@ class Trainer:
                     parts = latents.split(config.sampling.decode_batch)
                     images = torch.cat([self.policy.decode(part) for part in parts])
                 stream.submit(images, texts[rows.start : rows.stop])
+                if self.engine.any(self.stop.signal is not None):
+                    raise SamplingStopped
 
-            with self.phases("rollout"):
+            with self.phases("rollout"), stream.given_up_on_error():
                 plan, size = make_plan(config, window), config.sampling.micro_batch
                 with self.engine.gathered():
                     trajectory = rollout(self.velocity, text, plan, noise, size, decode_and_score)
@@ -214,7 +232,7 @@ class Trainer:
         try:
             check_failures(Scoring(scores, scoring.causes), self.config.scoring.max_failed)
         except RewardError as error:
-            path = self._save()
+            path = self._save_now()
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}: {error}; saved {path}; mend the reward or raise "
                 "--scoring.max_failed, then continue with --run.resume true",
@@ -228,21 +246,32 @@ class Trainer:
         weights = {name: self.config.rewards[name].weight for name in scores}
         count = self.config.batch.prompts * self.config.batch.samples
         group = torch.arange(count, device=self.engine.device) // self.config.batch.samples
-        return group_advantages(scores, group, weights, knobs.kind, knobs.clip)
+        advantages = group_advantages(scores, group, weights, knobs.kind, knobs.clip, knobs.trim)
+        return balanced(advantages) if knobs.balance else advantages
 
     def _update(self, batch: Batch, advantages: Tensor) -> dict[str, Tensor]:
         knobs = self.config.update
-        mine = advantages.chunk(self.engine.world_size)[self.engine.rank]
-        objective = make_objective(self.config, self.reference)
+        trajectory, mine, emphasis = emphasize(
+            self.config,
+            self.iteration,
+            batch.trajectory,
+            advantages,
+            self.engine.rank,
+            self.engine.world_size,
+        )
+        objective = make_objective(self.config, self.reference, self.kl_weight)
         try:
             with self.phases("update"):
-                return update(self.engine, self.velocity, batch.trajectory, mine, objective, knobs)
+                metrics = update(
+                    self.engine, self.velocity, trajectory, mine, objective, knobs, emphasis
+                )
         except NonFiniteUpdate as error:
             # After the first optimizer step the weights are between two iterations, and it may be
             # that step which broke them: an older checkpoint is better, if there is one.
             root = checkpoints_root(self.config)
+            self.saver.wait()
             if error.optimizer_step == 0 or checkpoints.latest(root) is None:
-                self._save()
+                self._save_now()
             newest = checkpoints.latest(root)
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}, window {batch.trajectory.window}: {error}; this "
@@ -251,17 +280,24 @@ class Trainer:
                 "and train into another --run.folder, or continue with --run.resume true",
                 exit_code=1,
             ) from error
+        metrics["evaluations_per_image"] *= len(trajectory) / len(batch.trajectory)
+        return metrics
 
     # ---- after an iteration
 
     def _after_iteration(self) -> None:
         config = self.config
         last = self.iteration == config.run.iterations
+        if self.saver.under_way:
+            with self.phases("save"):
+                self.saver.poll()
         if not last:
             self._stop_if_asked()  # whoever asked will not wait for a validation
         if config.validation.every and self.iteration % config.validation.every == 0 and not last:
             self._validate()
-        if last or (config.checkpoint.every and self.iteration % config.checkpoint.every == 0):
+        if last:
+            self._save_now()
+        elif config.checkpoint.every and self.iteration % config.checkpoint.every == 0:
             self._save()
         if not last:
             self._stop_if_asked()
@@ -281,6 +317,7 @@ class Trainer:
         record = dict(zip((f"update/{n}" for n in names), reduced.mean(0).tolist(), strict=True))
         worst = names.index("ratio_error_on_policy")
         record["update/ratio_error_on_policy"] = reduced[:, worst].max().item()
+        self._adapt_kl(record)
         for name, values in scores.items():
             record[f"reward/{name}"] = values.nanmean().item()
             record[f"reward_failed/{name}"] = values.isnan().sum().item()
@@ -293,6 +330,13 @@ class Trainer:
         rewards = " ".join(f"{name} {values.nanmean():.3f}" for name, values in scores.items())
         phases = " ".join(f"{name} {value:.2f}s" for name, value in seconds.items())
         self.tracker.advance(f"window {window} | {rewards} | {phases}")
+
+    def _adapt_kl(self, record: dict[str, float]) -> None:
+        """The KL's weight for the next iteration, from every process's KL."""
+        target = self.config.update.kl_target
+        if target:
+            record["update/kl_weight"] = self.kl_weight
+            self.kl_weight = adapted_kl_weight(self.kl_weight, record["update/kl"], target)
 
     def _validate(self) -> Validation:
         """Scores the fixed prompts, with and without the average; logs and keeps pictures."""
@@ -307,7 +351,7 @@ class Trainer:
         record = {f"validation/{name}": value for name, value in plain.means.items()}
         if average:
             record |= {f"validation_ema/{name}": value for name, value in average.means.items()}
-        record["seconds/validation"] = self.phases.take()["validation"]
+        record |= {f"seconds/{name}": value for name, value in self.phases.take().items()}
         self.tracker.log(self.iteration, record)
         self._watch()
         if self.engine.rank == 0:
@@ -325,70 +369,60 @@ class Trainer:
 
     def _finish(self) -> None:
         self._validate()
-        weights = self.engine.weights(whole=True)
-        if self.engine.rank == 0:
+        checkpoint = self.saver.wait() or self.resumed
+        if self.engine.rank == 0 and checkpoint is not None:
             from mixgrpo.summary import summarize
 
-            self._export(self.folder / "model", weights)
+            export(checkpoint, self.folder / "model")
             self.tracker.say(summarize(self.folder, self.config))
         self.engine.barrier()
 
-    def _export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        try:
-            self.policy.export(folder, weights)
-        except (OSError, SafetensorError) as error:
-            raise checkpoints.CheckpointError(
-                f"the trained model {folder} could not be written ({error}); the newest checkpoint "
-                f"is {checkpoints.latest(checkpoints_root(self.config))}; free some disk space, "
-                "then --run.resume true writes it"
-            ) from error
-
     # ---- saving and stopping
 
-    def _save(self) -> Path:
-        """Writes a checkpoint from rank 0 and lets the others wait; an error is raised on all."""
-        path = checkpoints_root(self.config)
-        error: checkpoints.CheckpointError | None = None
-        state = self._state()
-        if self.engine.rank == 0:
-            try:
-                path = checkpoints.save(path, state, self.config.checkpoint.keep)
-            except checkpoints.CheckpointError as caught:
-                error = caught
-        if self.engine.any(error is not None):
-            raise error or checkpoints.CheckpointError("rank 0 could not write a checkpoint")
+    def _save(self) -> None:
+        """Writes a checkpoint; asynchronously, it is whole after some iterations."""
+        position = Position(
+            iteration=self.iteration,
+            ema_updates=self.ema.updates if self.ema else 0,
+            config={**flatten(self.config), **self.contents},
+            kl_weight=self.kl_weight,
+        )
+        with self.phases("save"):
+            # The average comes first: it is where the weights are while it is copied.
+            self.saver.save({**self._average(), **self.engine.state()}, position)
+
+    def _save_now(self) -> Path:
+        """Lets a checkpoint of the present weights be whole; returns its path."""
+        if not self.saver.has(self.iteration):
+            self._save()
+        with self.phases("save"):
+            path = self.saver.wait()
+        assert path is not None
         return path
 
-    def _state(self) -> Checkpoint:
-        """Whole on rank 0; every process has to call."""
-        state = self.engine.state(whole=True)
-        average: dict[str, Tensor] = {}
-        if self.ema:
-            with self.ema.swapped():
-                average = self.engine.weights(whole=True)
-        return Checkpoint(
-            iteration=self.iteration,
-            weights=state.pop("model"),
-            ema=average,
-            ema_updates=self.ema.updates if self.ema else 0,
-            engine=state,
-            config={**flatten(self.config), **self.contents},
-        )
+    def _average(self) -> dict[str, Any]:
+        if not self.ema:
+            return {}
+        with self.ema.swapped():
+            return self.saver.copy({"ema": self.engine.weights()})
 
-    def restore(self, saved: Checkpoint) -> None:
+    def restore(self, saved: Saved) -> None:
         """Continues from a checkpoint of this same recipe."""
-        self.engine.restore(read_from({"model": saved.weights, **saved.engine}))
+        shards, group = Shards(saved.path), self.saver.group
+        self.engine.restore(lambda state: shards.read(state, group))
         if self.ema:
             with self.ema.swapped():
-                self.engine.load_weights(read_from(saved.ema))
-            self.ema.updates = saved.ema_updates
-        self.iteration = saved.iteration
+                self.engine.load_weights(lambda weights: shards.read({"ema": weights}, group))
+            self.ema.updates = saved.position.ema_updates
+        self.kl_weight = saved.position.kl_weight
+        self.iteration = saved.position.iteration
+        self.resumed = saved.path
 
     def _stop_if_asked(self) -> None:
         """Called where the weights are those of a whole number of iterations."""
         if not self.engine.any(self.stop.signal is not None):
             return
-        path = self._save()
+        path = self._save_now()
         number = self.stop.signal or signal.SIGTERM
         raise TrainingStopped(
             f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; saved "
@@ -427,6 +461,6 @@ class Trainer:
         say(
             f"iterations {self.iteration + 1} to {self.config.run.iterations} on "
             f"{self.engine.world_size} x {self.engine.device.type}, {self.trained / 1e6:.2f}M "
-            f"trained weights; windows of {self.config.window.size} steps lie in [{start}, {stop}) "
+            f"trained weights; windows of {windows[0].size} steps lie in [{start}, {stop}) "
             f"of {self.config.sampling.steps}; results in {self.folder}"
         )

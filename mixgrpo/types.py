@@ -8,7 +8,7 @@ tokens. Sigma is 1 at pure noise and 0 at data.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -102,6 +102,17 @@ class Trajectory:
 
     def __len__(self) -> int:
         return self.states.shape[0]
+
+    def select(self, rows: Tensor) -> Trajectory:
+        """Some of the samples; ``rows`` ascend, on the CPU, equally many of each group."""
+        here = rows.to(self.states.device)
+        return replace(
+            self,
+            states=self.states[here],
+            old_means=self.old_means[here],
+            final=self.final[here],
+            group=self.group[rows],
+        )
 
     @property
     def evaluations_per_image(self) -> float:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mixgrpo.config import UpdateConfig
+from mixgrpo.emphasis import Emphasis, whole
 from mixgrpo.engines import Engine
-from mixgrpo.maths.objective import clipped_loss, is_clipped, kl_to_reference
+from mixgrpo.maths.objective import KL, Prediction, clipped_loss, is_clipped, kl_in_mean
 from mixgrpo.maths.schedule import step_at
-from mixgrpo.maths.transitions import LogRatio, Normal, Transition
+from mixgrpo.maths.transitions import LogRatio, Transition
 from mixgrpo.types import Trajectory, Velocity
 
 
@@ -31,6 +32,7 @@ class Objective:
         clip: the ratio is clipped to 1 +- clip.
         kl: weight of the KL to the reference.
         reference: the reference policy's velocity; needed only if kl > 0.
+        kl_form: the KL of two policies' predictions.
     """
 
     transition: Transition
@@ -38,6 +40,7 @@ class Objective:
     clip: float
     kl: float = 0.0
     reference: Velocity | None = None
+    kl_form: KL = kl_in_mean
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Evaluations:
         prompt: [E] position of its prompt in the trajectory's text.
         step: [E] its step, counted from the window's first.
         row_sample: [R] sample of each transition.
-        row_evaluation: [R] index into the E evaluations, non-decreasing.
+        row_evaluation: [R] index into the E evaluations, non-decreasing. An evaluation may serve
+            none: it is there to keep this process in step with the others.
     """
 
     sample: Tensor
@@ -72,6 +76,17 @@ class Evaluations:
             self.step[start : start + size],
             self.row_sample[inside],
             self.row_evaluation[inside] - start,
+        )
+
+    def padded(self, count: int) -> Evaluations:
+        """``count`` evaluations, the last ones serving no transition."""
+        rows = torch.arange(count).clamp(max=len(self) - 1)
+        return Evaluations(
+            self.sample[rows],
+            self.prompt[rows],
+            self.step[rows],
+            self.row_sample,
+            self.row_evaluation,
         )
 
     def to(self, device: torch.device) -> Evaluations:
@@ -98,6 +113,7 @@ def update(
     advantages: Tensor,
     objective: Objective,
     knobs: UpdateConfig,
+    emphasis: Emphasis | None = None,
 ) -> dict[str, Tensor]:
     """Takes ``knobs.optimizer_steps`` steps on the trajectory; returns this rank's metrics.
 
@@ -106,6 +122,7 @@ def update(
         advantages: [B]; a NaN marks a failed sample, which gets no gradient. The loss is averaged
             over all samples, failed ones counting as zero, so the others' gradients do not grow.
         knobs: optimizer steps, micro-batch (model evaluations in one pass), gradient norm.
+        emphasis: which transitions are trained, and their weights; None for all, alike.
 
     Raises:
         NonFiniteUpdate: on every rank alike, before the optimizer step concerned.
@@ -114,9 +131,11 @@ def update(
     norms: list[Tensor] = []
     ratio_error = None
     evaluated = 0
+    emphasis = emphasis or whole(trajectory)
+    trained = emphasis.trained.view(-1, *emphasis.weights.shape)  # [world, B, w]
     for index, samples in enumerate(parts_of_groups(trajectory, knobs.optimizer_steps)):
-        needed = evaluations_for(trajectory, samples)
-        scale = 1 / (len(samples) * trajectory.window.size)
+        needed = evaluations_of_all(trajectory, samples, trained)[engine.rank]
+        scale = 1 / int(trained[engine.rank, samples].sum())
         starts = range(0, len(needed), knobs.micro_batch)
         step_rows = []
         for start in starts:
@@ -127,6 +146,7 @@ def update(
                     advantages,
                     objective,
                     needed.chunk(start, knobs.micro_batch),
+                    emphasis.weights,
                 )
                 engine.backward(rows["loss"].sum() * scale)
             step_rows.append({name: value.detach() for name, value in rows.items()})
@@ -157,28 +177,45 @@ def parts_of_groups(trajectory: Trajectory, parts: int) -> Iterator[Tensor]:
         yield part.reshape(-1)
 
 
-def evaluations_for(trajectory: Trajectory, samples: Tensor) -> Evaluations:
-    """The model evaluations that the window's transitions of these samples need.
+def evaluations_of_all(
+    trajectory: Trajectory, samples: Tensor, trained: Tensor
+) -> list[Evaluations]:
+    """Of every process for its samples at the same rows, equally many: collectives must match.
 
-    ``1 + G'*(w-1)`` for G' samples of a group that share their initial noise, else ``G'*w``.
+    Which steps are trained decides how many samples' first step is shared, and that differs between
+    processes; the others make up for it, at no cost in time, while they would wait.
+
+    Args:
+        trained: [world, B, w].
     """
-    count, later = len(samples), trajectory.window.size - 1
-    position = torch.arange(count)
+    all_needed = [evaluations_for(trajectory, samples, mine) for mine in trained]
+    most = max(len(needed) for needed in all_needed)
+    return [needed.padded(most) for needed in all_needed]
+
+
+def evaluations_for(trajectory: Trajectory, samples: Tensor, trained: Tensor) -> Evaluations:
+    """The model evaluations that the ``trained`` [B, w] transitions of these samples need.
+
+    Of the whole window ``1 + G'*(w-1)`` for G' samples of a group that share their initial noise,
+    else ``G'*w``.
+    """
+    chosen = trained[samples]
+    starting = samples[chosen[:, 0]]  # whose first window step is trained
+    served_by = torch.arange(len(starting))
+    first = starting
     if trajectory.shared:
-        groups = trajectory.group[samples]
-        is_first = torch.ones(count, dtype=torch.bool)
+        groups = trajectory.group[starting]
+        is_first = torch.ones(len(starting), dtype=torch.bool)
         is_first[1:] = groups[1:] != groups[:-1]
-        first, served_by = samples[is_first], is_first.cumsum(0) - 1
-    else:
-        first, served_by = samples, position
-    steps = torch.arange(1, later + 1)
-    sample = torch.cat([first, samples.repeat_interleave(later)])
+        first, served_by = starting[is_first], is_first.cumsum(0) - 1
+    position, later = chosen[:, 1:].nonzero(as_tuple=True)
+    sample = torch.cat([first, samples[position]])
     return Evaluations(
         sample=sample,
         prompt=trajectory.group[sample],
-        step=torch.cat([torch.zeros_like(first), steps.repeat(count)]),
-        row_sample=torch.cat([samples, samples.repeat_interleave(later)]),
-        row_evaluation=torch.cat([served_by, len(first) + torch.arange(count * later)]),
+        step=torch.cat([torch.zeros_like(first), later + 1]),
+        row_sample=torch.cat([starting, samples[position]]),
+        row_evaluation=torch.cat([served_by, len(first) + torch.arange(len(position))]),
     )
 
 
@@ -188,14 +225,15 @@ def _losses(
     advantages: Tensor,
     objective: Objective,
     needed: Evaluations,
+    weights: Tensor,
 ) -> dict[str, Tensor]:
     """Loss and statistics [R] of the transitions that these evaluations serve."""
     needed = needed.to(trajectory.states.device)
     all_failed = advantages.isnan()
-    normal = _transition(velocity, trajectory, objective.transition, needed, all_failed)
+    policy = _predict(velocity, trajectory, objective.transition, needed, all_failed)
     at = needed.row_evaluation
     sample, step = needed.row_sample, needed.step[at]
-    mean, std = normal.mean[at], normal.std[at]
+    mean, std = policy.mean[at], policy.std[at]
     failed = all_failed[sample]
     x_next = _finite_if_failed(trajectory.states[sample, step + 1], failed)
     old_mean = _finite_if_failed(trajectory.old_means[sample, step], failed)
@@ -209,28 +247,30 @@ def _losses(
     if objective.kl > 0:
         assert objective.reference is not None, "a KL needs a reference policy"
         with torch.no_grad():
-            reference = _transition(
+            reference = _predict(
                 objective.reference, trajectory, objective.transition, needed, all_failed
             )
-        rows["kl"] = kl_to_reference(mean, reference.mean[at], std)
+        rows["kl"] = objective.kl_form(policy, reference)[at]
         loss = loss + objective.kl * rows["kl"]
+    loss = loss * weights[sample, step]
     rows["loss"] = torch.where(failed, torch.zeros_like(loss), loss)
     rows["sample"] = sample
     return rows
 
 
-def _transition(
+def _predict(
     velocity: Velocity,
     trajectory: Trajectory,
     transition: Transition,
     needed: Evaluations,
     failed: Tensor,
-) -> Normal:
+) -> Prediction:
     steps = needed.step + trajectory.window.start
-    sigmas = trajectory.sigmas.to(steps.device)
+    sigmas = trajectory.sigmas.to(steps.device, non_blocking=True)
     x = _finite_if_failed(trajectory.states[needed.sample, needed.step], failed[needed.sample])
     text = trajectory.text[needed.prompt]
-    return transition(x, velocity(x, sigmas[steps], text), step_at(sigmas, steps))
+    v = velocity(x, sigmas[steps], text)
+    return Prediction(v, *transition(x, v, step_at(sigmas, steps)))
 
 
 def _finite_if_failed(latents: Tensor, failed: Tensor) -> Tensor:

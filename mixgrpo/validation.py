@@ -14,7 +14,7 @@ from mixgrpo.engines import Engine
 from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.models import Policy
 from mixgrpo.noise import Noise
-from mixgrpo.pictures import save_pictures, to_bytes
+from mixgrpo.pictures import save_pictures, save_scores, to_bytes
 from mixgrpo.rewards import Reward, score
 from mixgrpo.rollout import sample_ode
 from mixgrpo.types import Velocity
@@ -29,16 +29,19 @@ class Validation:
         failed: reward name -> number of prompts that could not.
         pictures: [n, 3, H, W] uint8.
         prompts: their n prompts.
+        scores: reward name -> [n] their scores.
     """
 
     means: dict[str, float]
     failed: dict[str, int]
     pictures: Tensor
     prompts: list[str]
+    scores: dict[str, Tensor]
 
     def save_pictures(self, folder: Path) -> None:
-        """Writes the pictures as PNG files."""
+        """Writes the pictures as PNG files, and ``scores.json`` beside them."""
         save_pictures(self.pictures, folder)
+        save_scores(self.prompts, self.scores, folder)
 
 
 class Validator:
@@ -75,6 +78,7 @@ class Validator:
             failed={name: int(values.isnan().sum()) for name, values in gathered.items()},
             pictures=kept[:shown].cpu(),
             prompts=self.prompts[:shown],
+            scores={name: values[:shown].cpu() for name, values in gathered.items()},
         )
 
     def _score(

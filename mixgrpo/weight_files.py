@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 NAME = "diffusion_pytorch_model.safetensors"  # as diffusers names a model's weights
 _SHOWN = 3
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -81,6 +82,30 @@ def fill(module: nn.Module, files: Iterable[Path]) -> None:
         with safe_open(file, "pt") as opened:
             for key in list(opened.keys()):
                 own[key].copy_(opened.get_tensor(key))
+
+
+def write_streamed(path: Path, shapes: Mapping[str, Tensor], tensors: Iterable[Tensor]) -> None:
+    """Writes a safetensors file tensor by tensor, so that no more than one is held.
+
+    Args:
+        shapes: what the file will hold, by name; their memory is not looked at.
+        tensors: the same in the same order, on the CPU.
+    """
+    head: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for name, shape in shapes.items():
+        start, stop = stop, stop + shape.numel() * shape.element_size()
+        head[name] = {
+            "dtype": _DTYPES[shape.dtype],
+            "shape": list(shape.shape),
+            "data_offsets": [start, stop],
+        }
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:

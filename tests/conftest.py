@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,20 @@ import pytest
 from tiny_world import World, train_here
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests together take a quarter of an hour on two cores, those that are not slow half."""
+    if os.environ.get("MIXGRPO_SLOW"):
+        # First, so that at the end no core waits for another's.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes long; MIXGRPO_SLOW=1 runs it"))
 
 
 @pytest.fixture(scope="session")

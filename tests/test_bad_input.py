@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny_world import QUICK, REWARDS, World, copy_run, files_of, training_recor
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.commands import main
 from mixgrpo.config import RewardConfig
+from mixgrpo.export import EXPORTERS
 from mixgrpo.prompts import PromptBatches, read_prompts
 
 Complain = Callable[..., str]
@@ -182,6 +184,23 @@ def test_an_unknown_command(complain):
     assert "did you mean 'train'" in line
 
 
+def importing_raises(error: BaseException) -> mock.Mock:
+    return mock.Mock(import_module=mock.Mock(side_effect=error))
+
+
+def test_a_python_without_the_packages(complain):
+    missing = ModuleNotFoundError(name="yaml.loader")
+    with mock.patch("mixgrpo.commands.importlib", importing_raises(missing)):
+        line = complain(["train", "--recipe", "shapes_mixgrpo"])
+    assert "has no package yaml.loader" in line
+    assert "bash env_setup.sh" in line
+
+
+def test_an_interrupt_while_modules_are_imported(complain):
+    with mock.patch("mixgrpo.commands.importlib", importing_raises(KeyboardInterrupt())):
+        assert "interrupted before it began" in complain(["train"])
+
+
 def test_an_unknown_recipe(complain):
     line = complain(["train", "--recipe", "shape_mixgrpo"])
     assert "'shape_mixgrpo'" in line
@@ -315,11 +334,11 @@ def test_a_resumed_run_with_other_prompts(world, folder, tmp_path, complain, kno
 
 def test_a_damaged_checkpoint(world, held, complain):
     newest = checkpoints.latest(held / "checkpoints")
-    (newest / "weights.safetensors").write_bytes(b"no weights")
+    (newest / "model_00000.distcp").write_bytes(b"no weights")
     before = files_of(held)
     line = complain(world.arguments(held, run__resume=True))
     assert str(newest) in line
-    assert "latest" in line
+    assert "--run.resume_from undamaged" in line
     assert files_of(held) == before
 
 
@@ -331,26 +350,30 @@ def test_a_folder_that_cannot_be_made(world, tmp_path, complain):
 
 def test_a_full_disk_while_saving(world, held, complain, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpoints, "save_file", mock.Mock(side_effect=full))
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=full))
     line = complain(world.arguments(held, run__resume=True, run__iterations=3))
     assert "No space left on device" in line
     assert "free some disk space" in line
     assert "--run.resume true" in line
     monkeypatch.undo()
-    saved = checkpoints.load(checkpoints.latest(held / "checkpoints"))
-    assert saved.iteration == 2
+    saved = checkpoints.open_saved(checkpoints.latest(held / "checkpoints"))
+    assert saved.position.iteration == 2
     assert [r["iteration"] for r in training_records(held)] == [1, 2, 3]
 
 
 def test_a_full_disk_while_exporting_is_one_error_and_keeps_the_checkpoint(
     world, folder, complain, monkeypatch
 ):
-    from mixgrpo.models.flux import Flux
-
     full = OSError(errno.ENOSPC, "No space left on device", str(folder / "model"))
-    monkeypatch.setattr(Flux, "export", mock.Mock(side_effect=full))
-    assert "No space left on device" in complain(quick(world, folder))
-    assert checkpoints.load(checkpoints.latest(folder / "checkpoints")).iteration == 1
+    with monkeypatch.context() as patch:
+        patch.setitem(EXPORTERS, "flux", mock.Mock(side_effect=full))
+        line = complain(quick(world, folder))
+    newest = checkpoints.latest(folder / "checkpoints")
+    assert "No space left on device" in line
+    assert "--run.resume true" in line
+    assert f"python -m mixgrpo export {newest} --output" in line
+    assert main(["export", str(newest), "--output", str(folder / "later")]) == 0
+    assert any((folder / "later").iterdir())
 
 
 def test_a_gpu_that_is_too_small_is_told_with_an_estimate(world, folder, complain):

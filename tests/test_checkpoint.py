@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
+import json
 import os
+import pickle
 import resource
+import shutil
 import signal
+import threading
 import time
-from dataclasses import replace
 from itertools import count
-from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_world import environment, same
+from processes import ALONE, started
+from tiny_world import same
+from torch import Tensor
 
-from mixgrpo import checkpoint as checkpoints
-from mixgrpo.checkpoint import Checkpoint, CheckpointError, latest, load, save
+from mixgrpo.checkpoint import (
+    CheckpointError,
+    Damaged,
+    Position,
+    Saver,
+    Shards,
+    choose,
+    latest,
+    open_saved,
+    shards,
+    verify,
+)
+from mixgrpo.checkpoint import saver as saver_module
 
 ELEMENTS = 30_000
+PARTS = ("model", "ema", "optimizer")
+BOTH_WAYS = pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "on a thread"])
 
 
-def example(iteration: int) -> Checkpoint:
+def example(iteration: int) -> dict[str, Any]:
     """Its tensors tell the iteration."""
     generator = torch.Generator().manual_seed(iteration)
     weights = {
@@ -37,52 +54,90 @@ def example(iteration: int) -> Checkpoint:
         "exp_avg": torch.randn(4, generator=generator),
         "exp_avg_sq": torch.rand(4, generator=generator),
     }
-    optimizer = {
-        "state": {0: moments},
-        "param_groups": [{"lr": 1e-5, "betas": (0.9, 0.999), "fused": None, "params": [0]}],
+    return {
+        "model": weights,
+        "ema": {name: weight * 0.5 for name, weight in weights.items()},
+        "optimizer": {"a.weight": moments},
+        "schedule": {"last_epoch": iteration, "_last_lr": [1e-5 * iteration]},
     }
-    return Checkpoint(
-        iteration=iteration,
-        weights=weights,
-        ema={name: weight * 0.5 for name, weight in weights.items()},
-        ema_updates=iteration * 3,
-        engine={"optimizer": optimizer, "schedule": {"last_epoch": iteration}},
-        config={"update.learning_rate": 1e-5, "rewards.a.options": {}, "window.envelope": [0, 9]},
-    )
+
+
+def position(iteration: int, ema_updates: int | None = None) -> Position:
+    config = {"update.learning_rate": 1e-5, "rewards.a.options": {}, "window.envelope": [0, 9]}
+    return Position(iteration, 3 * iteration if ema_updates is None else ema_updates, config)
+
+
+def save(root: Path, iteration: int, keep: int = 0, asynchronous: bool = False) -> Path:
+    saver = Saver(ALONE, root, keep, asynchronous)
+    saver.save(example(iteration), position(iteration))
+    return saver.wait()
+
+
+def emptied(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return torch.full_like(state, -1)
+    if isinstance(state, dict):
+        return {key: emptied(value) for key, value in state.items()}
+    return None
 
 
 def assert_whole(path: Path | None, iteration: int) -> None:
     assert path is not None
-    expected, found = example(iteration), load(path)
-    for part in ("iteration", "weights", "ema", "ema_updates", "engine", "config"):
-        assert same(getattr(expected, part), getattr(found, part)), part
+    saved = open_saved(path)
+    verify(saved, saved.files)
+    assert saved.position == position(iteration)
+    found = emptied(example(iteration))
+    Shards(path).read(found)
+    assert same(found, example(iteration))
 
 
 def partials(root: Path) -> list[Path]:
     return list(root.glob("partial_*"))
 
 
-def test_what_is_saved_is_read_back_exactly(tmp_path):
-    path = save(tmp_path / "checkpoints", example(25), keep=2)
+@BOTH_WAYS
+def test_what_is_saved_is_read_back_exactly(tmp_path, asynchronous):
+    path = save(tmp_path / "checkpoints", 25, 2, asynchronous)
     assert path == tmp_path / "checkpoints" / "iteration_00000025"
     assert latest(tmp_path / "checkpoints") == path
     assert_whole(path, 25)
+    for part in PARTS[:2]:
+        assert same(Shards(path).whole(part), example(25)[part])
+
+
+def test_a_part_alone_is_read_without_the_files_of_the_others(tmp_path):
+    path = save(tmp_path, 3)
+    saved = open_saved(path)
+    for file in path.glob("*.distcp"):
+        if not file.name.startswith("ema"):
+            file.unlink()
+    verify(saved, saved.files_of("ema"))
+    assert same(Shards(path).whole("ema"), example(3)["ema"])
+
+
+def test_tensors_are_read_in_the_dtype_of_those_they_fill(tmp_path):
+    path = save(tmp_path, 3)
+    halves = {name: torch.zeros_like(w).bfloat16() for name, w in example(3)["model"].items()}
+    Shards(path).fill("model", halves)
+    assert same(halves, {name: w.bfloat16() for name, w in example(3)["model"].items()})
 
 
 def test_without_an_average(tmp_path):
-    save(tmp_path, replace(example(1), ema={}), keep=0)
-    assert load(latest(tmp_path)).ema == {}
+    saver = Saver(ALONE, tmp_path, 0, False)
+    saver.save({"model": example(1)["model"]}, position(1))
+    assert Shards(saver.wait()).shapes("ema") == {}
 
 
 def test_no_checkpoint_yet(tmp_path):
     assert latest(tmp_path) is None
     assert latest(tmp_path / "nowhere") is None
+    assert choose(ALONE, tmp_path, "undamaged") is None
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4])])
 def test_the_newest_are_kept(tmp_path, keep, left):
     for iteration in (1, 2, 3, 4):
-        save(tmp_path, example(iteration), keep)
+        save(tmp_path, iteration, keep)
     names = sorted(path.name for path in tmp_path.glob("iteration_*"))
     assert names == [f"iteration_{iteration:08d}" for iteration in left]
     assert_whole(latest(tmp_path), 4)
@@ -90,50 +145,134 @@ def test_the_newest_are_kept(tmp_path, keep, left):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_after_going_back_to_an_older_one_the_new_one_is_kept(tmp_path, keep):
-    """What the message about a damaged checkpoint advises must not lose what is saved next."""
+    """Going back must not lose what is saved next."""
     for iteration in (10, 20, 30):
-        save(tmp_path, example(iteration), keep=0)
+        save(tmp_path, iteration)
     (tmp_path / "latest").write_text("iteration_00000010\n")
-    save(tmp_path, example(15), keep)
+    save(tmp_path, 15, keep)
     assert_whole(latest(tmp_path), 15)
 
 
-def test_the_same_iteration_is_saved_twice(tmp_path):
-    """As by a signal right after a checkpoint that was due."""
-    for _ in range(2):
-        save(tmp_path, example(5), keep=1)
+def test_the_same_iteration_is_saved_many_times(tmp_path):
+    for _ in range(11):
+        save(tmp_path, 5, keep=1)
         assert_whole(latest(tmp_path), 5)
+        assert len(list(tmp_path.glob("iteration_*"))) == 1
 
 
 def test_a_checkpoint_from_before_going_back_is_replaced(tmp_path):
     for iteration in (10, 20):
-        save(tmp_path, example(iteration), keep=0)
+        save(tmp_path, iteration)
     (tmp_path / "latest").write_text("iteration_00000010\n")
-    save(tmp_path, replace(example(20), ema_updates=99), keep=0)
-    assert load(latest(tmp_path)).ema_updates == 99
+    saver = Saver(ALONE, tmp_path, 0, False)
+    saver.save(example(20), position(20, ema_updates=99))
+    assert open_saved(latest(tmp_path)).position.ema_updates == 99
 
 
 def test_abandoned_partial_folders_are_removed(tmp_path):
     abandoned = tmp_path / "partial_iteration_00000007"
     abandoned.mkdir()
-    (abandoned / "weights.safetensors").write_bytes(b"half")
+    (abandoned / "model_00000.distcp").write_bytes(b"half")
     assert latest(tmp_path) is None
-    save(tmp_path, example(8), keep=1)
+    assert choose(ALONE, tmp_path, "undamaged") is None
+    save(tmp_path, 8, keep=1)
     assert partials(tmp_path) == []
+
+
+# ---- while the run goes on
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Nothing reaches the disk before the event is set."""
+    event, fsync = threading.Event(), os.fsync
+
+    def waiting(handle: int) -> None:
+        assert event.wait(60)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", waiting)
+    yield event
+    event.set()
+
+
+def test_a_save_on_a_thread_is_of_the_moment_it_began(tmp_path, slow_disk):
+    state = example(1)
+    saver = Saver(ALONE, tmp_path, 0, asynchronous=True)
+    saver.save(state, position(1))
+    for part in PARTS:
+        for tensor in state[part].values():
+            (tensor if isinstance(tensor, Tensor) else tensor["exp_avg"]).add_(100)
+    state["schedule"]["_last_lr"][0] = 7.0
+    saver.poll()
+    assert saver.under_way
+    assert latest(tmp_path) is None
+    slow_disk.set()
+    assert_whole(saver.wait(), 1)
+    assert not saver.under_way
+
+
+def test_what_is_written_becomes_a_checkpoint_at_the_next_poll(tmp_path):
+    saver = Saver(ALONE, tmp_path, 0, asynchronous=True)
+    saver.save(example(1), position(1))
+    while saver.under_way:
+        saver.poll()
+        time.sleep(0.001)
+    assert_whole(latest(tmp_path), 1)
+    saver.poll()
+    assert saver.wait() == latest(tmp_path)
+
+
+def test_there_are_never_two_saves_at_once(tmp_path, slow_disk):
+    saver = Saver(ALONE, tmp_path, 0, asynchronous=True)
+    saver.save(example(1), position(1))
+    threading.Timer(0.1, slow_disk.set).start()
+    saver.save(example(2), position(2))
+    assert_whole(latest(tmp_path), 1)
+    assert_whole(saver.wait(), 2)
+
+
+def test_copies_beside_a_gpu_take_the_same_memory_while_the_state_has_its_form(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    copies = saver_module._Copies()
+    first = copies.stage(example(1))
+    assert same(first, example(1))
+    second = copies.stage(example(2))
+    assert same(second, example(2))
+    assert second["model"]["a.weight"] is first["model"]["a.weight"]
+    for other in ({"model": example(3)["model"]}, {"model": {"a.weight": torch.ones(2, 2)}}):
+        assert same(copies.stage(other), other)
+
+
+def test_a_saver_knows_which_iteration_it_saved_last(tmp_path):
+    saver = Saver(ALONE, tmp_path, 0, asynchronous=True)
+    assert not saver.has(1)
+    assert saver.wait() is None
+    saver.save(example(1), position(1))
+    assert saver.has(1)
+    saver.wait()
+    assert saver.has(1)
+    saver.save(example(2), position(2))
+    assert saver.has(2)
+    assert not saver.has(1)
+    saver.wait()
 
 
 # ---- a write that fails
 
 
 WRITES = [
-    *[(checkpoints, "save_file", call) for call in (1, 2)],
-    (torch, "save", 1),
-    (Path, "mkdir", 2),
+    *[(shards._DigestedFile, "write", call) for call in (1, 2, 20)],
+    *[(Path, "mkdir", call) for call in (2, 3)],
     *[(Path, "write_text", call) for call in (1, 2)],
-    *[(os, "fsync", call) for call in range(1, 8)],
-    (Path, "rename", 1),
+    *[(os, "fsync", call) for call in range(1, 10)],
+    *[(Path, "rename", call) for call in (1, 2)],
     (os, "replace", 1),
 ]
+FAILING_WRITES = pytest.mark.parametrize(
+    ("owner", "name", "call"), WRITES, ids=[f"{name} {call}" for _, name, call in WRITES]
+)
 
 
 def fail_at(patch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
@@ -148,13 +287,14 @@ def fail_at(patch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> N
     patch.setattr(owner, name, failing)
 
 
-@pytest.mark.parametrize(("owner", "name", "call"), WRITES)
-def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch, owner, name, call):
-    save(tmp_path, example(1), keep=1)
+@BOTH_WAYS
+@FAILING_WRITES
+def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch, owner, name, call, asynchronous):
+    save(tmp_path, 1, keep=1)
     with monkeypatch.context() as patch:
         fail_at(patch, owner, name, call)
         with pytest.raises(CheckpointError) as caught:
-            save(tmp_path, example(2), keep=1)
+            save(tmp_path, 2, 1, asynchronous)
     message = str(caught.value)
     assert "No space left on device" in message
     assert str(latest(tmp_path)) in message
@@ -164,84 +304,83 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch, owner, name, c
     assert_whole(latest(tmp_path), 1)
     assert partials(tmp_path) == []
 
-    save(tmp_path, example(2), keep=1)
+    save(tmp_path, 2, 1, asynchronous)
     assert_whole(latest(tmp_path), 2)
 
 
-@pytest.mark.parametrize(("owner", "name", "call"), WRITES)
+@FAILING_WRITES
 def test_saving_an_iteration_again_cannot_lose_it(tmp_path, monkeypatch, owner, name, call):
-    save(tmp_path, example(1), keep=1)
+    save(tmp_path, 1, keep=1)
     with monkeypatch.context() as patch, contextlib.suppress(CheckpointError):
         fail_at(patch, owner, name, call)
-        save(tmp_path, example(1), keep=1)
+        save(tmp_path, 1, keep=1)
     assert_whole(latest(tmp_path), 1)
 
 
 def test_a_full_disk_at_the_first_checkpoint(tmp_path, monkeypatch):
-    fail_at(monkeypatch, checkpoints, "save_file", 1)
+    fail_at(monkeypatch, shards._DigestedFile, "write", 1)
     with pytest.raises(CheckpointError, match=r"none was saved before.*free some disk space"):
-        save(tmp_path, example(1), keep=1)
+        save(tmp_path, 1, keep=1)
     assert latest(tmp_path) is None
     assert partials(tmp_path) == []
 
 
-# ---- other processes: files that may not grow, and kill -9. They start without pytest's threads.
+def test_an_error_on_the_thread_is_told_in_the_same_words(tmp_path, monkeypatch):
+    messages = []
+    for asynchronous in (False, True):
+        with monkeypatch.context() as patch:
+            fail_at(patch, os, "fsync", 2)
+            saver = Saver(ALONE, tmp_path, 0, asynchronous)
+            with pytest.raises(CheckpointError) as caught:
+                saver.save(example(1), position(1))
+                saver.wait()
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Forked from a process that has imported torch once, but has none of this one's threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_checkpoint"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-        forkserver.ensure_running()
-    return context
+# ---- other processes: files that may not grow, and kill -9
 
 
 def _save_on_a_full_disk(root: str, limit: int, said: str) -> None:
-    torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as on a full disk, an error and not a death
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        save(Path(root), example(2), keep=1)
+        save(Path(root), 2, keep=1)
     except CheckpointError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         Path(said).write_text(str(error))
 
 
 @pytest.mark.parametrize("limit", [ELEMENTS * 2, 200], ids=["the weights", "every file"])
-def test_a_file_that_cannot_grow_leaves_what_was_saved(tmp_path, processes, limit):
+def test_a_file_that_cannot_grow_leaves_what_was_saved(tmp_path, limit):
     root, said = tmp_path / "checkpoints", tmp_path / "said"
-    save(root, example(1), keep=1)
-    child = processes.Process(target=_save_on_a_full_disk, args=(str(root), limit, str(said)))
-    child.start()
-    child.join(60)
+    save(root, 1, keep=1)
+    (child,) = started(1, _save_on_a_full_disk, str(root), limit, str(said))
+    child.join(600)
     assert child.exitcode == 0
     assert "free some disk space" in said.read_text()
     assert_whole(latest(root), 1)
     assert partials(root) == []
 
 
-def _save_for_ever(root: str, first: int) -> None:
-    torch.set_num_threads(1)
+def _save_for_ever(root: str, first: int, asynchronous: bool) -> None:
+    saver = Saver(ALONE, Path(root), 1, asynchronous)
     for number in count(2 * first):
-        save(Path(root), example(number // 2), keep=1)  # each is saved twice
+        saver.save(example(number // 2), position(number // 2))  # each is saved twice
 
 
-def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, processes):
+def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
     root = tmp_path / "checkpoints"
-    save(root, example(1), keep=1)
-    for delay in [0.0015 * number for number in range(20)]:  # a save takes a few milliseconds
+    save(root, 1, keep=1)
+    for number in range(12):  # a save takes some ten milliseconds
         before = (root / "latest").read_text()
         first = int(before.split("_")[1]) + 1
-        child = processes.Process(target=_save_for_ever, args=(str(root), first))
-        child.start()
+        (child,) = started(1, _save_for_ever, str(root), first, number % 2 == 1)
         while child.is_alive() and (root / "latest").read_text() == before:
             time.sleep(0.001)
-        time.sleep(delay)
+        time.sleep(0.002 * number)
         child.kill()
-        child.join(60)
+        child.join(600)
         assert child.exitcode == -signal.SIGKILL
         found = latest(root)
         assert_whole(found, int(found.name.split("_")[1]))
@@ -258,30 +397,116 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
+def flip_a_bit(path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 4
+    path.write_bytes(contents)
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, zeros, Path.unlink])
-@pytest.mark.parametrize(
-    "name", ["weights.safetensors", "ema.safetensors", "optimizer.pt", "state.json"]
-)
-def test_a_damaged_file_is_named_with_the_way_out(tmp_path, name, damage):
-    save(tmp_path, example(1), keep=0)
-    newest = save(tmp_path, example(2), keep=0)
+FILES = [f"{part}_00000.distcp" for part in (*PARTS, "schedule")] + [".metadata", "state.json"]
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_with_the_way_out(tmp_path, capsys, name, damage):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    assert {file.name for file in newest.iterdir()} == set(FILES)
     damage(newest / name)
     with pytest.raises(CheckpointError) as caught:
-        load(latest(tmp_path))
+        choose(ALONE, tmp_path, "latest")
     message = str(caught.value)
     assert str(newest) in message or newest.name in message
-    assert "latest" in message
+    assert name in message
+    assert "--run.resume_from undamaged" in message
     assert "\n" not in message
-    (tmp_path / "latest").write_text("iteration_00000001\n")
-    assert_whole(latest(tmp_path), 1)
+
+    assert_whole(choose(ALONE, tmp_path, "undamaged").path, 1)
+    assert newest.name in capsys.readouterr().err
 
 
-def test_a_pointer_to_nothing_is_an_error(tmp_path):
-    save(tmp_path, example(1), keep=0)
-    (tmp_path / "latest").write_text("iteration_00000009\n")
-    with pytest.raises(CheckpointError, match="'iteration_00000009', which is not there"):
+def test_a_number_in_the_manifest_that_was_changed_is_damage(tmp_path):
+    path = save(tmp_path, 2)
+    content = json.loads((path / "state.json").read_text())
+    content["iteration"] = 3
+    (path / "state.json").write_text(json.dumps(content))
+    with pytest.raises(Damaged, match=r"state\.json was altered"):
+        open_saved(path)
+    (path / "state.json").write_text('{"iteration": 2, "config": {}}')
+    with pytest.raises(CheckpointError, match="written by another version"):
+        open_saved(path)
+
+
+def test_where_all_are_damaged_none_is_taken(tmp_path):
+    for iteration in (1, 2):
+        truncate(save(tmp_path, iteration) / FILES[0])
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged"):
+        choose(ALONE, tmp_path, "undamaged")
+
+
+def test_undamaged_is_the_newest_where_nothing_is_damaged(tmp_path):
+    """So it may stay in a command that is started again and again."""
+    for iteration in (1, 2, 3):
+        save(tmp_path, iteration)
+    assert choose(ALONE, tmp_path, "undamaged").path == latest(tmp_path)
+    (tmp_path / "latest").write_text("iteration_00000002\n")  # the run went back
+    assert choose(ALONE, tmp_path, "undamaged").path.name == "iteration_00000002"
+
+
+def test_a_checkpoint_by_its_name(tmp_path):
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
+    assert choose(ALONE, tmp_path, "iteration_00000001").position == position(1)
+    for name in ("iteration_00000003", f"../{tmp_path.name}/iteration_00000001", ""):
+        with pytest.raises(CheckpointError) as caught:
+            choose(ALONE, tmp_path, name)
+        assert f"run.resume_from is {name!r}" in str(caught.value)
+    assert "iteration_00000002, iteration_00000001" in str(caught.value)
+
+
+@pytest.mark.parametrize("pointer", ["iteration_00000009\n", "", "\n", "../elsewhere"])
+def test_a_pointer_to_nothing_is_an_error_with_a_way_out(tmp_path, pointer):
+    save(tmp_path, 1)
+    (tmp_path / "latest").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"which is not there.*--run\.resume_from undamaged"):
         latest(tmp_path)
+    assert_whole(choose(ALONE, tmp_path, "undamaged").path, 1)
+
+
+# ---- what does not belong in a checkpoint
+
+
+class Code:
+    ran = False
+
+    def __reduce__(self) -> Any:
+        return (setattr, (Code, "ran", True))
+
+
+def test_code_in_an_index_does_not_run(tmp_path):
+    path = save(tmp_path, 1)
+    (path / ".metadata").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(CheckpointError, match=r"setattr does not belong there"):
+        Shards(path).shapes("model")
+    with pytest.raises(CheckpointError):
+        Shards(path).read(emptied(example(1)))
+    assert not Code.ran
+
+
+def test_code_in_a_shard_does_not_run(tmp_path):
+    saver = Saver(ALONE, tmp_path, 0, False)
+    saver.save({**example(1), "schedule": {"last_epoch": Code()}}, position(1))
+    Code.ran = False
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Shards(saver.wait()).read({"schedule": {"last_epoch": 0}})
+    assert not Code.ran
+
+
+def test_a_state_that_does_not_fit_is_an_error(tmp_path):
+    path = save(tmp_path, 1)
+    for state in ({"model": {"c": torch.zeros(1)}}, {"model": {"b.half": torch.zeros(8)}}):
+        with pytest.raises(CheckpointError, match=r"cannot be read \(.*(model\.c|model\.b\.half)"):
+            Shards(path).read(state)
+    shutil.rmtree(path)
+    with pytest.raises(CheckpointError):
+        Shards(path).shapes("model")

@@ -221,7 +221,37 @@ COMPLAINTS = {
     "ratio": ({"tail.ratio": 0.0}, 1, r"tail.ratio is 0.0.*\(0, 1\]"),
     "ratio above": ({"tail.ratio": 1.5}, 1, "tail.ratio is 1.5"),
     "order": ({"tail.order": 4}, 1, "tail.order is 4"),
+    "prefix ratio": ({"prefix.ratio": 0.0}, 1, r"prefix.ratio is 0.0.*\(0, 1\]"),
+    "prefix order": ({"prefix.order": 0}, 1, "prefix.order is 0"),
+    "trim": ({"advantage.trim": 0.5}, 1, r"advantage.trim is 0.5.*\[0, 0.5\)"),
+    "best_of above": ({"advantage.best_of": 16}, 1, r"best_of is 16.*at most batch.samples \(12\)"),
+    "best_of odd": (
+        {"advantage.best_of": 3, "update.optimizer_steps": 3},
+        1,
+        "best_of is 3; it must be even",
+    ),
+    "best_of in parts": ({"advantage.best_of": 6}, 1, r"best_of is 6.*optimizer_steps \(4\)"),
+    "no steps": ({"update.step_fraction": 0.0}, 1, r"step_fraction is 0.0.*\(0, 1\]"),
+    "too many steps": ({"update.step_fraction": 1.2}, 1, "step_fraction is 1.2"),
+    "step weights": ({"update.step_weight": [1.0, 2.0]}, 1, "has 2 weights; 25 .* need 24"),
+    "step weight": ({"update.step_weight": [0.0] * 23 + [-1.0]}, 1, "weights are finite and >= 0"),
+    "target": ({"update.kl_target": 0.01}, 1, "kl_target is 0.01, but update.kl is 0"),
+    "target below": ({"update.kl_target": -0.01}, 1, "kl_target is -0.01.*at least 0"),
     "decay": ({"ema.decay": 1.0}, 1, r"ema.decay is 1.0.*\[0, 1\)"),
+    "bfloat16 weights, float32 products": (
+        {"model.weights": "bfloat16_stochastic", "model.compute_dtype": "float32"},
+        1,
+        r"model.compute_dtype is float32; set --model.compute_dtype bfloat16",
+    ),
+    "bfloat16 weights, an average": (
+        {
+            "model.weights": "bfloat16_stochastic",
+            "model.compute_dtype": "bfloat16",
+            "ema.decay": 0.9,
+        },
+        1,
+        r"ema.decay is 0.9 with model.weights bfloat16_stochastic",
+    ),
     "shift": ({"sampling.shift": -1.0}, 1, "sampling.shift is -1.0"),
     "iterations": ({"run.iterations": 0}, 1, "run.iterations is 0.*at least 1"),
     "steps": ({"sampling.steps": 1}, 1, "sampling.steps is 1.*at least 2"),
@@ -229,6 +259,7 @@ COMPLAINTS = {
     "norm": ({"update.max_grad_norm": 0.0}, 1, "update.max_grad_norm is 0.0"),
     "kl": ({"update.kl": -0.1}, 1, "update.kl is -0.1.*at least 0"),
     "keep": ({"checkpoint.keep": -1}, 1, "checkpoint.keep is -1.*at least 0"),
+    "not resumed": ({"run.resume_from": "a"}, 1, "run.resume_from is 'a'.*--run.resume true"),
     "eta": ({"sampling.eta": 0.0}, 1, "eta.* 0.0"),
     "no embeddings": ({"text.mode": "embeddings"}, 1, "no folder is given; set --text.embeddings"),
     "unread embeddings": (
@@ -289,6 +320,7 @@ def test_a_resumed_run_may_change_only_what_does_not_alter_its_weights():
     saved = json.loads(json.dumps(saved))
     for allowed in (["--run.iterations", "999"], ["--log.progress", "false"],
                     ["--checkpoint.every", "1"], ["--validation.every", "7"],
+                    ["--checkpoint.asynchronous", "false"], ["--run.resume_from", "undamaged"],
                     ["--run.folder", "elsewhere"], ["--run.resume", "true"]):  # fmt: skip
         check_resumable(saved, parse(["--recipe", "shapes_mixgrpo", *allowed]))
     for refused, words in (
@@ -413,6 +445,12 @@ def test_flatten_is_what_json_gives_back():
             b"rewards: {a: {kind: jpeg_size, wieght: 1}}\n",
             "no knob rewards.NAME.wieght; did you mean rewards.NAME.weight",
         ),
+        (b"run: {iterations: abc}\n", "^run.iterations is 'abc'; it must be a whole number$"),
+        (
+            b"rewards: {a: {kind: jpeg_size, weight: abc}}\n",
+            "^rewards.NAME.weight is 'abc'; it must be a number$",
+        ),
+        (b"rewards: {a: {weight: 1}}\n", "a reward has no kind .*set --rewards.NAME.kind too"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_clear_error(tmp_path, content, message):

@@ -256,6 +256,16 @@ def test_access_refused(
     assert len(calls()) == 1, "nothing is fetched"
 
 
+def test_a_wrong_token_is_an_access_refused(
+    calls: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_DRY", "Error: Invalid user token.")
+    assert main(["download", "clip"]) == 1
+    fails(capsys, "is refused", "set HF_TOKEN to a valid token")
+
+
 def test_no_network(
     calls: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,

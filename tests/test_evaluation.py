@@ -584,6 +584,16 @@ def complain(capfd, monkeypatch, tmp_path) -> Callable[..., str]:
     return run_it
 
 
+def test_a_reward_that_scores_nothing_is_told_after_the_others_report(base, tmp_path, complain):
+    said = complain(base, "--rewards.dead.kind", "tiny_world:broken")
+    assert said == (
+        "error: dead could score no picture, as the warnings say; mend that, and the same command "
+        "scores what is missing\n"
+    )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {row["reward"] for row in summary["rows"]} >= {"r", "dead"}
+
+
 def picture(**changes: Any) -> dict[str, Any]:
     return {"index": 0, "sample": 0, "prompt": "a circle", "file": "00000_00.png", **changes}
 

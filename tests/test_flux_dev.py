@@ -76,7 +76,7 @@ def names() -> Iterator[str]:
 def flux_dev(world: Any, **knobs: Any) -> Flux:
     """The policy with FLUX.1-dev's transformer, on the meta device, made trainable."""
     pipeline = world.policy().pipeline
-    config = ModelConfig(path="unused", height=1024, width=1024, **knobs)
+    config = ModelConfig(**{"path": "unused", "height": 1024, "width": 1024, **knobs})
     with META:
         dtype = torch.float32 if config.train == "full" else torch.bfloat16
         pipeline.transformer = FluxTransformer2DModel(**TRANSFORMER).to(dtype)

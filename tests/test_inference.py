@@ -28,6 +28,7 @@ from tiny_world import (
     environment,
     files_of,
     python,
+    saved_tensors,
     train_here,
 )
 from torch import Tensor
@@ -139,7 +140,7 @@ def base_pictures(base, prompts) -> Tensor:
 @pytest.fixture(scope="module")
 def trained(world, straight) -> Flux:
     policy = world.policy()
-    policy.module.load_state_dict(load_file(checkpoint_folder(straight, 4) / "weights.safetensors"))
+    policy.module.load_state_dict(saved_tensors(checkpoint_folder(straight, 4)))
     return policy
 
 
@@ -160,7 +161,7 @@ def lora_run(world, tmp_path_factory) -> Path:
 def with_lora(world, lora_run) -> Flux:
     """The policy as training left it."""
     policy = world.policy(**LORA)
-    saved = load_file(checkpoint_folder(lora_run, 1) / "weights.safetensors")
+    saved = saved_tensors(checkpoint_folder(lora_run, 1))
     assert not policy.module.load_state_dict(saved, strict=False).unexpected_keys
     return policy
 
@@ -208,7 +209,7 @@ def test_a_runs_model_folder(draw, straight, trained_pictures):
 def test_a_checkpoint_folder_plain_and_averaged(draw, world, straight, prompts, trained_pictures):
     path = checkpoint_folder(straight, 4)
     averaged = world.policy()
-    averaged.module.load_state_dict(load_file(path / "ema.safetensors"))
+    averaged.module.load_state_dict(saved_tensors(path, "ema"))
     expected = by_hand(prompts, (averaged, STEPS))
     assert torch.equal(draw(checkpoint=str(path)), trained_pictures)
     assert torch.equal(draw(checkpoint=str(path), weights="ema"), expected)
@@ -317,7 +318,7 @@ def test_adapters_stay_float32_beside_weights_in_bfloat16(knobs, lora_run):
         CPU,
     )
     file = next((lora_run / "model").glob("*.safetensors"))
-    attach_lora(policy.module, read_lora(file, None), 1.0)
+    attach_lora(policy.module, read_lora(file), 1.0)
     for name, parameter in policy.module.named_parameters():
         assert parameter.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
         assert ".lora_" in name or not parameter.requires_grad
@@ -461,18 +462,16 @@ def test_an_interrupted_run_goes_on(knobs, draw, base_pictures):
 
 
 def test_a_signal_is_told_in_a_line(knobs, capfd):
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with (
-            interrupted_after(1, lambda: signal.raise_signal(signal.SIGTERM)),
-            mock.patch("mixgrpo.commands.sample.parse", return_value=knobs()),
-        ):
-            code = main(["sample"])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        interrupted_after(1, lambda: signal.raise_signal(signal.SIGTERM)),
+        mock.patch("mixgrpo.commands.sample.parse", return_value=knobs()),
+    ):
+        code = main(["sample"])
+    assert signal.getsignal(signal.SIGTERM) == before
     assert code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"stopped by SIGTERM; the pictures in {knobs().folder} are whole" in said
     assert len(read(Path(knobs().folder))) == 1
 
 
@@ -531,7 +530,7 @@ def test_other_contents_under_the_same_name_are_noticed(knobs, world, straight, 
     sample(knobs(**given))
     shutil.copy(weights, tmp_path / "copy.safetensors")
     sample(knobs(**{**given, "checkpoint": str(tmp_path / "copy.safetensors")}))  # the same
-    shutil.copy(checkpoint_folder(straight, 4) / "ema.safetensors", weights)
+    save_file(saved_tensors(checkpoint_folder(straight, 4), "ema"), weights)
     with pytest.raises(ValueError, match=r"checkpoint was .*, is .* with other contents"):
         sample(knobs(**given))
     shutil.copy(straight / "model" / "transformer" / NAME, weights)
@@ -663,7 +662,7 @@ def test_an_average_where_there_is_none(knobs, straight, lora_run):
     message = refused(knobs, checkpoint=str(straight / "model"), weights="ema")
     assert "is no checkpoints/iteration_N folder" in message
     message = refused(knobs, checkpoint=str(checkpoint_folder(lora_run, 1)), weights="ema")
-    assert "kept no average; take --weights plain" in message
+    assert "holds no average: its run kept none; take --weights plain" in message
 
 
 def test_a_lora_scale_for_whole_weights(knobs, straight):
@@ -742,22 +741,18 @@ def test_recipes():
 def test_the_command_line(knobs, tmp_path, capfd):
     words = ["--prompts_file", knobs().prompts_file, "--folder", knobs().folder, "--steps", "2",
              "--model.path", knobs().model.path, "--progress", "false"]  # fmt: skip
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["sample", "--recipe", "shapes", *words]) == 0
-        assert capfd.readouterr().out == f"pictures: {knobs().folder}\n"
-        assert len(read(Path(knobs().folder))) == PROMPTS
-        assert main(["sample", "--recipe", "shapes", "--stepz", "3"]) == 1
-        assert capfd.readouterr().err == "error: there is no knob stepz; did you mean steps?\n"
-        assert main(["sample", "--recipe", "shaeps"]) == 1
-        assert "did you mean 'shapes'? Known: flux, shapes" in capfd.readouterr().err
-        (tmp_path / "broken.yaml").write_text("steps: [1\n")
-        assert main(["sample", "--recipe", str(tmp_path / "broken.yaml")]) == 1
-        assert "broken.yaml is no recipe: " in capfd.readouterr().err
-        assert main(["sample", "--recipe", "shapes", "--steps", "1"]) == 1
-        assert capfd.readouterr().err == "error: steps is 1; it must be at least 2\n"
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    assert main(["sample", "--recipe", "shapes", *words]) == 0
+    assert capfd.readouterr().out == f"pictures: {knobs().folder}\n"
+    assert len(read(Path(knobs().folder))) == PROMPTS
+    assert main(["sample", "--recipe", "shapes", "--stepz", "3"]) == 1
+    assert capfd.readouterr().err == "error: there is no knob stepz; did you mean steps?\n"
+    assert main(["sample", "--recipe", "shaeps"]) == 1
+    assert "did you mean 'shapes'? Known: flux, shapes" in capfd.readouterr().err
+    (tmp_path / "broken.yaml").write_text("steps: [1\n")
+    assert main(["sample", "--recipe", str(tmp_path / "broken.yaml")]) == 1
+    assert "broken.yaml is no recipe: " in capfd.readouterr().err
+    assert main(["sample", "--recipe", "shapes", "--steps", "1"]) == 1
+    assert capfd.readouterr().err == "error: steps is 1; it must be at least 2\n"
 
 
 def test_help_tells_every_knob(capsys):
@@ -785,7 +780,7 @@ def test_a_damaged_picture_is_drawn_again(knobs, base_pictures):
 
 
 def test_weights_that_are_not_finite_are_told_of(knobs, straight, tmp_path):
-    weights = load_file(checkpoint_folder(straight, 4) / "weights.safetensors")
+    weights = saved_tensors(checkpoint_folder(straight, 4))
     next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match=r"nan\.safetensors gives pictures that are not finite"):

@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 from tiny_world import ROOT, environment
 
+from mixgrpo.__main__ import run as run_main
+from mixgrpo.commands import launch as launch_command
 from mixgrpo.commands import main
+from mixgrpo.commands.train import parse
 
 LAUNCH = [sys.executable, "-m", "mixgrpo", "launch", "--nproc_per_node", "2"]
 
@@ -57,6 +62,51 @@ def test_mistyped_options_are_one_line(capfd, words, said):
     assert said in line
 
 
+@dataclass
+class Failure:
+    exitcode: int
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "expected"),
+    [
+        ([], 33),  # told to stop: it may save
+        ([143], 33),  # another was told to, and has saved already
+        ([1], launch_command.FAILED_PATIENCE),
+        ([143, -9], launch_command.FAILED_PATIENCE),
+    ],
+)
+def test_processes_get_their_time_only_if_none_has_failed(exit_codes, expected):
+    context = mock.Mock(_failures={i: Failure(code) for i, code in enumerate(exit_codes)})
+    close = mock.Mock()
+    launch_command._closing(close, grace=33)(context, signal.SIGTERM)
+    close.assert_called_once_with(context, signal.SIGTERM, expected)
+
+
+def test_a_signal_that_comes_twice_ends_the_launcher_no_sooner():
+    heard = mock.Mock()
+    handler = launch_command._heeded_once(heard)
+    handler(signal.SIGTERM, None)
+    handler(signal.SIGTERM, None)
+    heard.assert_called_once_with(signal.SIGTERM, None)
+
+
+def test_the_time_to_save_is_the_runs():
+    assert launch_command.grace_of(parse(["--run.grace", "77"])) == 77
+    assert launch_command.grace_of(object()) == launch_command.GRACE
+
+
+def test_an_unforeseen_error_of_a_process_names_its_rank(monkeypatch, capfd):
+    monkeypatch.setattr("mixgrpo.__main__.main", mock.Mock(side_effect=KeyError("unforeseen")))
+    with pytest.raises(KeyError):
+        run_main()
+    monkeypatch.setenv("RANK", "3")
+    assert run_main() == 1
+    told = capfd.readouterr().err
+    assert told.startswith("error (rank 3):\nTraceback (most recent call last):")
+    assert told.endswith("KeyError: 'unforeseen'\n")
+
+
 def test_help_says_where_the_options_are(capfd):
     assert main(["launch", "--help"]) == 0
     assert "COMMAND --help" in capfd.readouterr().out
@@ -70,10 +120,18 @@ def test_what_a_process_complains_of_is_not_buried():
     assert len(done.stderr.splitlines()) <= 2
 
 
-def test_a_process_that_was_killed_is_told_of(tmp_path):
-    (tmp_path / "deadly.py").write_text(
-        "import os, signal\ndef reward(images, texts): os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
+DEADLY = """
+import os, signal, time
+def reward(images, texts):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_is_told_of_and_takes_a_hung_one_along(tmp_path):
+    (tmp_path / "deadly.py").write_text(DEADLY)
     done = subprocess.run(
         [*LAUNCH, "train", "--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path / "run"),
          "--rewards.mine.kind", "deadly:reward", "--validation.prompts", "2"],

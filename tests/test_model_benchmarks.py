@@ -134,3 +134,76 @@ def test_flux_devs_size_on_a_cpu_is_refused() -> None:
     done = run("sampling.py", "--device", "cpu")
     assert done.returncode == 2
     assert "takes a GPU with 40 GB" in done.stderr
+
+
+# ---- an iteration at FLUX.1-dev's size
+
+
+@pytest.fixture
+def flux_iteration(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    import flux_iteration
+
+    return flux_iteration
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_an_iteration_prints_the_table(
+    flux_iteration: ModuleType, train: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    small = ("--small", "--device", "cpu", "--size", "32", "--steps", "4", "--window", "2")
+    few = ("--samples", "2", "--optimizer-steps", "1", "--start", "1", "--micro-batch", "2")
+    words = ("--train", train, *small, *few, "--peak", "1e-3", "--json", str(path))
+    assert flux_iteration.main(words) == 0
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in (*ABOUT, f"{train} training with adamw_8bit"))
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3
+    assert len({line.count("|") for line in rows}) == 1
+    published, ours, flash = json.loads(path.read_text())["results"]
+    assert published["evaluations"] == {"rollout": 4, "update": 2}
+    assert ours["evaluations"] == {"rollout": 3, "update": 1.5}
+    assert flash["variant"] == "MixGRPO-Flash"
+    size = flux_iteration.FluxSize.from_config(flux_iteration.SMALL_TRANSFORMER)
+    products = size.products(4, 512)
+    backward = products.backward(train == "full")
+    one = 3 * products.total + 1.5 * (2 * products.total + backward)
+    assert ours["tflops"] * ours["seconds"]["total"] == pytest.approx(2 * one / 1e12)
+
+
+def test_attention_backends_and_compilers_are_compared(
+    flux_iteration: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[str, str]] = []
+    monkeypatch.setattr(flux_iteration, "make_task", lambda chosen, policy: policy)
+    monkeypatch.setattr(
+        flux_iteration,
+        "build",
+        lambda chosen, knobs: built.append((knobs.compile, knobs.attention)),
+    )
+    words = ["--small", "--device", "cpu", "--compile", "off", "inductor"]
+    words += ["--attention", "native", "flex", "--variants", "published", "MixGRPO"]
+    chosen = flux_iteration.parse(words)
+    chosen.variants = []  # nothing is measured
+    assert list(flux_iteration.results(chosen)) == []
+    assert built == [
+        *(("off", "native"), ("off", "flex"), ("inductor", "native"), ("inductor", "flex"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--device", "cpu"], "takes a GPU with 80 GB"),
+        (["--small", "--start", "21"], "the window must end before the last of 25 steps"),
+        (["--small", "--samples", "3"], "--samples 3 must be a multiple of --optimizer-steps 4"),
+        (["--small", "--size", "100"], "--size must be a multiple of 16, got 100"),
+    ],
+)
+def test_an_iteration_that_cannot_be_run_is_refused(
+    flux_iteration: ModuleType, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        flux_iteration.parse(words)
+    assert complaint in capsys.readouterr().err

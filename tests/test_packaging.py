@@ -376,7 +376,10 @@ def test_quickstart_fails_when_training_fails(tmp_path: Path) -> None:
 
 
 ON_GPUS = {
-    "scripts/finetune/finetune_flux_mixgrpo.sh": "train --recipe flux_mixgrpo",
+    **{
+        f"scripts/finetune/finetune_flux_{name}.sh": f"train --recipe flux_{name}"
+        for name in ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "dancegrpo")
+    },
     "scripts/inference/inference_flux.sh": "sample --recipe flux",
     "scripts/evaluate/eval_reward.sh": "evaluate",
     "scripts/preprocess/preprocess_flux.sh": "preprocess --model.path data/models/FLUX.1-dev "
@@ -403,13 +406,46 @@ def test_scripts_start_a_process_on_each_gpu_or_one_on_the_cpu(
 
 
 @pytest.mark.parametrize("given", [["--recipe", "mine"], ["--recipe=mine"]])
-@pytest.mark.parametrize("script", list(ON_GPUS)[:2])
+@pytest.mark.parametrize("script", [s for s, words in ON_GPUS.items() if "--recipe" in words])
 def test_a_recipe_of_the_users_counts_alone(tmp_path: Path, script: str, given: list[str]) -> None:
     command = wrapping(script, tmp_path, '[ "$1" = -c ] && echo 0 || echo "$@"')
     shutil.copy(ROOT / "scripts" / "launch.sh", tmp_path / "scripts")
     done = subprocess.check_output([*command, "--x", "y", *given], cwd="/", text=True)
     name = ON_GPUS[script].split()[0]
     assert done.splitlines()[1].endswith(f"{name} --x y {' '.join(given)}")
+
+
+@pytest.mark.parametrize(
+    ("text", "several"),
+    [
+        ("# n-1\n\nlocalhost\nlocalhost # this\n", False),
+        ("localhost slots=2\n", True),
+        ("n-1\n", True),
+        (None, False),
+    ],
+)
+def test_scripts_go_to_the_hosts_of_the_hostfile(
+    tmp_path: Path, text: str | None, several: bool
+) -> None:
+    command = wrapping(next(iter(ON_GPUS)), tmp_path, '[ "$1" = -c ] && echo 0 || echo "$@"')
+    shutil.copy(ROOT / "scripts" / "launch.sh", tmp_path / "scripts")
+    (tmp_path / "hosts").mkdir()
+    if text is not None:
+        (tmp_path / "hosts" / "hostfile").write_text(text)
+    done = subprocess.check_output([*command, "--x", "a b"], cwd="/", text=True)
+    hosts = "-m mixgrpo hosts --hostfile hosts/hostfile train --recipe flux_mixgrpo --x a b"
+    here = "-m mixgrpo launch --nproc_per_node 1 train --recipe flux_mixgrpo --x a b"
+    assert done.splitlines()[1] == (hosts if several else here)
+
+
+def test_check_script_compares_the_hosts_for_a_recipe(tmp_path: Path) -> None:
+    command = wrapping("scripts/hosts/check.sh", tmp_path, 'echo "$@"')
+    for given, recipe in (
+        ([], "--recipe flux_mixgrpo"),
+        (["--recipe=mine", "a b"], "--recipe=mine a b"),
+    ):
+        done = subprocess.check_output([*command, *given], cwd="/", text=True)
+        assert done.splitlines()[1] == f"-m mixgrpo hosts check {recipe}"
 
 
 def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
@@ -429,15 +465,65 @@ def test_test_script_passes_its_words_on(tmp_path: Path) -> None:
     assert re.fullmatch(r"7 -m pytest --numprocesses [1-4] --dist worksteal -k a b", ran)
 
 
+FOR_HOSTS = ("pdsh", "sshd", "ip", "ps")
+
+
+def with_all_programs(folder: Path) -> Path:
+    """A folder of the programs that tests need, so that none is installed; nor could it be."""
+    programs = folder / "programs"
+    programs.mkdir()
+    texts = {"apt-get": f"touch {folder}/installed", **dict.fromkeys(("chromium", *FOR_HOSTS), "")}
+    for name, text in texts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    return programs
+
+
+@pytest.mark.parametrize(
+    ("user", "apt", "said", "required"),
+    [
+        (0, "cp {bin}/true {bin}/chromium", "== installing chromium", "required"),
+        (0, "exit 100", "== chromium could not be installed", "required"),
+        (1000, "exit 100", "== chromium: missing, and only root can install by apt-get", ""),
+    ],
+)
+def test_ci_installs_a_browser_or_says_why_not(
+    tmp_path: Path, user: int, apt: str, said: str, required: str
+) -> None:
+    command = wrapping(".ci/run", tmp_path, "true")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "test.sh").write_text('echo "browser: $MIXGRPO_BROWSER."\n')
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for tool in ("bash", "env", "dirname", "readlink", "true", "cp"):
+        (programs / tool).symlink_to(str(shutil.which(tool)))
+    for tool in FOR_HOSTS:
+        (programs / tool).symlink_to(str(shutil.which("true")))
+    for name, text in (("id", f"echo {user}"), ("apt-get", apt.format(bin=programs))):
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": str(programs)}
+    done = subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
+    assert said in done.stdout
+    assert f"browser: {required}." in done.stdout.splitlines(), done.stderr
+    assert (programs / "chromium").exists() == (said == "== installing chromium")
+
+
 @pytest.mark.parametrize("failing", ["pytest", "ruff check", "ruff format", "mypy"])
 def test_ci_runs_every_check_and_fails_with_any(tmp_path: Path, failing: str) -> None:
     command = wrapping(".ci/run", tmp_path, f'echo "ran $*"; [[ $* != *"{failing}"* ]]')
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "test.sh").write_text(".venv/bin/python -m pytest\n")
-    result = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    environment = {"PATH": f"{with_all_programs(tmp_path)}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 1
     for check in ("-m pytest", "-m ruff check .", "-m ruff format --check .", "-m mypy"):
         assert f"ran {check}" in result.stdout.splitlines()
+    assert not (tmp_path / "installed").exists(), "nothing was missing"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

@@ -50,7 +50,13 @@ def shown_commands() -> list[str]:
 SAMPLING = [c for c in shown_commands() if " sample " in c]
 TRAINING = [c for c in shown_commands() if " train " in c and "flux_mixgrpo" not in c]
 CHAIN = [c for c in shown_commands() if "runs/all/" in c]
-RUN = [c for c in shown_commands() if c in TRAINING or " mixgrpo preprocess " in c]
+REPORTS = [c for c in shown_commands() if " mixgrpo report " in c]
+OTHERS = {
+    " mixgrpo preprocess ": "prompts in",
+    " mixgrpo export ": "model of",
+    " mixgrpo report ": "report:",
+}
+RUN = [c for c in shown_commands() if c in TRAINING or any(other in c for other in OTHERS)]
 
 
 @pytest.fixture
@@ -87,15 +93,20 @@ def test_the_readme_shows_training_commands():
     assert len(TRAINING) >= 4
 
 
+@pytest.mark.slow
 def test_commands_run_in_their_order(place):
-    assert len(RUN) > len(TRAINING)
+    assert len(REPORTS) >= 2
     for command in RUN:
         training = command in TRAINING
         done = run([*as_here(command), *(SHORT if training else [])], place)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-        assert ("trained model:" if training else "prompts in") in done.stdout
+        said = next(
+            (words for other, words in OTHERS.items() if other in command), "trained model:"
+        )
+        assert said in done.stdout
 
 
+@pytest.mark.slow
 def test_sampling_commands_run(place):
     """In their order, on the first prompts; the tuned ones with a trained model where they want."""
     (place / "few.txt").write_text("a red circle on a gray background\n" * 3)
@@ -110,6 +121,7 @@ def test_sampling_commands_run(place):
         assert len(list((place / folder).glob("*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_the_scripts_run_one_after_the_other(place):
     """Preprocessing, fine-tuning, three inferences, evaluation: made short, otherwise as shown."""
     (place / "scripts").unlink()
@@ -133,6 +145,16 @@ def test_the_scripts_run_one_after_the_other(place):
     table = (place / "runs/all/evaluation/table.md").read_text()
     for name in ("base", "tuned", "hybrid", "all_right"):
         assert name in table
+
+
+def test_what_is_looked_at_before_a_run(place):
+    """The windows are drawn, and the Shapes world is healthy."""
+    commands = [c for c in shown_commands() if " schedule " in c or " doctor " in c]
+    assert len(commands) == 2
+    for command in commands:
+        done = run(as_here(command), place)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr[-2000:]}"
+    assert (place / "runs/schedule/windows.png").is_file()
 
 
 def test_inference_commands_have_knobs_that_are_there():

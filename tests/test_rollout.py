@@ -8,6 +8,7 @@ import pytest
 import torch
 from small import (
     SHAPE,
+    SHIFT,
     Counted,
     SmallNet,
     relative_error,
@@ -18,12 +19,12 @@ from small import (
 )
 from torch import Tensor
 
-from mixgrpo.maths.dpm_solver import Prediction, dpm_step
-from mixgrpo.maths.schedule import step_at
+from mixgrpo.maths.dpm_solver import DPMSolver, Prediction, dpm_step
+from mixgrpo.maths.schedule import flash_sigmas, step_at
 from mixgrpo.noise import Noise
 from mixgrpo.prompts import PromptBatches
 from mixgrpo.rollout import SamplingPlan, rollout, sample_ode
-from mixgrpo.types import TextEmbedding, Trajectory, Velocity
+from mixgrpo.types import TextEmbedding, Trajectory, Velocity, Window
 
 TAILS = {
     "euler": {},
@@ -112,6 +113,31 @@ def test_equals_the_plain_rollout(start: int, tail: str, shared: bool) -> None:
         assert relative_error(found.final, expected.latents[:, -1]) < 1e-5
         assert relative_error(found.states, window_latents) < 1e-5
         assert relative_error(found.old_means, expected.means) < 1e-5
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "independent"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_prefix_by_dpm_solver_equals_the_plain_one(order: int, shared: bool) -> None:
+    """Window [6, 8) of 10 steps; the six before it become three, still run once per prompt."""
+    sigmas = flash_sigmas(10, SHIFT, Window(6, 8), 1.0, before=0.5)
+    plan = replace(
+        small_plan(10, 3, 2),
+        sigmas=sigmas,
+        prefix=lambda: DPMSolver(sigmas, order),
+        solver=lambda: DPMSolver(sigmas, 1),
+    )
+    assert plan.steps == 3 + 2 + 2
+    noise, text, net = small_noise(samples=3, shared=shared), small_text(2), Counted(SmallNet())
+    found = rollout(net, text, plan, noise, 100)
+    assert net.evaluations == found.evaluations == (2 * 4 + 6 * 3 if shared else 6 * 7)
+    for row in range(6):
+        x = noise.initial()[row // 3 if shared else row][None]
+        history: list[Prediction] = []
+        for i in range(3):
+            v = net(x, sigmas[i : i + 1], text[row // 3 : row // 3 + 1])
+            history.append(Prediction(x - sigmas[i] * v, float(sigmas[i])))
+            x = dpm_step(history[-order:], x, step_at(sigmas, i), order)
+        assert relative_error(found.states[row : row + 1, 0], x) < 1e-5
 
 
 def test_finished_pictures_are_handed_on_in_order_before_the_next_are_sampled() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import records
 
 from mixgrpo.config import Config, LogConfig, RewardConfig, RunConfig
@@ -152,6 +154,65 @@ def test_a_phase_leaves_out_the_ones_inside_it(monkeypatch):
                 pass
     phases.add("reward_hidden", 1.5)
     assert phases.take() == {"decode": 5.0, "rollout": 5.0, "reward_hidden": 1.5}
+
+
+# ---- TensorBoard
+
+
+def shown_by_tensorboard(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def test_tensorboard_gets_what_wandb_gets(tmp_path):
+    tracker = started(tmp_path, tensorboard=True)
+    tracker.log(1, {"reward/a": 0.25, "reward/b": float("nan")})
+    tracker.pictures(1, torch.full((2, 3, 4, 6), 255, dtype=torch.uint8), ["one", "two"])
+    before_the_end = shown_by_tensorboard(tmp_path)
+    tracker.close()
+    assert before_the_end.Tags()["scalars"] == ["reward/a"], "a metric is there once it is logged"
+    assert [(e.step, e.value) for e in before_the_end.Scalars("reward/a")] == [(1, 0.25)]
+    assert before_the_end.Tags()["images"] == ["pictures/000", "pictures/001"]
+    (image,) = before_the_end.Images("pictures/000")
+    assert (image.step, image.width, image.height) == (1, 6, 4)
+    (text,) = before_the_end.Tensors("config/text_summary")
+    assert b"| window.size | `4` |" in text.tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_a_resumed_run_has_no_point_twice_in_tensorboard(tmp_path, monkeypatch, first):
+    """As a run of 4 iterations logs them: a validation at both ends, each resumed run anew."""
+    clock = itertools.count(1_700_000_000)  # the files' names, by which they are ordered
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time.time", clock.__next__)
+    for done, value in ((0, 1.0), (first, 2.0)):
+        tracker = started(tmp_path, first=done, tensorboard=True)
+        if done == 0:
+            tracker.log(0, {"validation/a": value})
+        for iteration in range(done + 1, 5):
+            tracker.log(iteration, {"reward/a": value})
+        tracker.log(4, {"validation/a": value})
+        tracker.close()
+    found = shown_by_tensorboard(tmp_path)
+    of_training = [(e.step, e.value) for e in found.Scalars("reward/a")]
+    assert of_training == [(i, 1.0 if i <= first else 2.0) for i in range(1, 5)]
+    of_validation = [(e.step, e.value) for e in found.Scalars("validation/a")]
+    assert of_validation == [(0, 2.0 if first == 0 else 1.0), (4, 2.0)]
+
+
+def test_tensorboard_switched_on_late_gets_the_whole_run(tmp_path):
+    for first, is_on in ((0, False), (2, True)):
+        tracker = started(tmp_path, first=first, tensorboard=is_on)
+        for iteration in (first + 1, first + 2):
+            tracker.log(iteration, {"reward/a": float(iteration)})
+        tracker.close()
+    points = shown_by_tensorboard(tmp_path).Scalars("reward/a")
+    assert [(e.step, e.value) for e in points] == [(i, float(i)) for i in range(1, 5)]
+
+
+def test_without_the_knob_tensorboard_gets_nothing(tmp_path):
+    tracker = started(tmp_path)
+    tracker.log(1, {"reward/a": 1.0})
+    tracker.close()
+    assert not (tmp_path / "tensorboard").exists()
 
 
 # ---- wandb

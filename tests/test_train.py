@@ -9,12 +9,13 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from processes import ALONE
 from tiny_world import (
     CPU,
     QUICK,
@@ -28,26 +29,39 @@ from tiny_world import (
     python,
     records,
     same,
+    saved_tensors,
     train_here,
     training_records,
     without_times,
 )
 
 from mixgrpo import checkpoint as checkpoints
-from mixgrpo.assembly import prompt_digests
+from mixgrpo.assembly import prompt_digests, resumed_checkpoint
 from mixgrpo.config import RewardConfig, flatten
 from mixgrpo.models.flux import Flux
 from mixgrpo.rewards import RewardError
+from mixgrpo.rollout import rollout
 from mixgrpo.stopping import StopRequest, TrainingStopped
 from mixgrpo.trainer import Trainer
 
 
 def assert_same_checkpoint(first: Path, second: Path) -> None:
     """Weights, average, optimizer, schedule and position, to the last bit."""
-    one, two = checkpoints.load(first), checkpoints.load(second)
-    assert one.weights, "a checkpoint without weights proves nothing"
-    for part in ("iteration", "weights", "ema", "ema_updates", "engine"):
-        assert same(getattr(one, part), getattr(two, part)), part
+    for part in ("model", "ema", "optimizer"):
+        one, two = saved_tensors(first, part), saved_tensors(second, part)
+        assert one, f"a checkpoint without {part} proves nothing"
+        assert same(one, two), part
+    one, two = (checkpoints.open_saved(path).position for path in (first, second))
+    for name in ("iteration", "ema_updates", "kl_weight"):
+        assert getattr(one, name) == getattr(two, name), name
+    assert same(schedule_of(first), schedule_of(second))
+
+
+def schedule_of(path: Path) -> dict[str, Any]:
+    state = {"schedule": {"last_epoch": -1, "_last_lr": []}}
+    checkpoints.Shards(path).read(state)
+    assert state["schedule"]["last_epoch"] >= 0
+    return state
 
 
 # ---- one run, end to end
@@ -63,10 +77,21 @@ def test_a_run_leaves_what_a_user_needs(straight):
             assert min(picture.size) > 100
     for iteration in (0, 2, 4):
         pictures = sorted((straight / "pictures" / f"iteration_{iteration:08d}").iterdir())
-        assert [picture.name for picture in pictures] == ["000.png", "001.png", "002.png"]
+        names = ["000.png", "001.png", "002.png", "scores.json"]
+        assert [picture.name for picture in pictures] == names
         with Image.open(pictures[0]) as picture:
             assert picture.size == (64, 64)
     assert (straight / "model" / "model_index.json").is_file()
+
+
+def test_without_the_first_validation_nothing_is_shown_as_before(world, folder, capsys):
+    knobs = {"run__iterations": 1, "validation__before": False}
+    train_here(world.config(folder, **knobs), summary=True)
+    assert [r["iteration"] for r in records(folder) if "validation/redness" in r] == [1]
+    said = capsys.readouterr().out.splitlines()
+    _, before, after, change, *_ = next(line for line in said if line.startswith("redness")).split()
+    assert (before, change) == ("-", "-")
+    assert float(after) == pytest.approx(records(folder)[-1]["validation/redness"], abs=1e-4)
 
 
 def test_config_json_holds_the_resolved_configuration_and_the_revision(straight, world):
@@ -90,8 +115,8 @@ def test_the_weights_move_and_the_window_too(straight):
     assert [r["window/start"] for r in found] == [0, 1, 2, 2]
     assert all(r["update/ratio_deviation"] > 1e-9 for r in found)
     assert all(r["update/grad_norm"] > 0 for r in found)
-    before = load_file(checkpoint_folder(straight, 1) / "weights.safetensors")
-    after = load_file(checkpoint_folder(straight, 4) / "weights.safetensors")
+    before = saved_tensors(checkpoint_folder(straight, 1))
+    after = saved_tensors(checkpoint_folder(straight, 4))
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
@@ -115,11 +140,33 @@ def test_pictures_before_training_are_the_base_models(straight, world):
 
 
 def test_four_iterations_equal_two_and_two_resumed(straight, world, folder):
-    train_here(world.config(folder, run__iterations=2))
+    train_here(world.config(folder, run__iterations=2, checkpoint__asynchronous=False))
     train_here(world.config(folder, run__iterations=4, run__resume=True))
     assert_same_checkpoint(checkpoint_folder(folder, 4), checkpoint_folder(straight, 4))
     later = [r for r in without_times(records(straight)) if r["iteration"] >= 3]
     assert [r for r in without_times(records(folder)) if r["iteration"] >= 3] == later
+
+
+def test_a_run_continues_from_where_it_is_told(straight, world, folder):
+    copy_run(straight, folder, 2)
+    copy_run(straight, folder, 3)
+    damaged = next(checkpoint_folder(folder, 3).glob("ema_*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+
+    def resumed(where: str) -> int:
+        config = world.config(folder, run__resume=True, run__resume_from=where)
+        return resumed_checkpoint(config, ALONE).position.iteration
+
+    with pytest.raises(checkpoints.Damaged, match=r"ema_00000\.distcp has .* bytes.*undamaged"):
+        resumed("latest")
+    assert resumed("undamaged") == resumed("iteration_00000002") == 2
+
+
+def test_what_saving_takes_from_the_loop_is_logged(straight):
+    """With the iteration that follows."""
+    found = [record.get("seconds/save") for record in training_records(straight)]
+    assert found[0] is None
+    assert all(seconds > 0 for seconds in found[1:])
 
 
 def test_a_killed_run_repeats_nothing_in_its_metrics(straight, world, folder):
@@ -185,11 +232,33 @@ def test_a_signal_saves_and_ends(straight, world, folder, number, call, saved_af
     assert "Traceback" not in said
     newest = checkpoints.latest(folder / "checkpoints")
     assert str(newest) in complaints[0]
-    assert checkpoints.load(newest).iteration == saved_after
+    assert checkpoints.open_saved(newest).position.iteration == saved_after
 
     train_here(world.config(folder, run__resume=True, **knobs))
     assert_same_checkpoint(checkpoint_folder(folder, 4), checkpoint_folder(straight, 4))
     assert without_times(records(folder)) == without_times(records(straight))
+
+
+def test_a_signal_is_heeded_between_micro_batches(world, folder, monkeypatch):
+    """The next one is not sampled, and what is saved is the last whole iteration."""
+    sampled = []
+
+    def stopped(*arguments):
+        *others, finished = arguments
+
+        def and_stop(latents, rows):
+            sampled.append(rows)
+            os.kill(os.getpid(), signal.SIGTERM)
+            finished(latents, rows)
+
+        return rollout(*others, and_stop)
+
+    monkeypatch.setattr("mixgrpo.trainer.rollout", stopped)
+    config = world.config(folder, **QUICK, sampling__micro_batch=4, scoring__micro_batch=4)
+    with pytest.raises(TrainingStopped, match="stopped by SIGTERM after iteration 0; saved"):
+        train_here(config)
+    assert sampled == [range(4)]
+    assert checkpoint_folder(folder, 0).is_dir()
 
 
 def test_a_second_signal_ends_at_once_but_one_that_is_passed_on_counts_once(monkeypatch):
@@ -233,8 +302,8 @@ def test_two_processes_equal_one(straight, world, folder):
                 tolerance = 2e-2 if "jpeg" in key else 1e-5
                 assert two[key] == pytest.approx(one[key], rel=tolerance, abs=1e-5), key
     start = dict(world.policy().module.named_parameters())
-    one = load_file(checkpoint_folder(straight, 2) / "weights.safetensors")
-    two = load_file(checkpoint_folder(folder, 2) / "weights.safetensors")
+    one = saved_tensors(checkpoint_folder(straight, 2))
+    two = saved_tensors(checkpoint_folder(folder, 2))
     assert one.keys() == two.keys() == start.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
@@ -292,8 +361,8 @@ def test_a_learning_rate_far_too_high_is_stopped(world, folder):
     config = world.config(folder, update__learning_rate=1e30, update__weight_decay=0.0)
     with pytest.raises(TrainingStopped, match=r"iteration 1, .*not finite at optimizer step 1"):
         train_here(config)
-    saved = checkpoints.load(checkpoints.latest(folder / "checkpoints"))
-    assert all(weight.isfinite().all() for weight in saved.weights.values())
+    saved = saved_tensors(checkpoints.latest(folder / "checkpoints"))
+    assert all(weight.isfinite().all() for weight in saved.values())
 
 
 # ---- rewards that fail
@@ -308,8 +377,8 @@ def test_samples_that_a_reward_cannot_score_leave_training_alone(world, folder):
     assert record["reward_failed/redness"] == 0
     assert math.isfinite(record["update/loss"])
     assert record["update/grad_norm"] > 0
-    saved = checkpoints.load(checkpoints.latest(folder / "checkpoints"))
-    assert all(weight.isfinite().all() for weight in saved.weights.values())
+    saved = saved_tensors(checkpoints.latest(folder / "checkpoints"))
+    assert all(weight.isfinite().all() for weight in saved.values())
 
 
 def test_a_reward_that_never_works_is_one_error(world, folder):
@@ -391,7 +460,7 @@ def test_kl_to_the_reference_starts_at_zero(world, folder, loaded, train):
         frozen = {key.replace(".base_layer", ""): value for key, value in trained.items()
                   if "lora_" not in key}  # fmt: skip
         assert same(frozen, dict(base))
-        adapters = checkpoints.load(checkpoints.latest(folder / "checkpoints")).weights
+        adapters = saved_tensors(checkpoints.latest(folder / "checkpoints"))
         assert adapters
         assert all("lora_" in name for name in adapters)
     else:
@@ -470,8 +539,8 @@ def test_half_precision_trains_and_keeps_float32_weights(world, folder):
     (record,) = training_records(folder)
     assert record["update/grad_norm"] > 0
     assert record["update/ratio_error_on_policy"] < 0.1
-    saved = checkpoints.load(checkpoints.latest(folder / "checkpoints"))
-    assert {weight.dtype for weight in saved.weights.values()} == {torch.float32}
+    saved = saved_tensors(checkpoints.latest(folder / "checkpoints"))
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
 
 
 def test_the_flash_recipe_is_a_recipe_of_knobs(world, folder):
@@ -484,7 +553,7 @@ def test_the_flash_recipe_is_a_recipe_of_knobs(world, folder):
 
 
 def test_saved_configuration_is_the_one_that_ran(straight, world):
-    saved = checkpoints.load(checkpoint_folder(straight, 4)).config
+    saved = checkpoints.open_saved(checkpoint_folder(straight, 4)).position.config
     expected = world.config(straight, checkpoint__every=1, checkpoint__keep=0)
     assert saved == {**flatten(expected), **prompt_digests(expected)}
 

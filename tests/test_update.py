@@ -26,8 +26,10 @@ from small import (
 from torch import Tensor, nn
 
 from mixgrpo.config import UpdateConfig
+from mixgrpo.emphasis import whole
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.maths.advantages import group_advantages
+from mixgrpo.maths.objective import kl_in_velocity
 from mixgrpo.maths.transitions import LogRatio, log_ratio, make_transition
 from mixgrpo.rollout import rollout
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity
@@ -193,6 +195,23 @@ def test_kl_adds_its_gradient() -> None:
     assert all(p.grad is None for p in reference.parameters())
 
 
+def test_kl_in_velocity_adds_its_gradient() -> None:
+    """mean_D[(v - v_ref)^2] over the distinct states, from autograd alone."""
+    net = SmallNet()
+    trajectory = small_trajectory(net, prompts=1, samples=2, start=1, size=1)
+    policy, reference = off_policy(net), off_policy(net, 0.05)
+    engine = Recording(policy)
+    with_kl = replace(objective(kl=0.3, reference=reference), kl_form=kl_in_velocity)
+    metrics = update(engine, policy, trajectory, torch.zeros(2), with_kl, knobs())
+    sigma = trajectory.sigmas[1:2]
+    there = trajectory.states[:1, 0], sigma, trajectory.text
+    penalty = ((policy(*there) - reference(*there).detach()) ** 2).mean()
+    (0.3 * penalty).backward()
+    expected = gradient_of(list(policy.parameters()))
+    assert float(metrics["kl"]) == pytest.approx(float(penalty), rel=1e-4)
+    assert relative_error(engine.gradients[0], expected) < 1e-4
+
+
 def test_kl_to_itself_changes_nothing() -> None:
     net = SmallNet()
     trajectory, advantages = small_trajectory(net), drawn_advantages(8)
@@ -327,7 +346,7 @@ def test_every_transition_is_served_once_by_its_own_state(size: int, shared: boo
         small_trajectory(SmallNet(), prompts=2, samples=6, size=size), shared=shared
     )
     (_, samples) = parts_of_groups(trajectory, 2)
-    needed = evaluations_for(trajectory, samples)
+    needed = evaluations_for(trajectory, samples, whole(trajectory).trained)
     for chunk_size in (1, 3, 100):
         served = []
         for start in range(0, len(needed), chunk_size):

@@ -69,6 +69,11 @@ def broken(images: Tensor, texts: Sequence[str]) -> Tensor:
     raise ConnectionError("the scoring service does not answer")
 
 
+def stuck(images: Tensor, texts: Sequence[str]) -> Tensor:
+    time.sleep(600)
+    return images.mean((1, 2, 3))
+
+
 # ---- a gate in a reward, so that a signal finds another process at a known place
 
 
@@ -289,6 +294,13 @@ def copy_run(source: Path, target: Path, iteration: int) -> Path:
     shutil.copy2(source / "metrics.jsonl", target / "metrics.jsonl")
     (target / "checkpoints" / "latest").write_text(f"iteration_{iteration:08d}\n")
     return target
+
+
+def saved_tensors(path: Path, part: str = "model") -> dict[str, Tensor]:
+    """A part of a checkpoint (model, ema, optimizer), whole."""
+    from mixgrpo.checkpoint import Shards
+
+    return Shards(path).whole(part)
 
 
 def same(first: Any, second: Any) -> bool:

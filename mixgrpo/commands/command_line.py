@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 
 import jsonargparse
 
@@ -40,7 +43,43 @@ def read_words(
     try:
         return parser.instantiate(parser.parse_args(list(words)))
     except argparse.ArgumentError as error:
-        raise ValueError(one_line(" ".join(str(error).split()))) from error
+        raise ValueError(_without_jargon(one_line(" ".join(str(error).split())))) from error
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+def _without_jargon(text: str) -> str:
+    """A wrong value's message without the parser's own names."""
+    wrong = re.search(
+        r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>. Got value: (.*)""", text
+    )
+    if wrong is None or wrong[2] not in _KINDS:
+        return text
+    inside = re.search(r'Parser key "([\w.]+)": Problem with', text[: wrong.start()])
+    knob = f"{inside[1]}.NAME.{wrong[1]}" if inside else wrong[1]
+    return f"{knob} is {wrong[3]!r}; it must be {_KINDS[wrong[2]]}"
+
+
+def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of an option that is no knob (its last, None without), and the other words.
+
+    Raises:
+        ValueError: it has no value.
+    """
+    value, others = None, []
+    words = iter(arguments)
+    for word in words:
+        if word == option:
+            value = next(words, "")
+        elif word.startswith(f"{option}="):
+            value = word.removeprefix(f"{option}=")
+        else:
+            others.append(word)
+            continue
+        if not value:
+            raise ValueError(f"{option} lacks its value")
+    return value, others
 
 
 def unknown_knob(message: str) -> str | None:
@@ -65,12 +104,15 @@ def carry_out(
 
     Args:
         expected: errors that explain themselves; an ``exit_code`` of theirs is the command's.
-        how_to_continue: told after Ctrl-C.
+        how_to_continue: told after Ctrl-C or SIGTERM.
     """
     try:
-        action()
-    except KeyboardInterrupt:
-        return complain(KeyboardInterrupt(f"ended at once; {how_to_continue}"), 130)
+        with _interruptible():
+            action()
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        name = signal.Signals(number).name
+        return complain(KeyboardInterrupt(f"stopped by {name}; {how_to_continue}"), 128 + number)
     except expected as error:
         if os.environ.get("MIXGRPO_TRACEBACK"):
             traceback.print_exc()
@@ -82,6 +124,20 @@ def carry_out(
         first_line = str(error).splitlines()[0]
         return complain(ConnectionError(f"lost another process of this run: {first_line}"))
     return 0
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does, so that open files and processes are left in order."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def complain(error: BaseException, exit_code: int = 1) -> int:

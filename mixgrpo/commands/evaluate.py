@@ -97,6 +97,7 @@ def _evaluate(request: Request) -> None:
     from mixgrpo.distributed import process_group
     from mixgrpo.evaluation.evaluate import evaluate
     from mixgrpo.evaluation.report import write_report
+    from mixgrpo.rewards import RewardError
 
     with (
         process_group(request.config.run.threads) as process,
@@ -113,6 +114,11 @@ def _evaluate(request: Request) -> None:
                     request.gallery,
                 )
             )
+            if evaluation.silent:
+                raise RewardError(
+                    f"{', '.join(evaluation.silent)} could score no picture, as the warnings say; "
+                    "mend that, and the same command scores what is missing"
+                )
 
 
 def parse(arguments: Sequence[str]) -> Request:

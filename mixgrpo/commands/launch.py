@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import functools
 import importlib
 import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 from mixgrpo.commands import COMMANDS
 from mixgrpo.commands.command_line import complain
+from mixgrpo.config import Config
 
-PATIENCE = 900  # seconds
+GRACE = 900  # seconds to save and end in, of commands without run.grace
+FAILED_PATIENCE = 10  # seconds for the other processes once one has failed
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 USAGE = (
     "usage: python -m mixgrpo launch [--nproc_per_node N] [torchrun's other options] "
     "COMMAND [options]"
@@ -44,29 +47,46 @@ def run(arguments: Sequence[str]) -> int:
         _check_number(given.nproc_per_node)
     except ValueError as error:
         return _refuse(str(error))
-    command = given.training_script
-    parse = _parser_of(command)
-    if parse is None:
-        return _refuse(f"{command!r} is no command for several processes")
+    words = [given.training_script, *given.training_script_args]
+    if _parser_of(words[0]) is None:
+        return _refuse(f"{words[0]!r} is no command for several processes")
     try:
-        parse(given.training_script_args)  # a mistyped knob is told of once
+        config = parse_command(words)  # a mistyped knob is told of once
     except (ValueError, OSError) as error:
         return complain(error)
-    given.training_script_args = [command, *given.training_script_args]
+    given.training_script_args = words
     given.training_script = "mixgrpo"
     if given.nnodes == "1:1":
         given.standalone = True  # a free port, so that two runs on one machine do not collide
-    return _start(given)
+    return _start(given, grace_of(config))
 
 
-def _start(given: argparse.Namespace) -> int:
+def parse_command(words: Sequence[str]) -> object:
+    """The configuration that a command reads from its words.
+
+    Raises:
+        ValueError: it is no command for several processes, or a knob is wrong.
+        OSError: a file that its words name is not there.
+    """
+    parse = _parser_of(words[0])
+    if parse is None:
+        raise ValueError(f"{words[0]!r} is no command for several processes")
+    return parse(words[1:])
+
+
+def grace_of(config: object) -> int:
+    """Seconds that a command has to save and end in when it is asked to."""
+    return config.run.grace if isinstance(config, Config) else GRACE
+
+
+def _start(given: argparse.Namespace, grace: int) -> int:
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import run as torchrun
 
-    # A process that was told to stop first ends what it is doing and saves; torchrun, which offers
-    # no knob for it, would kill it after 30 s.
-    PContext.close = functools.partialmethod(PContext.close, timeout=PATIENCE)  # type: ignore[method-assign, assignment]
+    PContext.close = _closing(PContext.close, grace)  # type: ignore[method-assign]
+    api._terminate_process_handler = _heeded_once(api._terminate_process_handler)
     logging.disable(logging.ERROR)  # in this process alone, which only waits
     try:
         torchrun(given)
@@ -83,6 +103,38 @@ def _start(given: argparse.Namespace) -> int:
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0
+
+
+def _closing(close: Callable[..., None], grace: int) -> Callable[..., None]:
+    """Torchrun's way to end processes, with other times to wait; it has no knob for them.
+
+    Processes that were told to stop first end what they are doing and save. Where one has failed,
+    the others wait for it in vain.
+    """
+
+    def closing(
+        context: Any, death_sig: signal.Signals | None = None, timeout: int = grace
+    ) -> None:
+        failures = getattr(context, "_failures", {}).values()
+        if any(failure.exitcode not in STOPPED for failure in failures):
+            timeout = FAILED_PATIENCE
+        close(context, death_sig, timeout)
+
+    return closing
+
+
+def _heeded_once(handler: Callable[..., None]) -> Callable[..., None]:
+    """A signal's handler that heeds the first alone: SLURM signals a job's every process, and each
+    passes it on. A second one would end the launcher, which waits for its processes to save."""
+    is_heeded = False
+
+    def once(number: int, frame: FrameType | None) -> None:
+        nonlocal is_heeded
+        if not is_heeded:
+            is_heeded = True
+            handler(number, frame)
+
+    return once
 
 
 def _parser_of(command: str) -> Callable[[Sequence[str]], object] | None:

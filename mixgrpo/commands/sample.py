@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
-from types import FrameType
 
 from mixgrpo.commands.command_line import (
     carry_out,
@@ -24,17 +22,6 @@ from mixgrpo.inference.config import InferenceConfig
 SAMPLING_RECIPES = RECIPES.parent / "inference"
 
 
-class Stopped(Exception):
-    """A signal ended the sampling; the message says what is left."""
-
-    def __init__(self, number: int, folder: str) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; the pictures in {folder} are whole, and "
-            "the same command draws the others"
-        )
-        self.exit_code = 128 + number
-
-
 def run(arguments: Sequence[str]) -> int:
     """Draws the pictures; returns the exit code."""
     try:
@@ -42,27 +29,21 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         return complain(error)
     # Only now: a mistyped knob should not have to wait for torch.
+    from mixgrpo.checkpoint import CheckpointError
     from mixgrpo.memory import OutOfMemory
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    expected = (ValueError, OSError, OutOfMemory, Stopped)
-    return carry_out(partial(_sample, config), expected, "the same command continues")
+    left = f"the pictures in {config.folder} are whole, and the same command draws the others"
+    return carry_out(
+        partial(_sample, config), (ValueError, OSError, CheckpointError, OutOfMemory), left
+    )
 
 
 def _sample(config: InferenceConfig) -> None:
     from mixgrpo.inference.sample import sample
 
-    try:
-        folder = sample(config)
-    except KeyboardInterrupt as stopped:
-        number = stopped.args[0] if stopped.args else signal.SIGINT
-        raise Stopped(number, config.folder) from stopped
+    folder = sample(config)
     if os.environ.get("RANK", "0") == "0":
         print(f"pictures: {folder}")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
 
 
 def parse(arguments: Sequence[str]) -> InferenceConfig:

@@ -70,7 +70,19 @@ def _in_one_line(words: list[str], text: str) -> str:
             known = [f"rewards.NAME.{field.name}" for field in fields(RewardConfig)]
     if knob is not None:
         return no_such_knob(knob, known)
+    if "RewardConfig" in text and "required: kind" in text:
+        return _reward_without_kind(words)
     return or_no_recipe(words, text)
+
+
+def _reward_without_kind(words: Sequence[str]) -> str:
+    given = {match[1] for word in words if (match := re.match(r"--rewards\.(\w+)\.", word))}
+    with_kind = {word.split(".")[1] for word in words if re.match(r"--rewards\.\w+\.kind\b", word)}
+    named = ", ".join(sorted(given - with_kind)) or "in the recipe"
+    return (
+        f"a reward has no kind (rewards {named}): if it is to be one of the recipe's, correct its "
+        "name; if it is new, set --rewards.NAME.kind too"
+    )
 
 
 def or_no_recipe(words: Sequence[str], text: str) -> str:

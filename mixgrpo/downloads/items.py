@@ -11,7 +11,16 @@ from pathlib import Path
 
 from mixgrpo.downloads.hpdv2 import write_prompts
 
-_REFUSED = ("access denied", "requires approval", "gated", "401", "403", "not logged in")
+_REFUSED = (
+    "access denied",
+    "requires approval",
+    "gated",
+    "401",
+    "403",
+    "not logged in",
+    "unauthorized",
+    "invalid user token",
+)
 
 
 class DownloadError(Exception):
@@ -229,7 +238,7 @@ def _check_access(source: Source) -> None:
     if any(word in said.lower() for word in _REFUSED):
         raise DownloadError(
             f"access to {source.repository} is refused: accept its licence at {source.page}, then "
-            "log in with `hf auth login` or set HF_TOKEN"
+            "log in with `hf auth login` or set HF_TOKEN to a valid token"
         )
     lines = [line for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()] or lines[-1:]

@@ -59,6 +59,15 @@ class Evaluation:
     features: str | None
     diversity: Mapping[str, Values]
 
+    @property
+    def silent(self) -> list[str]:
+        """The rewards that could score no picture."""
+        return [
+            name
+            for name, manifests in self.scores.items()
+            if all(math.isnan(value) for values in manifests.values() for value in values.values())
+        ]
+
 
 def evaluate(
     config: Config, manifests: Sequence[Manifest], store: Store, process: Process

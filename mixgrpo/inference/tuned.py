@@ -6,20 +6,22 @@ where a hybrid run goes back to them; a LoRA is switched on and off.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from mixgrpo.checkpoint import Shards, open_saved, verify
+from mixgrpo.checkpoint.manifest import MANIFEST
 from mixgrpo.inference.config import InferenceConfig, tuned_steps
-from mixgrpo.models.flux_lora import attach_lora, read_lora
+from mixgrpo.models.flux_lora import attach_lora, lora_of_run, read_lora
 from mixgrpo.weight_files import NAME, check_fits, fill, find_shards, read_shapes
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
-_AVERAGE = "ema.safetensors"
+_PARTS = {"plain": "model", "ema": "ema"}
 
 
 class Tuned(Protocol):
@@ -57,8 +59,7 @@ class FullWeights:
 
     dear = True
 
-    def __init__(self, module: nn.Module, tuned: list[Path], base: list[Path]) -> None:
-        self.module = module
+    def __init__(self, tuned: Callable[[], None], base: Callable[[], None]) -> None:
         self.tuned = tuned
         self.base = base
         self.inside = base  # whose weights the model holds
@@ -69,10 +70,10 @@ class FullWeights:
     def remove(self) -> None:
         self._take(self.base)
 
-    def _take(self, files: list[Path]) -> None:
-        if self.inside != files:
-            fill(self.module, files)
-            self.inside = files
+    def _take(self, read: Callable[[], None]) -> None:
+        if self.inside != read:
+            read()
+            self.inside = read
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,13 @@ def find_tuned(config: InferenceConfig) -> list[Path]:
     Raises:
         FileNotFoundError: the checkpoint is nothing that holds weights.
         ValueError: an average is wanted where there is none.
+        CheckpointError: a run's checkpoint is damaged.
     """
     if not tuned_steps(config) or config.checkpoint is None:
         return []
     path = Path(config.checkpoint)
-    if (path / "state.json").is_file():
-        return find_shards(
-            path / f"{'weights' if config.weights == 'plain' else 'ema'}.safetensors"
-        )
+    if _is_checkpoint(path):
+        return _files_of(path, config)
     if config.weights == "ema":
         raise ValueError(
             f"weights is ema, but {str(path)!r} is no checkpoints/iteration_N folder of a run; "
@@ -132,32 +132,59 @@ def load_tuned(module: nn.Module, config: InferenceConfig) -> Tuned:
     """The tuned weights, fitted to ``module``, which holds the base weights and keeps them.
 
     Raises:
-        FileNotFoundError, ValueError: they are not there, damaged, or another model's.
+        FileNotFoundError, ValueError, CheckpointError: they are not there, damaged, or another
+            model's.
     """
     files = find_tuned(config)
     if not files:
         return NoneTuned()
+    source = Path(str(config.checkpoint))
+    if _is_checkpoint(source):
+        return _load_checkpoint(module, source, config)
     shapes = read_shapes(files)
     if not shapes:
-        raise ValueError(
-            f"{files[0]} is empty: this run kept no average; take --weights plain"
-            if files[0].name == _AVERAGE
-            else f"{files[0]} is empty: check the file"
-        )
+        raise ValueError(f"{files[0]} is empty: check the file")
     if any("lora" in key for key in shapes):
-        attach_lora(module, read_lora(files[0], _training_of(files[0].parent)), config.lora_scale)
+        attach_lora(module, read_lora(files[0]), config.lora_scale)
         return Adapters(module)
+    return _full(module, config, shapes, partial(fill, module, files))
+
+
+def _load_checkpoint(module: nn.Module, path: Path, config: InferenceConfig) -> Tuned:
+    """Of a run's checkpoint the weights alone, or their average alone, are verified and read."""
+    saved, part = open_saved(path), _PARTS[config.weights]
+    verify(saved, saved.files_of(part))
+    shards = Shards(path)
+    shapes = shards.shapes(part)
+    if any("lora" in key for key in shapes):
+        lora = lora_of_run(shards.whole(part), saved.position.config, path)
+        attach_lora(module, lora, config.lora_scale)
+        return Adapters(module)
+    return _full(module, config, shapes, partial(shards.fill, part, module.state_dict()))
+
+
+def _full(
+    module: nn.Module,
+    config: InferenceConfig,
+    shapes: dict[str, Tensor],
+    read: Callable[[], None],
+) -> FullWeights:
     if config.lora_scale != 1:
         raise ValueError(
-            f"lora_scale is {config.lora_scale}, but {files[0]} holds whole weights, no LoRA; "
-            "leave lora_scale at 1"
+            f"lora_scale is {config.lora_scale}, but {config.checkpoint} holds whole weights, no "
+            "LoRA; leave lora_scale at 1"
         )
     check_fits(module.state_dict(), shapes, Path(str(config.checkpoint)))
     base = find_shards(Path(config.model.path) / "transformer")
-    return FullWeights(module, files, base)
+    return FullWeights(read, partial(fill, module, base))
 
 
-def _training_of(folder: Path) -> Mapping[str, Any] | None:
-    """The configuration that a checkpoint folder's weights were trained with."""
-    state = folder / "state.json"
-    return json.loads(state.read_text())["config"] if state.is_file() else None
+def _is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def _files_of(path: Path, config: InferenceConfig) -> list[Path]:
+    saved, part = open_saved(path), _PARTS[config.weights]
+    if not any(name.startswith(f"{part}_") for name in saved.files):
+        raise ValueError(f"{path} holds no average: its run kept none; take --weights plain")
+    return [path / name for name in saved.files_of(part)]

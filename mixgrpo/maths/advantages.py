@@ -21,6 +21,7 @@ def group_advantages(
     weights: Mapping[str, float],
     kind: str,
     clip: float,
+    trim: float = 0.0,
 ) -> Tensor:
     """Return each sample's advantage over its group, clamped to +-``clip``: [B].
 
@@ -34,6 +35,11 @@ def group_advantages(
     advantage_sum is MixGRPO's (arXiv 2507.21802), global_std Flow-GRPO's (arXiv 2505.05470). "The
     batch" is what is passed in: with several processes, gather the scores first.
 
+    With ``trim`` a group's means and standard deviations are trimmed (Tukey's robust statistics):
+    taken without the lowest and the highest floor(trim*n) of its n valid rewards, so that one
+    outlier moves neither. Those left out get advantages like the others; a group that is equal
+    without them gets 0.
+
     A sample whose reward is NaN or infinite, in any reward with a weight, failed: it leaves every
     statistic and its advantage is NaN; the update must give it no gradient (`torch.nan_to_num` to
     0 before the loss). A group of fewer than two valid samples or of equal rewards, up to float32
@@ -45,18 +51,22 @@ def group_advantages(
         weights: reward name -> weight >= 0; normalised here to sum to 1.
         kind: one of the table's.
         clip: positive; 5 in the papers.
+        trim: in [0, 0.5); 0 uses all.
 
     Returns:
         [B] float32 (float64 if a score is).
 
     Raises:
         ValueError: for an unknown kind, a weight that is negative, not finite or without scores,
-            weights that are all zero, scores of another shape than ``group``, or clip <= 0.
+            weights that are all zero, scores of another shape than ``group``, clip <= 0, or a trim
+            outside [0, 0.5).
     """
     if kind not in _KINDS:
         raise ValueError(f"unknown advantage kind {kind!r}; known: {', '.join(_KINDS)}")
     if not clip > 0:
         raise ValueError(f"the advantage clip must be positive, got {clip}; 5 is usual")
+    if not 0 <= trim < 0.5:
+        raise ValueError(f"the trimmed share must be in [0, 0.5), got {trim}; 0 trims nothing")
     used = _used_weights(weights)
     rewards = _stack(scores, list(used), group)
     valid = torch.isfinite(rewards).all(0)
@@ -67,6 +77,7 @@ def group_advantages(
         valid=valid,
         group=group.to(rewards.device),
         prompts=int(group.max()) + 1,
+        trim=trim,
     )
     advantages = _KINDS[kind](batch).clamp(-clip, clip)
     return torch.where(valid, advantages, math.nan).to(rewards.dtype)
@@ -81,28 +92,57 @@ class _Batch(NamedTuple):
     valid: Tensor  # [B] bool
     group: Tensor  # [B]
     prompts: int
+    trim: float
 
-    def group_sum(self, values: Tensor) -> Tensor:
-        """[R, B] -> [R, B]: each sample's group's sum over the valid samples."""
+    def counted(self, values: Tensor) -> Tensor:
+        """[R, B] bool: the valid samples whose values are not among their group's extremes."""
+        counted = self.valid.repeat(len(values), 1)
+        if not self.trim:
+            return counted
+        for prompt in range(self.prompts):
+            rows = (self.valid & (self.group == prompt)).nonzero()[:, 0]
+            cut = int(self.trim * len(rows))
+            order = rows[values[:, rows].argsort(dim=1, stable=True)]
+            extremes = torch.cat([order[:, :cut], order[:, len(rows) - cut :]], 1)
+            counted.scatter_(1, extremes, False)
+        return counted
+
+    def group_sum(self, values: Tensor, counted: Tensor) -> Tensor:
+        """[R, B] -> [R, B]: each sample's group's sum over the ``counted`` samples."""
         sums = values.new_zeros(values.shape[0], self.prompts)
-        return sums.index_add(1, self.group, values * self.valid)[:, self.group]
+        return sums.index_add(1, self.group, values * counted)[:, self.group]
 
-    def group_size(self) -> Tensor:
-        """[1, B]: how many valid samples each sample's group has, at least 1 to divide by."""
-        return self.group_sum(self.rewards.new_ones(1, len(self.group))).clamp(min=1)
+    def group_size(self, counted: Tensor) -> Tensor:
+        """[R, B]: how many counted samples each sample's group has, at least 1 to divide by."""
+        return self.group_sum(counted.to(self.rewards.dtype), counted).clamp(min=1)
+
+    def centred(self, values: Tensor) -> Tensor:
+        """[R, B]: minus the group's mean; exactly 0 for failed samples and equal groups."""
+        counted = self.counted(values)
+        size = self.group_size(counted)
+        deviation = values - self.group_sum(values, counted) / size
+        spread = (self.group_sum(deviation**2, counted) / size).sqrt()
+        scale = (self.group_sum(values**2, counted) / size).sqrt()
+        return torch.where(self.valid & (spread > _EQUAL * scale), deviation, 0)
 
     def deviations(self) -> Tensor:
-        """[R, B]: reward minus its group's mean; exactly 0 for failed samples and equal groups."""
-        size = self.group_size()
-        deviation = self.rewards - self.group_sum(self.rewards) / size
-        spread = (self.group_sum(deviation**2) / size).sqrt()
-        scale = (self.group_sum(self.rewards**2) / size).sqrt()
-        return torch.where(self.valid & (spread > _EQUAL * scale), deviation, 0)
+        """[R, B]: reward minus its group's mean."""
+        return self.centred(self.rewards)
 
     def z_scores(self, deviation: Tensor) -> Tensor:
         """[R, B] deviations over their group's standard deviation (ddof 1)."""
-        freedom = (self.group_size() - 1).clamp(min=1)
-        return deviation / ((self.group_sum(deviation**2) / freedom).sqrt() + _GROUP_EPS)
+        counted = self.counted(deviation)
+        freedom = (self.group_size(counted) - 1).clamp(min=1)
+        return deviation / ((self.group_sum(deviation**2, counted) / freedom).sqrt() + _GROUP_EPS)
+
+    def total_deviation(self) -> Tensor:
+        """[1, B]: the weighted sum of rewards minus its group's mean.
+
+        Summed as deviations, whose equal groups are exactly 0 already; a sum of trimmed deviations
+        is centred on its own trimmed mean.
+        """
+        total = (self.share @ self.deviations())[None]
+        return self.centred(total) if self.trim else total
 
 
 def _advantage_sum(batch: _Batch) -> Tensor:
@@ -110,8 +150,7 @@ def _advantage_sum(batch: _Batch) -> Tensor:
 
 
 def _reward_sum(batch: _Batch) -> Tensor:
-    # The deviation of a sum is the sum of deviations, whose equal groups are exactly 0 already.
-    return batch.z_scores((batch.share @ batch.deviations())[None])[0]
+    return batch.z_scores(batch.total_deviation())[0]
 
 
 def _gdpo(batch: _Batch) -> Tensor:
@@ -126,7 +165,7 @@ def _global_std(batch: _Batch) -> Tensor:
     count = batch.valid.sum().clamp(min=1)
     centred = (total - total.sum() / count) * batch.valid
     std = ((centred**2).sum() / count).sqrt()
-    return (batch.share @ batch.deviations()) / (std + _GLOBAL_EPS)
+    return batch.total_deviation()[0] / (std + _GLOBAL_EPS)
 
 
 _KINDS: dict[str, Callable[[_Batch], Tensor]] = {

@@ -8,6 +8,8 @@ ratio has steps of 1e-7, its logarithm has not.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +49,50 @@ def kl_to_reference(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
     mean_D[(mean - mean_ref)^2] / (2 std^2), as Flow-GRPO (arXiv 2505.05470); means [N, S, C].
     """
     return mean_per_sample((upcast(mean) - upcast(mean_ref)) ** 2 / (2 * std**2))
+
+
+class Prediction(NamedTuple):
+    """A policy at N states: velocity ``v`` and the step's ``mean`` [N, S, C], ``std`` [N, 1, 1]."""
+
+    v: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+KL = Callable[[Prediction, Prediction], Tensor]
+
+
+def kl_in_mean(policy: Prediction, reference: Prediction) -> Tensor:
+    """Return `kl_to_reference` of the two policies' steps: [N]."""
+    return kl_to_reference(policy.mean, reference.mean, policy.std)
+
+
+def kl_in_velocity(policy: Prediction, reference: Prediction) -> Tensor:
+    """Return mean_D[(v - v_ref)^2]: [N].
+
+    The KL in the mean up to a factor that depends on the step alone; without it every step is held
+    to the reference equally, those of little noise not more than others.
+    """
+    return mean_per_sample((upcast(policy.v) - upcast(reference.v)) ** 2)
+
+
+def make_kl(kind: str) -> KL:
+    """Return the penalty of the kind "mean" or "velocity", else ValueError."""
+    known: dict[str, KL] = {"mean": kl_in_mean, "velocity": kl_in_velocity}
+    if kind not in known:
+        raise ValueError(f"unknown form of the KL {kind!r}; known: {', '.join(known)}")
+    return known[kind]
+
+
+def adapted_kl_weight(weight: float, kl: float, target: float) -> float:
+    """Return the weight for the next iteration, from the KL of this one (PPO, arXiv 1707.06347).
+
+    Doubled where the KL is above 1.5 times its target, halved where it is below the 1.5th part; at
+    a KL of exactly 0, where the policy is the reference still, it stays.
+    """
+    if kl > 1.5 * target:
+        return 2 * weight
+    return weight / 2 if 0 < kl < target / 1.5 else weight
 
 
 def _log_bounds(clip: float) -> tuple[float, float]:

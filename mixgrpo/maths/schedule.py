@@ -70,31 +70,44 @@ def make_sigmas(steps: int, shift: float) -> Tensor:
     return _shifted(uniform_times(steps), shift)
 
 
-def flash_sigmas(steps: int, shift: float, window: Window, ratio: float) -> Tensor:
+def flash_sigmas(
+    steps: int, shift: float, window: Window, ratio: float, before: float = 1.0
+) -> Tensor:
     """Return MixGRPO-Flash's schedule: the base up to ``window.stop``, then a compressed tail.
 
     The T-l-w steps after the window become n = max(1, round((T-l-w)*ratio)), equally spaced in u
-    and then shifted; steps before the window keep the base schedule, since accelerating them
-    collapses quality (arXiv 2507.21802). A ratio of 1 is the base schedule.
+    and then shifted. A ratio of 1 is the base schedule. The l steps before the window keep the base
+    schedule, since accelerating them collapses quality (arXiv 2507.21802); with ``before`` below 1
+    they become `compressed_steps` (l, before) equal parts of u too, and the window moves up.
 
     Returns:
         [l+w+n+1] float32, ending at exactly 0. A rollout makes l + w + n model evaluations.
 
     Raises:
-        ValueError: as `make_sigmas`; if ``ratio`` is outside (0, 1]; or if the window contains
-            the last step, which is never stochastic.
+        ValueError: as `make_sigmas`; if ``ratio`` or ``before`` is outside (0, 1]; or if the window
+            contains the last step, which is never stochastic.
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"the tail's ratio must be in (0, 1], got {ratio}; 1 keeps every step")
+    for name, share in (("tail", ratio), ("prefix", before)):
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"the {name}'s ratio must be in (0, 1], got {share}; 1 keeps every step"
+            )
     u = uniform_times(steps)
     if window.stop > steps - 1:
         raise ValueError(
             f"window {window} does not fit {steps} steps: the last step is never stochastic, so "
             f"a window may stop at {steps - 1} at most"
         )
-    tail = max(1, round((steps - window.stop) * ratio))
+    tail = compressed_steps(steps - window.stop, ratio)
     tail_u = u[window.stop] * (1 - torch.arange(1, tail + 1, dtype=u.dtype) / tail)
-    return _shifted(torch.cat([u[: window.stop + 1], tail_u]), shift)
+    prefix = compressed_steps(window.start, before)
+    prefix_u = 1 - (1 - u[window.start]) * torch.arange(prefix, dtype=u.dtype) / max(1, prefix)
+    return _shifted(torch.cat([prefix_u, u[window.start : window.stop + 1], tail_u]), shift)
+
+
+def compressed_steps(count: int, ratio: float) -> int:
+    """Return how many steps stand for ``count``: max(1, round(count*ratio)), and 0 for none."""
+    return max(1, round(count * ratio)) if count else 0
 
 
 def _shifted(u: Tensor, shift: float) -> Tensor:

@@ -172,9 +172,24 @@ def unscaled_log_ratio(x_next: Tensor, new_mean: Tensor, old_mean: Tensor, std: 
     return mean_per_sample(_square_difference(x_next, new_mean, old_mean))
 
 
+def guarded_log_ratio(x_next: Tensor, new_mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+    """Return (log rho + mean_D[(new-old)^2]/(2 std^2)) * std, GRPO-Guard's (arXiv 2510.22319): [N].
+
+    Which is mean_D[(new - old) * (x' - old)] / std. The square's mean, by which log rho lies below
+    zero, is gone, and the spread no longer grows as std shrinks: one clip range then bites alike on
+    both sides and at every step. Its clip range is about std times `log_ratio`'s.
+    """
+    new, old = upcast(new_mean), upcast(old_mean)
+    return mean_per_sample((new - old) * (upcast(x_next) - old) / std)
+
+
 def make_log_ratio(kind: str) -> LogRatio:
-    """Return `log_ratio` for "normal", `unscaled_log_ratio` for "unscaled", else ValueError."""
-    known: dict[str, LogRatio] = {"normal": log_ratio, "unscaled": unscaled_log_ratio}
+    """Return the log-ratio of the kind "normal", "unscaled" or "guard", else ValueError."""
+    known: dict[str, LogRatio] = {
+        "normal": log_ratio,
+        "unscaled": unscaled_log_ratio,
+        "guard": guarded_log_ratio,
+    }
     if kind not in known:
         raise ValueError(f"unknown log-ratio {kind!r}; known: {', '.join(known)}")
     return known[kind]

@@ -86,6 +86,13 @@ class WindowSchedule:
         first, end = self.bounds
         return range(first, end - self.size + 1)
 
+    @property
+    def iterations_to_the_end(self) -> int | None:
+        """How many it takes until every window of one pass has had its own; None without passes."""
+        if self.strategy in ("frozen", "random", "all"):
+            return None
+        return sum(map(self._iterations_at, self._route()))
+
     def _start_at(self, iteration: int) -> int:
         if self.strategy == "frozen":
             return self.start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -66,12 +65,4 @@ class Policy(Text, Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [N, S, C] at sigma 0 -> images [N, 3, H, W] float32 in [0, 1]."""
-        ...
-
-    def export(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Writes what other programs load: a model folder, or the adapters alone.
-
-        Args:
-            weights: the trained weights by name, if the network does not hold all of them itself.
-        """
         ...

@@ -1,23 +1,21 @@
-"""FLUX from a diffusers pipeline folder: velocity, decoding, adapters, export."""
+"""FLUX from a diffusers pipeline folder: velocity, decoding, adapters."""
 
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.models import Text
+from mixgrpo.models.compiled import compile_blocks
 from mixgrpo.models.flux_lora import switched_off, without_casts
 from mixgrpo.models.flux_stored import StoredFlux, draw_adapters, empty_transformer
 from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, open_pipeline, require_parts
@@ -37,8 +35,8 @@ LORA_TARGETS = {
 class Flux:
     """The FLUX policy; see ``mixgrpo.models.Policy``.
 
-    Trained weights are float32 and computed with in ``compute_dtype`` by autocast; frozen weights
-    are stored in ``compute_dtype``.
+    Trained weights are float32, or bfloat16 if ``config.weights`` says so, and computed with in
+    ``compute_dtype`` by autocast; frozen weights are stored in ``compute_dtype``.
     """
 
     def __init__(
@@ -91,16 +89,17 @@ class Flux:
         """
         require_parts(config.path, PARTS)
         compute = getattr(torch, config.compute_dtype)
-        trained = torch.float32 if config.train == "full" else compute
-        dtypes = {"transformer": trained, "default": compute}
+        stored_as = trained_dtype(config) if config.train == "full" else compute
+        dtypes = {"transformer": stored_as, "default": compute}
         without = TEXT_PARTS if stored else ()
-        given = {"transformer": empty_transformer(config.path, trained)} if empty else {}
+        given = {"transformer": empty_transformer(config.path, stored_as)} if empty else {}
         pipeline = open_pipeline(config.path, dtypes, without, **given)
         text = stored or FluxText(pipeline, config.text_length, device, text_placement)
         policy = cls(pipeline, config, device, text)
         policy._make_trainable(seed)
         if empty:
             policy.stored = StoredFlux(Path(config.path) / "transformer", policy.module, seed)
+        speed_up(policy.module, config)
         return policy
 
     @classmethod
@@ -137,7 +136,7 @@ class Flux:
         )
         for parameter in transformer.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(trained_dtype(self.config))
         draw_adapters(transformer, seed)
         without_casts(transformer)
 
@@ -202,34 +201,6 @@ class Flux:
         decoded = vae.decode(z.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
-    def export(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Full training: a pipeline folder. LoRA: ``pytorch_lora_weights.safetensors`` in it."""
-        transformer = self.pipeline.transformer
-        if self.config.train == "lora":
-            FluxPipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=get_peft_model_state_dict(transformer, weights),
-                transformer_lora_adapter_metadata={
-                    "r": self.config.lora_rank,
-                    "lora_alpha": self.config.lora_alpha,
-                    "target_modules": LORA_TARGETS[self.config.lora_targets],
-                },
-            )
-            return
-        transformer.save_config(folder / "transformer")
-        save_torch_state_dict(
-            dict(weights or transformer.state_dict()),
-            folder / "transformer",
-            filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
-            max_shard_size="10GB",
-        )
-        source = Path(self.config.path)
-        shutil.copy2(source / "model_index.json", folder / "model_index.json")
-        for part in PARTS:
-            if part != "transformer":
-                # No links: what is done to the copy must not reach the model it was made from.
-                shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
-
 
 def _recompute(chosen: Sequence[nn.Module]) -> Callable[..., Any]:
     """Runs a block of diffusers' models; the activations of the chosen ones are not kept."""
@@ -241,6 +212,31 @@ def _recompute(chosen: Sequence[nn.Module]) -> Callable[..., Any]:
         return checkpoint(block, *inputs, use_reentrant=False)
 
     return run
+
+
+def trained_dtype(config: ModelConfig) -> torch.dtype:
+    """What trained weights are stored in."""
+    return torch.float32 if config.weights == "float32" else torch.bfloat16
+
+
+def speed_up(transformer: Any, config: ModelConfig) -> None:
+    """Sets the knobs that only speed depends on.
+
+    Raises:
+        ValueError: an attention backend or the compiler is not usable here.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    if config.attention != "native":
+        try:
+            transformer.set_attention_backend(config.attention)
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise ValueError(
+                f"model.attention is {config.attention!r}, which is not usable here "
+                f"({str(error).splitlines()[0]}); install its package, or set "
+                "--model.attention native"
+            ) from error
+    if config.compile != "off":
+        compile_blocks(transformer, config.compile)
 
 
 # diffusers casts sigma and guidance to the activations' dtype before it embeds them: in bfloat16

@@ -10,7 +10,6 @@ from typing import Any
 
 from diffusers import FluxPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _PREFIX = "transformer."
@@ -34,18 +33,12 @@ class Lora:
     path: Path
 
 
-def read_lora(path: Path, training: Mapping[str, Any] | None) -> Lora:
+def read_lora(path: Path) -> Lora:
     """A LoRA from a file in diffusers' form, or in one of those that diffusers converts.
-
-    Args:
-        training: the configuration of the run, dotted path -> value, if the file is the weights of
-            one of its checkpoints; these name the adapters as the training does.
 
     Raises:
         ValueError: the keys are not those of a LoRA for FLUX.
     """
-    if training is not None:
-        return _of_checkpoint(path, training)
     try:
         state, alphas, metadata = FluxPipeline.lora_state_dict(
             str(path.parent), weight_name=path.name, return_alphas=True, return_lora_metadata=True
@@ -55,8 +48,13 @@ def read_lora(path: Path, training: Mapping[str, Any] | None) -> Lora:
     return Lora(state, None if metadata else alphas, metadata or None, path)
 
 
-def _of_checkpoint(path: Path, training: Mapping[str, Any]) -> Lora:
-    weights = load_file(path)
+def lora_of_run(weights: Mapping[str, Tensor], training: Mapping[str, Any], path: Path) -> Lora:
+    """A LoRA from the weights of a run's checkpoint, which are named as the training names them.
+
+    Args:
+        training: the configuration of the run, dotted path -> value.
+        path: of the checkpoint, for messages.
+    """
     state = {_PREFIX + key.replace(".default.weight", ".weight"): w for key, w in weights.items()}
     knobs = {
         "r": training["model.lora_rank"],

@@ -27,6 +27,7 @@ from mixgrpo.rewards.images import (
 from mixgrpo.rewards.weights import (
     find_file,
     parse_dtype,
+    read_heads,
     read_json,
     read_state_dict,
     require_file,
@@ -73,11 +74,42 @@ class ImageReward:
         self.vision = _vision_size(folder)
         med = find_file(folder, ("med_config.json",), "imagereward", "model")
         network = ImageRewardModel(self.vision, read_json(med))
-        _load_weights(network, folder, checkpoint)
+        _load_weights(network, self.weights_file(model=model, checkpoint=checkpoint))
         self.model = network.to(self.device, self.dtype).eval().requires_grad_(False)
         self.model.head.float()
         source = require_folder(tokenizer or folder, "imagereward", "tokenizer")
         self.tokenizer = _load_tokenizer(source)
+
+    @staticmethod
+    def check_files(
+        *,
+        model: str,
+        checkpoint: str | None = None,
+        tokenizer: str | None = None,
+        dtype: str = "float32",
+    ) -> Path:
+        """Compares the names and sizes in the file of the weights with the model's; returns it.
+
+        Neither is loaded. Raises as the constructor, and NotReadable.
+        """
+        parse_dtype(dtype)
+        folder = require_folder(model, "imagereward", "model")
+        med = find_file(folder, ("med_config.json",), "imagereward", "model")
+        path = ImageReward.weights_file(model=model, checkpoint=checkpoint)
+        with torch.device("meta"):
+            network = ImageRewardModel(_vision_size(folder), read_json(med))
+        state = used_keys(read_heads(path))
+        check_fits(to_imagereward_keys(network.state_dict()), state, path)
+        _tokenizer_file(require_folder(tokenizer or folder, "imagereward", "tokenizer"))
+        return path
+
+    @staticmethod
+    def weights_file(*, model: str, checkpoint: str | None = None, **others: Any) -> Path:
+        """The file that these options name; raises as the constructor."""
+        if checkpoint is not None:
+            return require_file(checkpoint, "imagereward", "checkpoint")
+        folder = require_folder(model, "imagereward", "model")
+        return find_file(folder, _WEIGHTS, "imagereward", "checkpoint")
 
     @torch.no_grad()
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
@@ -116,11 +148,7 @@ def _vision_size(folder: Path) -> VisionSize:
     return VisionSize(**values)
 
 
-def _load_weights(network: ImageRewardModel, folder: Path, checkpoint: str | None) -> None:
-    if checkpoint is not None:
-        path = require_file(checkpoint, "imagereward", "checkpoint")
-    else:
-        path = find_file(folder, _WEIGHTS, "imagereward", "checkpoint")
+def _load_weights(network: ImageRewardModel, path: Path) -> None:
     state = used_keys(read_state_dict(path))
     # Compared under the published names, which are the ones in the user's file.
     check_fits(to_imagereward_keys(network.state_dict()), state, path)
@@ -130,6 +158,10 @@ def _load_weights(network: ImageRewardModel, folder: Path, checkpoint: str | Non
 def _load_tokenizer(folder: Path) -> Any:
     from transformers import BertTokenizer
 
-    # Without these files transformers makes an empty tokenizer and says nothing.
-    find_file(folder, ("tokenizer.json", "vocab.txt"), "imagereward", "tokenizer")
+    _tokenizer_file(folder)
     return BertTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    # Without these files transformers makes an empty tokenizer and says nothing.
+    return find_file(folder, ("tokenizer.json", "vocab.txt"), "imagereward", "tokenizer")

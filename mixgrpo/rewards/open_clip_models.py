@@ -23,11 +23,13 @@ from mixgrpo.rewards.weights import (
     find_file,
     load_exactly,
     parse_dtype,
+    read_heads,
     read_json,
     read_state_dict,
     require_file,
     require_folder,
 )
+from mixgrpo.weight_files import check_fits
 
 _CONFIG = "open_clip_config.json"
 # In open_clip's own order of preference.
@@ -110,6 +112,38 @@ class CosineReward:
             device=torch.device(device),
         )
         self.check_preprocess()
+
+    @classmethod
+    def check_files(
+        cls,
+        *,
+        model: str | None = None,
+        checkpoint: str | None = None,
+        tokenizer: str | None = None,
+        dtype: str = "float32",
+    ) -> Path:
+        """Compares the names and sizes in the file of the weights with the model's; returns it.
+
+        Neither is loaded. Raises as the constructor, and NotReadable.
+        """
+        parse_dtype(dtype)
+        path = cls.weights_file(model=model, checkpoint=checkpoint)
+        name = model or cls.architecture
+        folder = _folder(cls.kind, name)
+        if tokenizer is not None:
+            require_folder(tokenizer, cls.kind, "tokenizer")
+        with torch.device("meta"):
+            module = _create(f"local-dir:{folder}" if folder else name, folder, "meta")
+        check_fits(module.state_dict(), read_heads(path), path)
+        return path
+
+    @classmethod
+    def weights_file(
+        cls, *, model: str | None = None, checkpoint: str | None = None, **others: Any
+    ) -> Path:
+        """The file that these options name; raises as the constructor."""
+        name = model or cls.architecture
+        return _checkpoint(cls.kind, _folder(cls.kind, name), name, checkpoint)
 
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B texts -> [B] float32 in [-1, 1]."""
@@ -195,14 +229,16 @@ def _checkpoint(reward: str, folder: Path | None, model: str, checkpoint: str | 
     )
 
 
-def _create(name: str, folder: Path | None) -> nn.Module:
+def _create(name: str, folder: Path | None, device: str = "cpu") -> nn.Module:
     """The architecture with random weights; ``pretrained_text=False`` keeps it off the network."""
     import open_clip
 
     if folder is not None and "model_cfg" not in read_json(folder / _CONFIG):
         raise ValueError(f"{folder / _CONFIG} lacks `model_cfg`: write it as open_clip does")
     with _quiet():
-        return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+        return open_clip.create_model(
+            name, device=device, load_weights=False, pretrained_text=False
+        )
 
 
 @contextlib.contextmanager

@@ -12,8 +12,22 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from mixgrpo.rewards.images import center_crop, normalise, resize, resize_shortest
-from mixgrpo.rewards.weights import find_file, parse_dtype, require_folder
+from mixgrpo.rewards.weights import (
+    NotReadable,
+    find_file,
+    parse_dtype,
+    read_heads,
+    read_json,
+    require_folder,
+)
+from mixgrpo.weight_files import check_fits
 
+_WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -56,6 +70,40 @@ class PickScore:
         source = require_folder(processor or folder, "pickscore", "processor")
         self.tokenizer, self.settings = _load_processor(source)
         self.max_length = self.model.config.text_config.max_position_embeddings
+
+    @staticmethod
+    def check_files(
+        *,
+        model: str,
+        processor: str | None = None,
+        shift: float = 0.0,
+        scale: float = 1.0,
+        dtype: str = "float32",
+    ) -> Path:
+        """Compares the names and sizes in the file of the weights with the model's; returns it.
+
+        Neither is loaded. Raises as the constructor, and NotReadable.
+        """
+        from transformers import CLIPConfig, CLIPModel
+
+        parse_dtype(dtype)
+        folder = require_folder(model, "pickscore", "model")
+        settings = find_file(folder, ("config.json",), "pickscore", "model")
+        path = PickScore.weights_file(model=model)
+        with torch.device("meta"):
+            network = CLIPModel(CLIPConfig.from_dict(read_json(settings)))
+        if path.name.startswith("pytorch_model") and path.suffix == ".json":
+            raise NotReadable(f"{path} names several PyTorch files")
+        heads = {k: v for k, v in read_heads(path).items() if not k.endswith("position_ids")}
+        check_fits(network.state_dict(), heads, path)
+        _find_processor(require_folder(processor or folder, "pickscore", "processor"))
+        return path
+
+    @staticmethod
+    def weights_file(*, model: str, **others: Any) -> Path:
+        """The file that these options name, or the index of several; raises as the constructor."""
+        folder = require_folder(model, "pickscore", "model")
+        return find_file(folder, _WEIGHTS, "pickscore", "model")
 
     @torch.no_grad()
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
@@ -103,17 +151,7 @@ def _load_model(folder: Path) -> Any:
     from transformers import CLIPModel
 
     find_file(folder, ("config.json",), "pickscore", "model")
-    find_file(
-        folder,
-        (
-            "model.safetensors",
-            "pytorch_model.bin",
-            "model.safetensors.index.json",
-            "pytorch_model.bin.index.json",
-        ),
-        "pickscore",
-        "model",
-    )
+    find_file(folder, _WEIGHTS, "pickscore", "model")
     try:
         loaded: Any = CLIPModel.from_pretrained(
             folder,
@@ -152,7 +190,11 @@ def _check_complete(folder: Path, report: dict[str, Any]) -> None:
 def _load_processor(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, CLIPImageProcessor
 
-    find_file(folder, _TOKENIZER_FILES, "pickscore", "processor")
-    find_file(folder, _PROCESSOR_FILES, "pickscore", "processor")
+    _find_processor(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer, CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def _find_processor(folder: Path) -> None:
+    for names in (_TOKENIZER_FILES, _PROCESSOR_FILES):
+        find_file(folder, names, "pickscore", "processor")

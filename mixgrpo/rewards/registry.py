@@ -55,6 +55,21 @@ def build_reward(
     return reward
 
 
+def check_call(kind: str, options: Mapping[str, Any]) -> Any:
+    """The class or function that ``kind`` names, which takes these options; not called.
+
+    Raises:
+        ValueError: unknown name, unknown or missing option, nothing importable at the path.
+    """
+    target = find_reward(kind)
+    if inspect.isclass(target):
+        given = dict(options)
+        if "device" in inspect.signature(target).parameters:
+            given["device"] = None
+        _check_options(kind, target, options, given)
+    return target
+
+
 def find_reward(kind: str) -> Any:
     """The class or function that ``kind`` names, imported. Raises ValueError if there is none."""
     if kind not in KNOWN and ":" not in kind:

@@ -68,6 +68,15 @@ class ScoreStream:
             {name: cause for part in reversed(parts) for name, cause in part.causes.items()},
         )
 
+    @contextmanager
+    def given_up_on_error(self) -> Iterator[None]:
+        """After an error inside, what is not scored yet never will be: nobody waits for it."""
+        try:
+            yield
+        except BaseException:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            raise
+
     @property
     def hidden(self) -> float:
         """Seconds of scoring during which the caller did something else."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixgrpo.weight_files import check_fits
+from mixgrpo.weight_files import check_fits, find_shards, read_shapes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,7 +69,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Only tensors are unpickled. A dict under the key ``state_dict`` and the ``module.`` prefix of
     DistributedDataParallel are unwrapped.
     """
-    content = _read_tensors(path)
+    return _state_dict(_read_tensors(path), path)
+
+
+def _state_dict(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     if isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     state = {str(key).removeprefix("module."): value for key, value in content.items()}
@@ -78,19 +81,52 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
+class NotReadable(Exception):
+    """A file whose names cannot be told without reading all of it."""
+
+
+def read_heads(path: Path) -> dict[str, Tensor]:
+    """What ``read_state_dict`` would give, on the meta device: the tensors' contents stay on disk.
+
+    An index of several safetensors files stands for them all.
+
+    Raises:
+        ValueError: the file is damaged or holds no state dict.
+        NotReadable: it is in the format from before PyTorch 1.6.
+    """
+    if path.suffix in (".safetensors", ".json"):
+        return read_shapes(find_shards(path))
+    with path.open("rb") as file:
+        beginning = file.read(2)
+    if beginning and beginning != b"PK":
+        raise NotReadable(f"{path} is in PyTorch's old format")
+    return _state_dict(_unpickled(path, mmap=True, map_location="meta"), path)
+
+
 def _read_tensors(path: Path) -> Mapping[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.suffix != ".safetensors":
+        return _unpickled(path, map_location="cpu")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({reason}): it may be truncated, fetch it again"
-        ) from error
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(
+        f"{path} cannot be read as a checkpoint ({reason}): it may be truncated, fetch it again"
+    )
+
+
+def _unpickled(path: Path, **how: Any) -> Mapping[str, Any]:
+    try:
+        content = torch.load(path, weights_only=True, **how)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise _damaged(path, error) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content

@@ -54,6 +54,12 @@ MAX_NORM = 1e9  # clips nothing: clipping would hide a wrong scale of the gradie
 MEGABYTE = 2**20
 
 
+def frozen_adamw(parameters: list[nn.Parameter]) -> tuple[Optimizer, LambdaLR]:
+    """All of AdamW's work, without an effect."""
+    optimizer = AdamW(parameters, lr=0.0)
+    return optimizer, LambdaLR(optimizer, lambda _: 1.0)
+
+
 @dataclass(frozen=True)
 class Task:
     """What every variant computes.
@@ -68,6 +74,7 @@ class Task:
         advantages: [P*G].
         micro_batch: ours only: model evaluations and decoded images in one pass.
         seed: of the noise.
+        optimizer: makes it, and its schedule.
     """
 
     policy: Flux
@@ -79,6 +86,7 @@ class Task:
     advantages: Tensor
     micro_batch: int
     seed: int
+    optimizer: Callable[[list[nn.Parameter]], tuple[Optimizer, LambdaLR]] = frozen_adamw
 
     @property
     def images(self) -> int:
@@ -134,12 +142,6 @@ class Counted:
         return self.velocity(x, sigma, text)
 
 
-def frozen_adamw(parameters: list[nn.Parameter]) -> tuple[Optimizer, LambdaLR]:
-    """All of AdamW's work, without an effect."""
-    optimizer = AdamW(parameters, lr=0.0)
-    return optimizer, LambdaLR(optimizer, lambda _: 1.0)
-
-
 # --- the published way ----------------------------------------------------------------------------
 
 
@@ -159,7 +161,7 @@ class Published:
         self.plan = task.plan()
         self.velocity = Counted(task.policy.velocity(task.policy.module))
         self.parameters = [p for p in task.policy.module.parameters() if p.requires_grad]
-        self.optimizer, _ = frozen_adamw(self.parameters)
+        self.optimizer, _ = task.optimizer(self.parameters)
 
     @torch.no_grad()
     def rollout(self, noise: Noise) -> list[PublishedImage]:
@@ -229,7 +231,7 @@ class Ours:
     def __init__(self, task: Task, solver: str = "euler", ratio: float = 1.0) -> None:
         self.task = task
         self.plan = task.plan(solver, ratio)
-        self.engine = DataParallel(task.policy.module, task.policy.device, frozen_adamw)
+        self.engine = DataParallel(task.policy.module, task.policy.device, task.optimizer)
         self.optimizer = self.engine.optimizer
         self.velocity = Counted(task.policy.velocity(self.engine.module))
         self.objective = Objective(self.plan.transition, log_ratio, CLIP)

@@ -61,6 +61,47 @@ def test_global_std_includes_what_lies_between_groups():
     assert found.tolist() == pytest.approx([-0.5 / std, 0.5 / std] * 2, abs=1e-12)
 
 
+def test_trimmed_statistics_by_hand():
+    """A fifth of five at each end: the outlier moves neither mean (3) nor deviation (1)."""
+    scores = {"a": _double(1, 2, 3, 4, 100, 7, 7, 7, 7, 9)}
+    group = torch.tensor([0] * 5 + [1] * 5)
+    found = group_advantages(scores, group, {"a": 1.0}, "advantage_sum", 5.0, trim=0.2)
+    # 97 is clamped; the second group is equal but for its outlier, and has nothing to say
+    assert found.tolist() == pytest.approx([-2, -1, 0, 1, 5, 0, 0, 0, 0, 0], abs=1e-6)
+
+
+def test_trimming_ranks_the_valid_rewards_alone():
+    scores = {"a": _double(math.nan, 1, 2, 3, 4, 100)}
+    group = torch.zeros(6, dtype=torch.int64)
+    found = group_advantages(scores, group, {"a": 1.0}, "advantage_sum", 5.0, trim=0.2)
+    assert found[0].isnan()
+    assert found[1:].tolist() == pytest.approx([-2, -1, 0, 1, 5], abs=1e-6)
+
+
+def test_a_trimmed_sum_is_centred_on_its_own_trimmed_mean():
+    scores = {"a": _double(0, 0, 0, 10, 0), "b": _double(1, 2, 3, 4, 5)}
+    group = torch.zeros(5, dtype=torch.int64)
+    halves = {"a": 1.0, "b": 1.0}
+    # a is equal without its outlier: 0; the sum has b's order
+    found = group_advantages(scores, group, halves, "reward_sum", 5.0, trim=0.2)
+    assert found.tolist() == pytest.approx([-2, -1, 0, 1, 2], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trim_below_one_sample_changes_nothing(kind):
+    scores, group = _random_scores(3, 8)
+    weights = {"hps": 1.0, "pick": 2.0}
+    whole = group_advantages(scores, group, weights, kind, 5.0)
+    trimmed = group_advantages(scores, group, weights, kind, 5.0, trim=0.12)
+    torch.testing.assert_close(trimmed, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("trim", [-0.1, 0.5, math.nan])
+def test_a_trim_that_leaves_nothing_is_an_error(trim):
+    with pytest.raises(ValueError, match=r"trimmed share must be in \[0, 0.5\), got"):
+        group_advantages({"a": _double(1, 2)}, torch.tensor([0, 0]), {"a": 1.0}, KINDS[0], 5, trim)
+
+
 def _one_by_one(scores: dict[str, Tensor], group: Tensor, weights: dict[str, float]) -> Tensor:
     """advantage_sum written with a loop, as a second opinion."""
     found = torch.zeros(len(group), dtype=torch.float64)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixgrpo.maths.objective import clipped_loss, is_clipped, kl_to_reference
+from mixgrpo.maths.objective import (
+    Prediction,
+    adapted_kl_weight,
+    clipped_loss,
+    is_clipped,
+    kl_to_reference,
+    make_kl,
+)
 from mixgrpo.maths.transitions import log_ratio
 
 RATIOS = torch.tensor([1.0, 1.1, 1.5, 0.9, 0.5], dtype=torch.float64)
@@ -96,3 +103,21 @@ def test_kl_of_equal_means_is_zero_and_pulls_back_otherwise():
     kl_to_reference(mean, reference, torch.tensor(0.5)).sum().backward()
     assert mean.grad is not None
     assert mean.grad.flatten().tolist() == pytest.approx([0.3 / 0.25 / 2] * 2)
+
+
+def _prediction(v: float, mean: float) -> Prediction:
+    return Prediction(torch.full((2, 3, 1), v), torch.full((2, 3, 1), mean), torch.tensor(0.5))
+
+
+def test_forms_of_the_kl_by_hand():
+    policy, reference = _prediction(2.0, 1.0), _prediction(1.7, 0.6)
+    assert make_kl("mean")(policy, reference).tolist() == pytest.approx([0.4**2 / (2 * 0.25)] * 2)
+    assert make_kl("velocity")(policy, reference).tolist() == pytest.approx([0.3**2] * 2)
+    with pytest.raises(ValueError, match="'reverse'; known: mean, velocity"):
+        make_kl("reverse")
+
+
+def test_the_kl_weight_follows_ppos_rule():
+    """Doubled above 1.5 times the target, halved below its 1.5th part, else kept."""
+    found = [adapted_kl_weight(0.4, kl, target=0.03) for kl in (0.046, 0.044, 0.021, 0.019, 0.0)]
+    assert found == [0.8, 0.4, 0.4, 0.2, 0.4]

@@ -8,6 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from mixgrpo.maths.schedule import (
+    compressed_steps,
     dynamic_shift,
     flash_sigmas,
     make_sigmas,
@@ -109,6 +110,27 @@ def test_flash_at_ratio_one_is_the_base():
         torch.testing.assert_close(flash, make_sigmas(25, 3.0), rtol=1e-6, atol=0)
 
 
+def test_a_prefix_of_fewer_steps_is_even_in_u():
+    """Five steps before the window become round(5 * 0.4) = 2; window and tail stay."""
+    window = Window(5, 7)
+    found = flash_sigmas(10, 3.0, window, 0.4, before=0.4)
+    u = torch.tensor([1, 0.75, 0.5, 0.4, 0.3, 0], dtype=torch.float64)
+    torch.testing.assert_close(found, shift_time(u, 3.0).float(), rtol=1e-6, atol=0)
+    assert torch.equal(found[2:], flash_sigmas(10, 3.0, window, 0.4)[5:])
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_a_whole_prefix_is_the_base(start):
+    window = Window(start, start + 2)
+    found = flash_sigmas(10, 3.0, window, 0.4, before=1.0)
+    assert torch.equal(found[: start + 3], make_sigmas(10, 3.0)[: start + 3])
+
+
+def test_compressed_steps_are_none_only_for_none():
+    found = [compressed_steps(count, 0.4) for count in range(6)]
+    assert found == [0, 1, 1, 1, 2, 2]
+
+
 def test_step_at_an_int_gives_scalars():
     sigmas = make_sigmas(4, 1.0)
     assert [float(part) for part in step_at(sigmas, 2)] == [0.5, 0.25, 0.75]
@@ -136,6 +158,7 @@ def test_step_at_a_tensor_gives_each_sample_its_own_step():
         (lambda: flash_sigmas(25, 3.0, Window(21, 25), 0.4), r"\[21, 25\).*stop at 24"),
         (lambda: flash_sigmas(25, 3.0, Window(0, 4), 0.0), r"\(0, 1\], got 0.0"),
         (lambda: flash_sigmas(25, 3.0, Window(0, 4), 1.5), "got 1.5"),
+        (lambda: flash_sigmas(25, 3.0, Window(5, 9), 1.0, 0.0), "prefix's ratio .*got 0.0"),
         (lambda: dynamic_shift(0), "image_tokens.*got 0"),
         (lambda: dynamic_shift(10, 256, 256), "both are 256"),
     ],

@@ -12,6 +12,7 @@ from mixgrpo.maths.transitions import (
     dance_sde,
     euler,
     flow_sde,
+    guarded_log_ratio,
     log_prob,
     log_ratio,
     make_log_ratio,
@@ -316,6 +317,34 @@ def test_expected_log_ratio_is_minus_the_kl():
     x = 0.5 * _random(1, 400_000, 1).float()
     found = log_ratio(x, old + 0.1, old, torch.tensor(0.5))
     assert float(found) == pytest.approx(-(0.1**2) / (2 * 0.5**2), abs=2e-3)
+
+
+@pytest.mark.parametrize("std_shape", [(), (4, 1, 1)])
+def test_guarded_log_ratio_is_the_papers(std_shape):
+    """exp((log rho + mean_D[(new - old)^2] / (2 std^2)) * std), GRPO-Guard's equation."""
+    x, new, old = (_random(4, 5, 6, seed=seed) for seed in range(3))
+    std = 0.1 + _random(*std_shape, seed=3).abs()
+    square = ((new - old) ** 2 / (2 * std**2)).mean((1, 2))
+    expected = (log_ratio(x, new, old, std) + square) * std.flatten()
+    found = guarded_log_ratio(x, new, old, std)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_guarded_log_ratio_by_hand():
+    """x' = old + std*noise: mean_D[(new - old) * noise], whatever std is."""
+    old, noise = torch.zeros(1, 1, 2), torch.tensor([[[1.0, -3.0]]])
+    new = torch.tensor([[[0.5, 0.25]]])
+    for std in (torch.tensor(0.25), torch.tensor(2.0)):
+        found = guarded_log_ratio(old + std * noise, new, old, std)
+        assert found.tolist() == pytest.approx([(0.5 * 1 - 0.25 * 3) / 2])
+
+
+def test_guarded_log_ratio_has_no_bias():
+    """Over the old policy's samples, where log rho lies below zero."""
+    old, std = torch.zeros(1, 400_000, 1), torch.tensor(0.5)
+    x = 0.5 * _random(1, 400_000, 1).float()
+    assert float(guarded_log_ratio(x, old + 0.1, old, std)) == pytest.approx(0, abs=1e-3)
+    assert float(log_ratio(x, old + 0.1, old, std)) < -0.01
 
 
 # ------------------------------------------------------------------ choice by name

@@ -1,0 +1,80 @@
+"""Which checkpoint a run continues from, and whether it is what was saved."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mixgrpo.checkpoint.folder import CheckpointError, latest, newest_first
+from mixgrpo.checkpoint.manifest import MANIFEST, Damaged, Saved, open_saved, verify
+from mixgrpo.distributed import Process, gather_objects
+
+
+def choose(process: Process, root: Path, wanted: str) -> Saved | None:
+    """The checkpoint to continue from, verified by all processes together; None without any.
+
+    Args:
+        wanted: ``latest``; ``undamaged``, the newest that is so, with a warning for every one that
+            is passed over; or a folder's name.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    if wanted == "undamaged":
+        return _newest_undamaged(process, root)
+    path = latest(root) if wanted == "latest" else _named(root, wanted)
+    if path is None:
+        return None
+    try:
+        return open_verified(process, path)
+    except Damaged as error:
+        older = [other.name for other in newest_first(root) if other != path]
+        there = f" (there are {', '.join(older)})" if older else ", of which there is none"
+        raise Damaged(
+            f"{error}; --run.resume_from undamaged continues from the newest that is not{there}"
+        ) from error
+
+
+def open_verified(process: Process, path: Path) -> Saved:
+    """Opens a checkpoint; each process verifies an equal share of its files.
+
+    Raises:
+        Damaged: on every process.
+    """
+    saved, complaint = None, None
+    try:
+        saved = open_saved(path)
+        verify(saved, sorted(saved.files)[process.rank :: process.world_size])
+    except Damaged as error:
+        complaint = error
+    complaints = [found for found in gather_objects(process, complaint) if found is not None]
+    if complaints:
+        raise complaints[0]
+    assert saved is not None
+    return saved
+
+
+def _newest_undamaged(process: Process, root: Path) -> Saved | None:
+    paths = newest_first(root)
+    for path in paths:
+        try:
+            return open_verified(process, path)
+        except Damaged as error:
+            if process.rank == 0:
+                print(f"warning: {error}; it is passed over", file=sys.stderr)
+    if paths:
+        raise CheckpointError(
+            f"every checkpoint in {root} is damaged; train into another --run.folder"
+        )
+    return None
+
+
+def _named(root: Path, name: str) -> Path:
+    path = root / name
+    if path.parent != root or not (path / MANIFEST).is_file():
+        there = ", ".join(other.name for other in newest_first(root)) or "none"
+        raise CheckpointError(
+            f"run.resume_from is {name!r}, which is no checkpoint in {root} (there: {there}); give "
+            "one of them, latest, or undamaged"
+        )
+    return path

@@ -1,0 +1,113 @@
+"""The folder of a run's checkpoints: names, ``latest``, and which are kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from mixgrpo.disk import PARTIAL, flush
+
+_PREFIX = "iteration_"
+_NOT_OURS = (-1, 0)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says what to do."""
+
+
+def latest(root: Path) -> Path | None:
+    """The checkpoint that ``latest`` names; None if nothing has been saved.
+
+    Raises:
+        CheckpointError: ``latest`` names a checkpoint that is not there.
+    """
+    pointer = root / "latest"
+    if not pointer.exists():
+        return None
+    path = root / pointer.read_text().strip()
+    if not path.name.startswith(_PREFIX) or not path.is_dir():
+        raise CheckpointError(
+            f"{pointer} names {path.name!r}, which is not there; --run.resume_from undamaged "
+            f"takes the newest whole checkpoint in {root}, or train into another --run.folder"
+        )
+    return path
+
+
+def newest_first(root: Path) -> list[Path]:
+    """The checkpoints from the one that ``latest`` names to the oldest; all, if it names none.
+
+    Iterations behind ``latest`` are a run's that went back since.
+    """
+    paths = [root / name for name in reversed(_names(root))]
+    try:
+        newest = latest(root)
+    except CheckpointError:
+        return paths
+    return [path for path in paths if not newest or _order(path.name) <= _order(newest.name)]
+
+
+def make_partial(root: Path, iteration: int) -> Path:
+    """An empty folder for a new checkpoint; what an end at a bad moment left behind is removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    for abandoned in root.glob(f"{PARTIAL}*"):
+        shutil.rmtree(abandoned)
+    partial = root / f"{PARTIAL}{_free_name(root, iteration)}"
+    partial.mkdir()
+    return partial
+
+
+def final_path(partial: Path) -> Path:
+    """Where the checkpoint will be when it is whole."""
+    return partial.with_name(partial.name.removeprefix(PARTIAL))
+
+
+def publish(partial: Path, keep: int) -> None:
+    """Gives a whole checkpoint its name, points ``latest`` to it, drops all but ``keep``."""
+    final = final_path(partial)
+    partial.rename(final)
+    flush(final.parent)
+    _point(final.parent, final.name)
+    _drop_old(final.parent, final.name, keep)
+
+
+def _point(root: Path, name: str) -> None:
+    pointer = root / "latest.partial"
+    pointer.write_text(name + "\n")
+    flush(pointer)
+    os.replace(pointer, root / "latest")
+    flush(root)
+
+
+def _free_name(root: Path, iteration: int) -> str:
+    """A run that went back may save an iteration again: beside the first, until it is whole."""
+    times = [time for number, time in map(_order, _names(root)) if number == iteration]
+    again = f"_{max(times) + 1}" if times else ""
+    return f"{_PREFIX}{iteration:08d}{again}"
+
+
+def _names(root: Path) -> list[str]:
+    names = (path.name for path in root.glob(f"{_PREFIX}*"))
+    return sorted((name for name in names if _order(name) > _NOT_OURS), key=_order)
+
+
+def _order(name: str) -> tuple[int, int]:
+    """(iteration, which time it was saved)."""
+    numbers = name.removeprefix(_PREFIX).split("_")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        return _NOT_OURS
+    return (int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 1)
+
+
+def _drop_old(root: Path, newest: str, keep: int) -> None:
+    """Keeps the ``keep`` newest of those up to ``newest``, one of each iteration.
+
+    Later iterations, left by a run that went back, are not touched until they are saved again.
+    """
+    iteration, _ = _order(newest)
+    upto = [name for name in _names(root) if _order(name) <= _order(newest)]
+    others = [name for name in upto if _order(name)[0] != iteration]
+    replaced = [name for name in upto if _order(name)[0] == iteration and name != newest]
+    too_many = others[: len(others) - (keep - 1)] if keep and len(others) > keep - 1 else []
+    for name in replaced + too_many:
+        shutil.rmtree(root / name, ignore_errors=True)

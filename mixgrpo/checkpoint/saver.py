@@ -1,0 +1,186 @@
+"""Saving, while the run waits or while it goes on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from mixgrpo.checkpoint.folder import (
+    CheckpointError,
+    final_path,
+    latest,
+    make_partial,
+    publish,
+)
+from mixgrpo.checkpoint.manifest import Position
+from mixgrpo.checkpoint.shards import ShardWriter, first_failure
+from mixgrpo.distributed import Process, gather_objects, new_group
+
+T = TypeVar("T")
+
+
+class _Copies(BlockingAsyncStager):
+    """Copies of a state on the CPU; beside a GPU in pinned memory, where copying is fast.
+
+    Pinning is slow, so the memory is kept for the next save, as long as the state has its form.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(cache_staged_state_dict=torch.cuda.is_available())
+        self._form: Any = None
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        form = _form_of(state_dict)
+        if form != self._form:
+            self._form, self.state_dict_cache = form, None
+        copied: dict[str, Any] = super().stage(state_dict)
+        return copied
+
+
+def _form_of(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _form_of(value) for key, value in state.items()}
+    return getattr(state, "shape", None)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save that is under way, perhaps written already."""
+
+    partial: Path
+    iteration: int
+    written: Future[Any]
+
+
+class Saver:
+    """Writes a run's checkpoints; every method is called by all processes together.
+
+    Asynchronously, a save copies the state to the CPU and leaves the writing to a thread. What is
+    written becomes a checkpoint in ``poll`` or ``wait``, where errors are raised, too.
+
+    Attributes:
+        group: all processes, for what runs beside the training; None if there is just one.
+    """
+
+    def __init__(self, process: Process, root: Path, keep: int, asynchronous: bool) -> None:
+        self.process = process
+        self.root = root
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self.group = new_group(process)
+        self._copies, self._own = _Copies(), _Copies()
+        self._pending: _Pending | None = None
+        self._newest: tuple[int, Path] | None = None
+
+    def save(self, state: dict[str, Any], position: Position) -> None:
+        """Writes the state, or begins to; a save under way is waited for.
+
+        Args:
+            state: nested, its first keys the parts; tensors by their full names, sharded ones as
+                DTensors. What several processes hold under one name must be the same.
+
+        Raises:
+            CheckpointError: on every process; what was there before is untouched.
+        """
+        self.wait()
+        partial = self._on_first(lambda: make_partial(self.root, position.iteration), None)
+        writer = ShardWriter(partial, position, staged=self.asynchronous)
+        self._pending = _Pending(partial, position.iteration, self._start(state, writer))
+        if not self.asynchronous:
+            self.wait()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save was begun and not finished."""
+        return self._pending is not None
+
+    def poll(self) -> None:
+        """Finishes the save under way if every process has written its part."""
+        pending = self._pending
+        if pending and all(gather_objects(self.process, pending.written.done())):
+            self.wait()
+
+    def wait(self) -> Path | None:
+        """Finishes the save under way; returns the newest checkpoint of this run's saves."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            wait([pending.written])
+            self._publish(pending)
+        return self._newest[1] if self._newest else None
+
+    def has(self, iteration: int) -> bool:
+        """Whether the newest save, under way or done, is this iteration's."""
+        if self._pending is not None:
+            return self._pending.iteration == iteration
+        return self._newest is not None and self._newest[0] == iteration
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What ``state`` holds now, on the CPU, for the next ``save``; as it is with ``state``."""
+        return self._own.stage(state)
+
+    def _start(self, state: dict[str, Any], writer: ShardWriter) -> Future[Any]:
+        if self.asynchronous:
+            begun = dcp.async_save(
+                state,
+                storage_writer=writer,
+                async_stager=self._copies,
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
+            assert isinstance(begun, Future)
+            return begun
+        done: Future[Any] = Future()
+        try:
+            done.set_result(
+                dcp.save(
+                    state,
+                    storage_writer=writer,
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+            )
+        except CheckpointException as error:
+            done.set_exception(error)
+        return done
+
+    def _publish(self, pending: _Pending) -> None:
+        error = pending.written.exception()
+        if isinstance(error, CheckpointException):
+            self._give_up(pending.partial, first_failure(error), error)
+        if error is not None:  # no failure to write: another process is gone
+            raise error
+        self._on_first(lambda: publish(pending.partial, self.keep), pending.partial)
+        self._newest = (pending.iteration, final_path(pending.partial))
+
+    def _on_first(self, do: Callable[[], T], partial: Path | None) -> T:
+        """What ``do`` returns on the first process, on all; so it is with its failure to write."""
+        result, failure = None, ""
+        if self.process.rank == 0:
+            try:
+                result = do()
+            except OSError as error:
+                failure = str(error).splitlines()[0]
+        result, failure = gather_objects(self.process, (result, failure))[0]
+        if failure:
+            self._give_up(partial, failure, None)
+        return result  # type: ignore[return-value]
+
+    def _give_up(self, partial: Path | None, reason: str, cause: BaseException | None) -> NoReturn:
+        if partial is not None and self.process.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        newest = latest(self.root)
+        left = f"the newest whole checkpoint is {newest}" if newest else "none was saved before"
+        what = final_path(partial) if partial else f"in {self.root}"
+        raise CheckpointError(
+            f"checkpoint {what} could not be written ({reason}); {left}; free some disk space, "
+            "then continue with --run.resume true"
+        ) from cause

@@ -1,0 +1,237 @@
+"""The state's tensors on disk: torch.distributed.checkpoint, with digests, reading no code.
+
+Every process writes what it holds, once; what all hold alike is dealt out among them. Reading
+fills given tensors with whatever parts of files they need, so that the number of processes and the
+way that they share the tensors may be another than at saving.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import queue
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner
+from torch.futures import Future
+
+from mixgrpo.checkpoint.folder import CheckpointError
+from mixgrpo.checkpoint.manifest import FileDigest, Position, new_digest, write_manifest
+
+# One process alone is no mistake.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+_CODE_FREE = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+}
+_CODE_FREE_MODULES = {"torch.distributed.checkpoint.metadata"}
+
+
+class ShardWriter(dcp.FileSystemWriter):
+    """Writes each part of the state, by its first key, to a file of its own.
+
+    So whoever wants the weights alone reads, and verifies, nothing else.
+    """
+
+    def __init__(self, folder: Path, position: Position, staged: bool) -> None:
+        """``staged``: the tensors are on the CPU, and the thread that writes may have no GPU."""
+        ahead = 0 if staged else 10_000_000
+        super().__init__(folder, sync_files=False, per_thread_copy_ahead=ahead)
+        self.position = position
+        self.files = _DigestedFiles()
+        self.fs = self.files
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
+        """What this process wrote: DCP's results, and the files' digests."""
+        parts: dict[str, list[Any]] = {}
+        for item in plan.items:
+            parts.setdefault(item.index.fqn.partition(".")[0], []).append(item)
+        files: queue.Queue[Any] = queue.Queue()
+        for part, items in parts.items():
+            name = f"{part}_{self.rank or 0:05d}.distcp"
+            files.put((Path(self.path) / name, name, items))
+        try:
+            results = self._write_data(planner, files).value()
+        except RuntimeError as error:
+            raise _disks_own(error) or error from error
+        written: Future[Any] = Future()
+        written.set_result((results, self.files.digests))
+        return written
+
+    def storage_meta(self) -> None:
+        """None: it would name a folder that is renamed."""
+
+    def finish(self, metadata: Metadata, results: list[Any]) -> None:
+        """Called on rank 0 when all have written: the index, and last the manifest."""
+        super().finish(metadata, [written for written, _ in results])
+        digests = dict(self.files.digests)  # with the index's
+        for _, theirs in results:
+            digests |= theirs
+        write_manifest(Path(self.path), self.position, digests)
+
+
+def _disks_own(error: BaseException | None) -> OSError | None:
+    """What the disk said, where torch.save could not close its archive after that."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+class _DigestedFiles(FileSystem):
+    """Files that are flushed to the disk when they are closed, and whose digests are known."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, FileDigest] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb"
+        with _DigestedFile(path) as stream:
+            yield stream
+        # The index is written under another name, too.
+        name = Path(path).name.removesuffix(".tmp")
+        self.digests[name] = FileDigest(stream.size, stream.digest.hexdigest())
+
+
+class _DigestedFile(io.BufferedWriter):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(io.FileIO(path, "w"), 1 << 20)
+        self.digest = new_digest()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        written = super().write(data)
+        self.size += written
+        return written
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            self.flush()
+            os.fsync(self.fileno())
+        finally:
+            super().close()
+
+
+class Shards:
+    """A checkpoint's tensors, to be read.
+
+    Every method but ``read`` with a ``group`` is for one process alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reader = _Reader(path)
+
+    def read(self, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+        """Fills the tensors of a nested dict in place, and replaces its other leaves.
+
+        Args:
+            group: of the processes that read together; None if there is just this one.
+
+        Raises:
+            CheckpointError: something is not there, of another size, or cannot be read.
+        """
+        try:
+            dcp.load(
+                state,
+                storage_reader=self.reader,
+                planner=_Planner(),
+                process_group=group,
+                no_dist=group is None,
+            )
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"checkpoint {self.path} cannot be read ({first_failure(error)})"
+            ) from error
+
+    def shapes(self, part: str) -> dict[str, Tensor]:
+        """Name -> tensor without memory (on the meta device); empty if there is no such part."""
+        found = {}
+        try:
+            described = self.reader.read_metadata().state_dict_metadata
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {self.path} has no index ({error})") from error
+        for key, tensor in described.items():
+            if key.startswith(f"{part}.") and isinstance(tensor, TensorStorageMetadata):
+                found[key.removeprefix(f"{part}.")] = torch.empty(
+                    tensor.size, dtype=tensor.properties.dtype, device="meta"
+                )
+        return found
+
+    def tensors(self, part: str, names: Iterable[str]) -> Iterator[Tensor]:
+        """These tensors of a part on the CPU, read one by one."""
+        shapes = self.shapes(part)
+        for name in names:
+            tensor = torch.empty_like(shapes[name], device="cpu")
+            self.read({part: {name: tensor}})
+            yield tensor
+
+    def whole(self, part: str) -> dict[str, Tensor]:
+        """All of a part's tensors, on the CPU."""
+        tensors = {n: torch.empty_like(t, device="cpu") for n, t in self.shapes(part).items()}
+        self.fill(part, tensors)
+        return tensors
+
+    def fill(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        """Copies the part's tensors into these, by their names, in their dtype."""
+        self.read({part: dict(tensors)})
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the index once, and builds nothing from it but descriptions of tensors."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._index: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._index is None:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                self._index = _CodeFreeUnpickler(file).load()
+        return self._index
+
+
+class _CodeFreeUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in _CODE_FREE or module in _CODE_FREE_MODULES
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Leaves that are no tensors are numbers, words and lists of them; never code."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        content = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), content)
+        content.seek(0)
+        super().load_bytes(read_item, content)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+
+def first_failure(error: CheckpointException) -> str:
+    """In one line, why DCP failed, and on which rank."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    return text if len(error.failures) == 1 and rank == 0 else f"rank {rank}: {text}"

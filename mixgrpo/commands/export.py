@@ -1,0 +1,66 @@
+"""``python -m mixgrpo export RUN_OR_CHECKPOINT --output FOLDER [--ema] [--model PATH]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixgrpo.commands.command_line import (
+    carry_out,
+    complain,
+    new_parser,
+    no_such_knob,
+    read_words,
+    unknown_knob,
+)
+from mixgrpo.disk import own_folder
+
+_OPTIONS = ("output", "ema", "model")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Writes the model of a checkpoint; returns the exit code."""
+    parser = new_parser(
+        "export", "Writes the trained model of a checkpoint: a diffusers folder, or a LoRA's file."
+    )
+    parser.add_argument(
+        "source", type=str, help="a run's folder (its newest checkpoint), or a checkpoint's"
+    )
+    parser.add_argument(
+        "--output", type=str, required=True, help="folder of the model; new, or empty"
+    )
+    parser.add_argument("--ema", action="store_true", help="the weights' average instead of them")
+    parser.add_argument(
+        "--model",
+        type=str,
+        default="",
+        help="the folder of the model that was trained, if it was moved",
+    )
+    try:
+        given = read_words(parser, arguments, _in_one_line)
+    except ValueError as error:
+        return complain(error)
+    # Only now: a mistyped option should not have to wait for torch.
+    from mixgrpo.checkpoint import CheckpointError
+
+    return carry_out(
+        lambda: _export(given.source, given.output, given.ema, given.model),
+        (ValueError, OSError, CheckpointError),
+        "empty the output folder, then the same command begins again",
+    )
+
+
+def _export(source: str, output: str, ema: bool, model: str) -> None:
+    from mixgrpo.export import export, find_checkpoint
+
+    checkpoint = find_checkpoint(Path(source))
+    with own_folder(output, "output"):
+        if any(Path(output).iterdir()):
+            raise ValueError(f"output is {output!r}, which is not empty; name a new folder")
+        export(checkpoint, Path(output), "ema" if ema else "model", model)
+    print(f"{'average' if ema else 'model'} of {checkpoint}: {output}")
+
+
+def _in_one_line(text: str) -> str:
+    option = unknown_knob(text)
+    return text if option is None else no_such_knob(option, _OPTIONS)

@@ -1,0 +1,196 @@
+"""``python -m mixgrpo hosts [options] COMMAND [options]``: a command on the hosts of a hostfile.
+
+``python -m mixgrpo hosts check`` compares the hosts instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import secrets
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import strftime
+
+from mixgrpo.commands import launch
+from mixgrpo.commands.command_line import complain
+from mixgrpo.config import Config, flatten
+from mixgrpo.hosts.check import ask, complaints, data_paths, table
+from mixgrpo.hosts.environment import forwarded, read_settings
+from mixgrpo.hosts.hostfile import Host, is_this_machine, read_hostfile
+from mixgrpo.hosts.job import Node
+from mixgrpo.hosts.node import processes_here
+from mixgrpo.hosts.remote import ROOT, check_tools
+from mixgrpo.hosts.supervise import Job, Supervisor
+
+JOIN_WITHIN = 120  # seconds
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command on all hosts, or on this machine if the hostfile names no other."""
+    if list(arguments[:1]) in (["-h"], ["--help"]):
+        _parser().print_help()
+        return 0
+    given, words = _parser().parse_known_args(list(arguments))
+    try:
+        hosts = read_hostfile(given.hostfile)
+        if words[:1] == ["check"]:
+            return _check(hosts, given, words[1:])
+        if words[:1] in ([], ["launch"], ["hosts"]):
+            raise ValueError("there is no command to run on the hosts; train, for example")
+        if is_this_machine(hosts):
+            processes = _slots(hosts[0]) or processes_here()
+            return launch.run(["--nproc_per_node", str(processes), *words])
+        config = launch.parse_command(words)  # a mistyped knob is told of before any host starts
+        _check_options(given, config)
+        check_tools()
+        job = _job(hosts, given, words, config)
+    except (ValueError, OSError) as error:
+        return complain(error)
+    return _supervise(job)
+
+
+def _supervise(job: Job) -> int:
+    supervisor = Supervisor(job, lambda line: print(line, flush=True))
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(s, lambda asked, frame: supervisor.stop(asked)) for s in signals]
+    try:
+        return supervisor.run()
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mixgrpo hosts",
+        allow_abbrev=False,  # what is not named in full is the command's
+        add_help=False,  # behind the command, it is asked of that
+        description="Runs COMMAND on every host of a hostfile, by pdsh.",
+        usage="%(prog)s [options] COMMAND [options of COMMAND]",
+    )
+    parser.add_argument("--hostfile", type=Path, default=ROOT / "hosts" / "hostfile")
+    parser.add_argument(
+        "--settings", type=Path, default=ROOT / "hosts" / "nccl.env", help="NAME=VALUE lines"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        help="restarts after a failure, if a checkpoint was saved before it or a host was lost",
+    )
+    parser.add_argument(
+        "--lost-after", type=int, default=30, help="seconds without an answer: a host is lost"
+    )
+    parser.add_argument(
+        "--wait", type=int, default=1800, help="seconds to wait for a lost host before a restart"
+    )
+    return parser
+
+
+def _job(hosts: list[Host], given: argparse.Namespace, words: list[str], config: object) -> Job:
+    is_training = isinstance(config, Config)
+    folder = Path(config.run.folder) if isinstance(config, Config) else Path("logs")
+    return Job(
+        nodes=_nodes(hosts, given, "mixgrpo", words, launch.grace_of(config)),
+        logs=folder / "logs" if is_training else folder / strftime(f"{words[0]}-%Y%m%d-%H%M%S"),
+        max_restarts=given.max_restarts,
+        wait=given.wait,
+        is_worth_restarting=_progress(folder / "checkpoints" / "latest"),
+        again=[*words, "--run.resume", "true"] if is_training else words,
+    )
+
+
+def _check_options(given: argparse.Namespace, config: object) -> None:
+    for name, least in (("lost_after", 3), ("max_restarts", 0), ("wait", 0)):
+        if getattr(given, name) < least:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be at least {least}"
+            )
+    # Told here, and not by the first attempt: the next one would resume it.
+    if (
+        isinstance(config, Config)
+        and not config.run.resume
+        and (Path(config.run.folder) / "checkpoints" / "latest").exists()
+    ):
+        raise ValueError(
+            f"{config.run.folder!r} holds a run already; continue it with --run.resume true, or "
+            "choose another --run.folder"
+        )
+
+
+def _progress(pointer: Path) -> Callable[[], bool]:
+    """Tells whether the file was written since it was last asked: a run that fails again and again
+    before its next checkpoint is not helped by starting it again."""
+
+    def written() -> int:
+        return pointer.stat().st_mtime_ns if pointer.exists() else 0
+
+    before = written()
+
+    def ask() -> bool:
+        nonlocal before
+        last, before = before, written()
+        return before != last
+
+    return ask
+
+
+def _slots(host: Host) -> int | None:
+    return int(os.environ.get("PROCESSES") or 0) or host.slots
+
+
+def _nodes(
+    hosts: list[Host], given: argparse.Namespace, program: str, words: list[str], grace: int
+) -> list[Node]:
+    """Every host's part."""
+    environment = forwarded(os.environ, read_settings(given.settings))
+    job, port = secrets.token_hex(8), 2 * random.randrange(10_000, 14_000)  # below ephemeral ports
+    return [
+        Node(
+            job=job,
+            attempt=0,
+            hosts=[host.name for host in hosts],
+            rank=rank,
+            slots=_slots(host),
+            port=port,
+            program=program,
+            words=words,
+            environment=environment,
+            folder=os.getcwd(),
+            grace=grace,
+            lost_after=given.lost_after,
+            join_within=JOIN_WITHIN,
+        )
+        for rank, host in enumerate(hosts)
+    ]
+
+
+def _check(hosts: list[Host], given: argparse.Namespace, words: list[str]) -> int:
+    """Compares the hosts; returns 0 if nothing is wrong with them."""
+    if is_this_machine(hosts):
+        print(f"{given.hostfile} names this machine alone: there is nothing to compare")
+        return 0
+    config = launch.parse_command(["train", *words])
+    check_tools()
+    paths = data_paths(flatten(config), Path.cwd())
+    reports = ask([host.name for host in hosts], os.getcwd(), paths)
+    print(table(reports), flush=True)
+    found = list(complaints(reports, paths))
+    if all(report.facts is not None for report in reports.values()) and len(hosts) > 1:
+        found += _try_all_reduce(hosts, given)
+    print("\n".join(found) if found else f"{len(hosts)} hosts, no difference")
+    return 1 if found else 0
+
+
+def _try_all_reduce(hosts: list[Host], given: argparse.Namespace) -> list[str]:
+    nodes = _nodes(hosts, given, "mixgrpo.hosts.allreduce", [], grace=1)
+    logs = Path("logs") / strftime("check-%Y%m%d-%H%M%S")
+    if _supervise(Job(nodes, logs, 0, 0, is_worth_restarting=lambda: False, again=[])) == 0:
+        return []
+    return [
+        "all hosts: the all-reduce failed, as told above; open the ports among the hosts, and name "
+        f"their network interface in {given.settings}"
+    ]

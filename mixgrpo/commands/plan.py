@@ -1,0 +1,75 @@
+"""``python -m mixgrpo plan --recipe NAME [--gpus N] [--section.knob VALUE ...]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+
+from mixgrpo.commands.command_line import carry_out, complain, take_option
+from mixgrpo.commands.train import parse as parse_recipe
+from mixgrpo.config import Config
+from mixgrpo.planning.plan import Question, report
+
+_USAGE = """\
+usage: python -m mixgrpo plan --recipe NAME [--gpus N] [--section.knob VALUE ...]
+Estimates memory on each GPU for full training and LoRA on 1, 8, 32 and N GPUs, by every way to
+spread it, and the time of an iteration. Nothing is loaded, and no GPU is needed; without the
+model's folder it takes FLUX.1-dev's numbers. Knobs: `python -m mixgrpo train --help`.
+  --gpus N           GPUs of the run (32)
+  --gpus-per-node N  of them in one machine (8)
+  --gpu-memory GIB   of each (80)
+  --share S          part of a GPU's peak that is reached; assumed until it is measured (0.4)
+  --peak TFLOPS      a GPU's dense bfloat16 TFLOP/s (989: H100, H200)"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prints the plan; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(_USAGE)
+        return 0
+    try:
+        question, config = parse(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        return complain(error)
+    return carry_out(partial(_show, config, question), (ValueError, OSError), "nothing was changed")
+
+
+def parse(arguments: Sequence[str]) -> tuple[Question, Config]:
+    """What is asked, and the recipe.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: an option or a knob is unknown or has a wrong value.
+    """
+    given: dict[str, float] = {}
+    words = list(arguments)
+    for field in fields(Question):
+        option = f"--{field.name.replace('_', '-')}"
+        text, words = take_option(words, option)
+        if text is not None:
+            given[field.name] = _number(option, text, whole=field.type == "int")
+    question = Question(**given)  # type: ignore[arg-type]
+    if question.share > 1:
+        raise ValueError(f"--share is {question.share}; it is a part of the peak, at most 1")
+    return question, parse_recipe(words)
+
+
+def _number(option: str, text: str, whole: bool) -> float:
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        value = 0
+    if not value > 0:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{option} is {text!r}; it must be a positive {kind}")
+    return value
+
+
+def _show(config: Config, question: Question) -> None:
+    from mixgrpo.checks import check
+    from mixgrpo.coverage_report import Coverage
+
+    check(config, 1)
+    mean, samples = Coverage(config).mean, config.batch.samples
+    print(report(config, question, mean.rollout / samples, mean.update / samples))

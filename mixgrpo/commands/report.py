@@ -1,0 +1,53 @@
+"""``python -m mixgrpo report RUN [RUN ...] [--output FILE]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from mixgrpo.commands.command_line import carry_out, complain, new_parser, read_words
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Writes the report; returns the exit code."""
+    try:
+        folders, output = parse(arguments)
+    except ValueError as error:
+        return complain(error)
+    return carry_out(partial(_write, folders, output), (ValueError, OSError), "nothing was written")
+
+
+def parse(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """The runs' folders, and the file to write if one is named.
+
+    Raises:
+        ValueError: an option is unknown, or no run is named.
+    """
+    parser = new_parser("report", "Curves, pictures and knobs of runs, as one HTML file.")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="the --run.folder of a training, also one under way; NAME=FOLDER gives it a name",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="default: report.html in the run's folder; of several runs, in this one",
+    )
+    given = read_words(parser, arguments, lambda text: f"{text}; --help shows the usage")
+    return given.runs, given.output
+
+
+def _write(folders: Sequence[str], output: str | None) -> None:
+    # Only now: a mistyped option should not have to wait for torch.
+    from mixgrpo.report.page import write_report
+    from mixgrpo.report.runs import read_runs
+
+    runs = read_runs(folders)
+    place = runs[0].folder if len(runs) == 1 else Path()
+    file = Path(output or place / "report.html")
+    if file.is_dir():
+        raise ValueError(f"--output is {str(file)!r}, which is a folder; name a file in it")
+    print(f"report: {write_report(runs, file)}")

@@ -1,0 +1,146 @@
+"""Which steps a run's windows cover, how often, and how many model evaluations that takes.
+
+Everything is counted per group of G pictures of one prompt, as ``rollout`` and ``update`` do it:
+what the pictures of a group share is evaluated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mixgrpo.maths.window import WindowSchedule
+from mixgrpo.types import Window
+
+
+@dataclass(frozen=True)
+class Group:
+    """What of a recipe decides the evaluations of one group in one iteration.
+
+    Attributes:
+        samples: G, its pictures.
+        chosen: how many of them the update takes.
+        parts: optimizer steps of an iteration; each takes an equal part of the chosen.
+        shared: whether the pictures begin with the same noise.
+    """
+
+    samples: int
+    chosen: int
+    parts: int
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Of one group, or of many together: with what is shared, and as if nothing were.
+
+    Attributes:
+        rollout: model evaluations of the sampling.
+        update: forward and backward passes of the policy update.
+        rollout_alone: of the sampling, every picture by itself.
+        update_alone: of the update, every transition by itself.
+    """
+
+    rollout: float = 0
+    update: float = 0
+    rollout_alone: float = 0
+    update_alone: float = 0
+
+    def __add__(self, other: Evaluations) -> Evaluations:
+        return Evaluations(
+            self.rollout + other.rollout,
+            self.update + other.update,
+            self.rollout_alone + other.rollout_alone,
+            self.update_alone + other.update_alone,
+        )
+
+    def __mul__(self, times: float) -> Evaluations:
+        return Evaluations(
+            self.rollout * times,
+            self.update * times,
+            self.rollout_alone * times,
+            self.update_alone * times,
+        )
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A window, and the 0-based iterations that have it, ascending."""
+
+    window: Window
+    iterations: tuple[int, ...]
+
+
+def visits(windows: WindowSchedule, iterations: int) -> list[Visit]:
+    """Every window that a run has, by its place."""
+    found: dict[Window, list[int]] = {}
+    for iteration in range(iterations):
+        found.setdefault(windows.at(iteration), []).append(iteration)
+    ordered = sorted(found, key=lambda window: (window.start, window.stop))
+    return [Visit(window, tuple(found[window])) for window in ordered]
+
+
+def iterations_by_step(visited: Sequence[Visit], steps: int) -> list[int]:
+    """How many iterations have each of the ``steps`` denoising steps in their window."""
+    counts = [0] * steps
+    for visit in visited:
+        for step in visit.window.steps:
+            counts[step] += len(visit.iterations)
+    return counts
+
+
+def never_trained(windows: WindowSchedule, counts: Sequence[int]) -> list[int]:
+    """The steps that windows may cover and that no iteration of the run does."""
+    return [step for step in range(*windows.bounds) if counts[step] == 0]
+
+
+def evaluations_of_group(group: Group, window: Window, steps: int, trained: float) -> Evaluations:
+    """Of one group in one iteration.
+
+    The rollout shares the steps before the window and the window's first: (l+1) + G*(T-l-1) instead
+    of G*T evaluations. The update shares the window's first step among the G' = chosen/parts
+    pictures of an optimizer step: parts * (1 + G'*(w-1)) instead of chosen * w.
+
+    Args:
+        window: its place among the steps that are sampled.
+        steps: T, those that are sampled, Flash's shorter ones counted as they are.
+        trained: share of the window's transitions that is trained, drawn for each picture; the
+            update's number is then the expected one.
+    """
+    samples, size = group.samples, window.size
+    spread = samples if group.shared else 1
+    before = (window.start + 1) * (samples // spread)
+    part = group.chosen // group.parts
+    first = _chosen_at_least_once(trained, part) if group.shared else part * trained
+    return Evaluations(
+        rollout=before + samples * (steps - window.start - 1),
+        update=group.parts * (first + part * (size - 1) * trained),
+        rollout_alone=samples * steps,
+        update_alone=group.chosen * size * trained,
+    )
+
+
+def _chosen_at_least_once(share: float, pictures: int) -> float:
+    """Whether any of the pictures trains a step that each trains with this probability."""
+    return 1 - (1 - share) ** pictures
+
+
+def evaluations_of_run(
+    visited: Sequence[Visit], each: Callable[[Window], Evaluations]
+) -> Evaluations:
+    """The sum over the iterations; ``each`` gives one iteration's by its window."""
+    total = Evaluations()
+    for visit in visited:
+        total += each(visit.window) * len(visit.iterations)
+    return total
+
+
+def stretches(iterations: Sequence[int]) -> list[range]:
+    """Ascending iterations as ranges of consecutive ones."""
+    found: list[range] = []
+    for iteration in iterations:
+        if found and found[-1].stop == iteration:
+            found[-1] = range(found[-1].start, iteration + 1)
+        else:
+            found.append(range(iteration, iteration + 1))
+    return found

@@ -1,0 +1,94 @@
+"""What the run computes on."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mixgrpo.config import Config
+from mixgrpo.distributed import DRIVER
+from mixgrpo.doctor.lines import Line, error, ok, size, warning
+
+_MEMORY = Path("/proc/meminfo")
+
+
+def check_devices(config: Config, processes: int) -> Iterator[Line]:
+    if torch.cuda.is_available():
+        yield from _gpus(processes)
+        return
+    if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+        yield error(
+            "devices",
+            f"the NVIDIA driver {driver_version()} is there, but torch (built for CUDA "
+            f"{torch.version.cuda}) cannot use it",
+            "update the driver, or TORCH_INDEX_URL=... bash env_setup.sh with a torch for an older "
+            "CUDA, or set CUDA_VISIBLE_DEVICES= to run on the CPU",
+        )
+        return
+    cores, memory = len(os.sched_getaffinity(0)), memory_available()
+    free = f"{size(memory)} of memory available" if memory else "memory unknown"
+    yield ok("devices", f"no GPU; {cores} CPU cores, {free}")
+    if processes > cores:
+        yield warning(
+            "devices",
+            f"{processes} processes share {cores} cores",
+            f"start no more than {cores} on this machine",
+        )
+
+
+def _gpus(processes: int) -> Iterator[Line]:
+    count = torch.cuda.device_count()
+    for number in range(count):
+        found = torch.cuda.get_device_properties(number)
+        free, _ = torch.cuda.mem_get_info(number)
+        yield ok(
+            "devices",
+            f"GPU {number}: {found.name}, {size(found.total_memory)}, {size(free)} free, driver "
+            f"{driver_version()}",
+        )
+    if processes > count:
+        machines = -(-processes // count)
+        text = f"{processes} processes, one on each GPU: takes {machines} machines of {count} GPUs"
+        if processes % count:
+            yield error("devices", text, f"start a multiple of {count} processes")
+        else:
+            yield warning("devices", f"{text}; only this one is looked at")
+
+
+def processes_here(processes: int) -> int:
+    """Processes on this machine, of ``processes`` in all; 0: one on each GPU, else one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = processes or max(1, count)
+    return min(wanted, count) if count else wanted
+
+
+def memory_of_a_process(processes: int) -> int | None:
+    """Bytes that one process has: a GPU's, or its share of what the machine can give."""
+    if torch.cuda.is_available():
+        return min(
+            torch.cuda.get_device_properties(number).total_memory
+            for number in range(torch.cuda.device_count())
+        )
+    available = memory_available()
+    return available and available // processes_here(processes)
+
+
+def memory_available() -> int | None:
+    """Bytes that programs can still get; None where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", _MEMORY.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def driver_version() -> str:
+    try:
+        found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", DRIVER.read_text())
+    except OSError:
+        return "unknown"
+    return found[1] if found else "unknown"

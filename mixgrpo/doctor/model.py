@@ -1,0 +1,59 @@
+"""The model folder: its parts, and what their weight files hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from mixgrpo.config import Config
+from mixgrpo.doctor.lines import Line, error, fetching, ok, size
+from mixgrpo.models.flux import PARTS
+from mixgrpo.models.flux_files import WEIGHTED, check_part
+
+_OTHER_PATH = "set --model.path to a diffusers FLUX pipeline folder"
+# Each of the others is there if one of these is.
+_FILES = {
+    "model_index.json": ("",),
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "tokenizer_2": ("tokenizer.json", "spiece.model"),
+}
+
+
+def check_model(config: Config, processes: int) -> Iterator[Line]:
+    folder = Path(config.model.path)
+    remedy = fetching(folder, _OTHER_PATH)
+    if not folder.is_dir():
+        yield error("model", f"model.path is {str(folder)!r}, which is no folder", remedy)
+        return
+    for part in ("model_index.json", *PARTS):
+        yield _weights(folder / part, remedy) if part in WEIGHTED else _small(folder / part, remedy)
+
+
+def _weights(folder: Path, remedy: str) -> Line:
+    if not folder.is_dir():
+        return error("model", f"{folder} is missing", remedy)
+    try:
+        files, weights = check_part(folder)
+    except (OSError, ValueError) as caught:
+        return error("model", f"{folder.name}: {caught}", remedy)
+    total = size(sum(file.stat().st_size for file in files))
+    many = f" in {len(files)} files" if len(files) > 1 else ""
+    return ok(
+        "model", f"{folder.name}: {weights / 1e6:,.1f}M weights, {total}{many}, as configured"
+    )
+
+
+def _small(path: Path, remedy: str) -> Line:
+    known = _FILES[path.name]
+    there = [path / name for name in known if (path / name).is_file()]
+    if not there:
+        names = " or ".join(str(path / name) for name in known)
+        return error("model", f"{names} is missing", remedy)
+    if there[0].suffix == ".json":
+        try:
+            json.loads(there[0].read_text(encoding="utf-8"))
+        except (OSError, ValueError) as caught:
+            return error("model", f"{there[0]} cannot be read ({caught})", remedy)
+    return ok("model", f"{path.name}: there")

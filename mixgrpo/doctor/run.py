@@ -1,0 +1,109 @@
+"""The recipe's knobs, an earlier run in its folder, and wandb."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mixgrpo import checkpoint as checkpoints
+from mixgrpo.assembly import checkpoints_root, make_windows, prompt_digests
+from mixgrpo.checks import check, check_resumable
+from mixgrpo.config import Config
+from mixgrpo.coverage import iterations_by_step, never_trained, visits
+from mixgrpo.doctor.devices import processes_here
+from mixgrpo.doctor.lines import Line, error, ok, warning
+
+_ANOTHER = "choose another --run.folder"
+
+
+def check_knobs(config: Config, processes: int) -> Iterator[Line]:
+    """Combinations that cannot work, and steps that no window reaches."""
+    count = processes or processes_here(0)
+    try:
+        check(config, count)
+        windows = make_windows(config)
+    except ValueError as caught:
+        yield error("knobs", str(caught), "python -m mixgrpo train --help tells of every knob")
+        return
+    yield ok("knobs", f"they fit together, for {count} process{'es' if count > 1 else ''}")
+    done = visits(windows, config.run.iterations)
+    missed = never_trained(windows, iterations_by_step(done, config.sampling.steps))
+    if missed:
+        yield warning(
+            "knobs",
+            f"{len(missed)} of {config.sampling.steps} steps are never trained",
+            "the same knobs to python -m mixgrpo schedule show which",
+        )
+
+
+def check_folder(config: Config, processes: int) -> Iterator[Line]:
+    """Whether the folder is free, or holds a run that goes on with these knobs."""
+    folder = config.run.folder
+    try:
+        newest = checkpoints.latest(checkpoints_root(config))
+    except (checkpoints.CheckpointError, OSError) as caught:
+        yield error("folder", str(caught), _ANOTHER)
+        return
+    if newest is None:
+        yield from _without_checkpoint(config)
+        return
+    try:
+        done = _resumable(newest, config)
+    except (ValueError, KeyError, TypeError, OSError) as caught:
+        yield error("folder", f"{folder} holds a run that does not go on: {caught}", _ANOTHER)
+        return
+    text = f"{folder} holds a run of {done} iterations that can go on to {config.run.iterations}"
+    if config.run.resume:
+        yield ok("folder", text)
+    else:
+        yield error("folder", text, f"--run.resume true, or {_ANOTHER}")
+
+
+def _without_checkpoint(config: Config) -> Iterator[Line]:
+    folder = Path(config.run.folder)
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents)
+                 if place.exists())  # fmt: skip
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        yield error("folder", f"{folder} cannot be made or written: {above} is no folder that this "
+                    "user may write into", _ANOTHER)  # fmt: skip
+    elif (folder / "metrics.jsonl").exists():
+        yield warning(
+            "folder", f"{folder} has the records of a run without a checkpoint, which go", _ANOTHER
+        )
+    else:
+        yield ok("folder", f"{folder} is free")
+
+
+def _resumable(newest: Path, config: Config) -> int:
+    """Iterations that are done. Raises ValueError where the run would not go on."""
+    saved = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    check_resumable(saved["config"], config)
+    digests = prompt_digests(config)
+    changed = [key for key, now in digests.items() if saved["config"].get(key, now) != now]
+    if changed:
+        knobs = ", ".join(key.removeprefix("contents.") for key in changed)
+        raise ValueError(f"the file of {knobs} has other contents than when it began")
+    if saved["iteration"] > config.run.iterations:
+        raise ValueError(
+            f"it has {saved['iteration']} iterations, more than run.iterations "
+            f"({config.run.iterations})"
+        )
+    return int(saved["iteration"])
+
+
+def check_wandb(config: Config, processes: int) -> Iterator[Line]:
+    """Whether there is a key, never which."""
+    there = bool(os.environ.get("WANDB_API_KEY", "").strip())
+    mode = config.log.wandb
+    if mode == "online" and not there:
+        yield warning(
+            "wandb",
+            "log.wandb is online, but WANDB_API_KEY is not set",
+            "export WANDB_API_KEY, or --log.wandb offline",
+        )
+        return
+    used = mode if mode != "auto" else ("online" if there else "not used")
+    key = "WANDB_API_KEY is set" if there else "WANDB_API_KEY is not set"
+    yield ok("wandb", f"{used}; {key}")

@@ -1,0 +1,87 @@
+"""What there is on a host: ``python -m mixgrpo.hosts.facts`` answers in JSON.
+
+The standard input names a folder and paths from it. No torch is imported: it must work, and fast,
+where an installation is half-made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mixgrpo.fingerprint import fingerprint, fingerprint_files
+from mixgrpo.revision import git_revision
+
+REQUIREMENTS = Path(__file__).parent.parent.parent / "requirements.txt"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What can differ between hosts.
+
+    Attributes:
+        python: its version.
+        packages: required package -> installed version, "none" if it is not.
+        revision: the commit, with "-dirty" after changes.
+        files: path -> bytes and digest of a file or folder, "missing" if it is not there.
+        gpus: their number and kind.
+        driver: NVIDIA's version; "none" without one.
+    """
+
+    python: str
+    packages: dict[str, str]
+    revision: str
+    files: dict[str, str]
+    gpus: str
+    driver: str
+
+
+def gather(folder: Path, paths: list[str]) -> Facts:
+    """This host's facts; ``paths`` are from ``folder``."""
+    names = re.findall(r"^([\w.-]+)(?:\[.*\])?==", REQUIREMENTS.read_text(), re.MULTILINE)
+    cards = _nvidia("name")
+    return Facts(
+        python=platform.python_version(),
+        packages={name: _version(name) for name in names},
+        revision=git_revision(),
+        files={path: _describe(folder / path) for path in paths},
+        gpus=f"{len(cards)} x {cards[0]}" if cards else "none",
+        driver=next(iter(_nvidia("driver_version")), "none"),
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _describe(path: Path) -> str:
+    if path.is_dir():
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return f"{size} bytes, {fingerprint(path)}"
+    if path.is_file():
+        return f"{path.stat().st_size} bytes, {fingerprint_files([path])}"
+    return "missing"
+
+
+def _nvidia(field: str) -> list[str]:
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.split("\n")[:-1]
+
+
+if __name__ == "__main__":
+    asked = json.load(sys.stdin)
+    print(json.dumps(asdict(gather(Path(os.path.abspath(asked["folder"])), asked["paths"]))))

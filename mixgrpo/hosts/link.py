@@ -1,0 +1,172 @@
+"""Connections between the hosts of a job, by which each learns how the others fare.
+
+They carry almost nothing: TCP's own keepalive asks after the other side and, where a cable or a
+machine is gone and nothing will ever be sent again, ends the connection within seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic, sleep
+
+from mixgrpo.hosts.job import Node
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's address
+
+
+class HostLost(ConnectionError):
+    """A host did not come, or does not answer any more."""
+
+
+@dataclass(frozen=True)
+class HostEnded:
+    """A host's command has ended.
+
+    Attributes:
+        exit_code: its command's; None if the host was lost instead.
+    """
+
+    host: str
+    exit_code: int | None
+    why: str = ""
+
+
+class Link:
+    """This host's connections: the first host's to all others, the others' to the first."""
+
+    def __init__(self, peers: dict[str, socket.socket]) -> None:
+        self.peers = peers
+
+    def watch(self, report: Callable[[HostEnded], None]) -> None:
+        """Reports of every peer how it ended, once, from a thread of its own."""
+
+        def follow(host: str, connection: socket.socket) -> None:
+            report(_end_of(host, connection))
+
+        for host, connection in self.peers.items():
+            threading.Thread(target=follow, args=(host, connection), daemon=True).start()
+
+    def tell(self, exit_code: int) -> None:
+        """Tells all peers how this host's command ended."""
+        for connection in self.peers.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{exit_code}\n".encode())
+
+    def interface(self) -> str | None:
+        """The name of the network interface that leads to the other hosts."""
+        address = next(iter(self.peers.values())).getsockname()[0].removeprefix("::ffff:")
+        for _, name in socket.if_nameindex():
+            if _address_of(name) == address:
+                return name
+        return None
+
+
+def open_link(node: Node) -> Link:
+    """Meets the other hosts.
+
+    Raises:
+        HostLost: not all of them came in time; says which.
+    """
+    if node.rank == 0:
+        return Link(_await_others(node))
+    first = node.hosts[0]
+    connection = _connect(first, node)
+    connection.sendall(f"{_greeting(node, node.rank)}\n".encode())
+    return Link({first: _kept_alive(connection, node.lost_after)})
+
+
+def _await_others(node: Node) -> dict[str, socket.socket]:
+    awaited = {_greeting(node, rank): host for rank, host in enumerate(node.hosts) if rank}
+    came: dict[str, socket.socket] = {}
+    deadline = monotonic() + node.join_within
+    with _server(node.port + 1) as server:
+        while awaited and (left := deadline - monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                host = awaited.pop(_line(connection, 5), None)
+                if host is None:
+                    connection.close()
+                else:
+                    came[host] = _kept_alive(connection, node.lost_after)
+    if awaited:
+        raise HostLost(
+            f"{', '.join(awaited.values())} did not come to {node.host}:{node.port + 1} within "
+            f"{node.join_within} s; if it runs, a firewall is between: open the ports among the "
+            "hosts"
+        )
+    return came
+
+
+def _server(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _connect(first: str, node: Node) -> socket.socket:
+    deadline = monotonic() + node.join_within
+    while True:
+        try:
+            return socket.create_connection((first, node.port + 1), timeout=5)
+        except OSError as error:
+            if monotonic() > deadline:
+                raise HostLost(
+                    f"{node.host} does not reach {first}:{node.port + 1} ({error}): the name must "
+                    "mean the same machine everywhere, and the ports among the hosts must be open"
+                ) from error
+        sleep(0.2)
+
+
+def _greeting(node: Node, rank: int) -> str:
+    return f"{node.job} {node.attempt} {rank}"
+
+
+def _kept_alive(connection: socket.socket, lost_after: int) -> socket.socket:
+    third = max(1, lost_after // 3)
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, third),
+        (socket.TCP_KEEPINTVL, third),
+        (socket.TCP_KEEPCNT, 2),
+        (socket.TCP_USER_TIMEOUT, lost_after * 1000),  # for what was sent and is not acknowledged
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    return connection
+
+
+def _end_of(host: str, connection: socket.socket) -> HostEnded:
+    try:
+        line = _line(connection, None)
+    except OSError as error:
+        return HostEnded(host, None, error.strerror or str(error))
+    if not line:
+        return HostEnded(host, None, "its launcher ended without a word")
+    return HostEnded(host, int(line))
+
+
+def _line(connection: socket.socket, timeout: float | None) -> str:
+    connection.settimeout(timeout)
+    received = b""
+    while not received.endswith(b"\n"):
+        more = connection.recv(64)
+        if not more:
+            return ""
+        received += more
+    return received.decode(errors="replace").strip()
+
+
+def _address_of(interface: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            request = struct.pack("256s", interface.encode()[:15])
+            return socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24])
+        except OSError:  # no IPv4 address
+            return None

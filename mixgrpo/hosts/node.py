@@ -1,0 +1,202 @@
+"""One host's part: ``python -m mixgrpo.hosts.node FILE`` starts its processes and watches them.
+
+They end when a signal asks for it, when another host has failed or is lost, and when the
+connection that started them closes: nothing is left running, whatever goes wrong elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from mixgrpo.hosts.job import MARK, Node, take
+from mixgrpo.hosts.link import HostEnded, HostLost, Link, open_link
+
+LOST = 75  # exit code: another host does not answer any more; sysexits.h's "try again"
+ECHO = 76  # exit code: another host has failed
+STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes that are no failures
+FAILED_PATIENCE = 5  # seconds for processes to notice that others have failed
+CONTROL = "::mixgrpo "  # begins the lines that are for the supervisor
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Somebody asked for an end; by SIGQUIT, for one at once."""
+
+    signal: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The processes of this host have ended."""
+
+    exit_code: int
+
+
+Event = Asked | Ended | HostEnded
+
+
+def main(path: str) -> int:
+    """Runs the part in the file; returns the exit code."""
+    node = take(Path(path))
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    listen_to_signals(events)
+    threading.Thread(target=_await_closing, args=(events,), daemon=True).start()
+    say(f"{CONTROL}pid {os.getpid()}")
+    code = run(node, events)
+    say(f"{CONTROL}exit {code}")
+    return code
+
+
+def listen_to_signals(events: queue.SimpleQueue[Event]) -> None:
+    """Makes events of the signals that ask for an end."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, lambda given, frame: events.put(Asked(_as_stop(given))))
+
+
+def run(node: Node, events: queue.SimpleQueue[Event]) -> int:
+    """Meets the other hosts, runs this one's processes to their end; returns the exit code."""
+    kill_marked(node.mark)  # what an earlier attempt has left
+    try:
+        link = open_link(node) if len(node.hosts) > 1 else Link({})
+    except (HostLost, OSError) as error:
+        say(f"error: {error}")
+        return LOST
+    link.watch(events.put)
+    process = subprocess.Popen(
+        command(node),
+        cwd=node.folder,
+        env=environment(node, os.environ, link.interface() if link.peers else None),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # what signals this process's group is passed on once, from here
+    )
+    reader = threading.Thread(target=_pass_on, args=(process,), daemon=True)
+    reader.start()
+    threading.Thread(target=lambda: events.put(Ended(process.wait())), daemon=True).start()
+    code = _follow(process, events, node)
+    kill_marked(node.mark)
+    reader.join(timeout=5)
+    link.tell(code)
+    return code
+
+
+def _follow(process: subprocess.Popen[bytes], events: queue.SimpleQueue[Event], node: Node) -> int:
+    """Waits for the end, or brings it about; returns the exit code."""
+    deadline, code, asked = float("inf"), 1, False
+    while True:
+        try:
+            event = events.get(timeout=min(max(0.0, deadline - monotonic()), 1e6))
+        except queue.Empty:
+            return code
+        match event:
+            case Ended(exit_code):
+                return exit_code if exit_code >= 0 else 128 - exit_code
+            case Asked(signal.SIGQUIT):
+                return 128 + signal.SIGKILL
+            case Asked(number) if not asked:  # a second signal would keep them from saving
+                process.send_signal(number)
+                asked = True
+                deadline, code = monotonic() + node.grace + FAILED_PATIENCE, 128 + number
+            case HostEnded(host, None, why):
+                say(f"error: {node.host} lost {host} ({why}); its processes end")
+                return LOST
+            case HostEnded(_, exit_code) if exit_code not in STOPPED:
+                deadline, code = monotonic() + FAILED_PATIENCE, ECHO
+
+
+def command(node: Node) -> list[str]:
+    """What runs on this host: torchrun's part for a command, or a program of one process."""
+    python = [sys.executable, "-m"]
+    if node.program != "mixgrpo":
+        return [*python, node.program, *node.words]
+    several = ["--nnodes", str(len(node.hosts)), "--node_rank", str(node.rank)]
+    meeting = ["--master_addr", node.hosts[0], "--master_port", str(node.port)]
+    return [
+        *python,
+        *("mixgrpo", "launch", "--nproc_per_node", str(node.slots or processes_here())),
+        *([*several, *meeting] if len(node.hosts) > 1 else []),
+        *node.words,
+    ]
+
+
+def environment(node: Node, own: Mapping[str, str], interface: str | None) -> dict[str, str]:
+    """This machine's environment, under that of the job."""
+    # Else gloo takes the address that the machine's own name has, which often is 127.0.1.1.
+    found = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+    place = {
+        "RANK": str(node.rank),
+        "WORLD_SIZE": str(len(node.hosts)),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": node.hosts[0],
+        "MASTER_PORT": str(node.port),
+    }
+    alone = place if node.program != "mixgrpo" else {}  # launch gives its processes theirs
+    return {**own, **found, **node.environment, **alone, MARK: node.mark}
+
+
+def kill_marked(mark: str) -> None:
+    """Kills every process of this user that has the mark in its environment."""
+    wanted = f"{MARK}={mark}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if wanted in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def say(line: str) -> None:
+    """Prints a line, if there is still somebody to hear it."""
+    with contextlib.suppress(OSError):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+
+def lines_of(stream: Iterator[bytes]) -> Iterator[str]:
+    """The lines of a stream's chunks; a progress bar's carriage returns end lines too."""
+    rest = b""
+    for chunk in stream:
+        *whole, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
+        yield from (line.decode(errors="replace") for line in whole if line.strip())
+    if rest.strip():
+        yield rest.decode(errors="replace")
+
+
+def _pass_on(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout is not None
+    handle = process.stdout.fileno()
+    for line in lines_of(iter(lambda: os.read(handle, 65536), b"")):
+        say(line)
+
+
+def _await_closing(events: queue.SimpleQueue[Event]) -> None:
+    """The connection's end, which is the standard input's, asks for one here too."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    events.put(Asked(signal.SIGTERM))
+
+
+def _as_stop(number: int) -> int:
+    return signal.SIGTERM if number == signal.SIGHUP else number
+
+
+def processes_here() -> int:
+    """One for each GPU of this machine, or one on its CPU."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

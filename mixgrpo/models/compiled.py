@@ -1,0 +1,61 @@
+"""Compiling a transformer's repeated blocks, such that rollout and update run the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Graphs of one kind of block: one for each batch size, times two where adapters are switched off.
+_GRAPHS = 64
+
+
+def compile_blocks(transformer: Any, backend: str | Callable[..., Any]) -> None:
+    """Compiles the blocks of a diffusers transformer in place; those of a kind share their code.
+
+    A graph is compiled for static shapes, at the first evaluation of each batch size. With and
+    without gradients a compiler makes different code of one function, which rounds differently:
+    the policy's ratio would not be 1 where it has not changed. So blocks always run the code that
+    keeps what a backward pass needs; without gradients that is given up after each block.
+    """
+    # One code serves all blocks, and all batch sizes count against one limit.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    forwards: dict[type, Callable[..., Any]] = {}
+    for block in repeated_blocks(transformer):
+        kind = type(block)
+        if kind not in forwards:
+            code = torch.compile(kind.forward, backend=backend, fullgraph=True, dynamic=False)
+            forwards[kind] = _with_gradients(code)
+        # A bound method, not a closure over the block: a copy of the block gets its own.
+        block.forward = MethodType(forwards[kind], block)
+
+
+def repeated_blocks(transformer: Any) -> Iterator[nn.Module]:
+    """The modules that diffusers names as repeated."""
+    kinds = transformer._repeated_blocks
+    return (module for module in transformer.modules() if type(module).__name__ in kinds)
+
+
+def _with_gradients(code: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    def forward(
+        block: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, ...]:
+        wanted = torch.is_grad_enabled()
+        inputs = (_differentiable(x) for x in (hidden_states, encoder_hidden_states, temb))
+        with torch.enable_grad():
+            outputs = code(block, *inputs, image_rotary_emb, joint_attention_kwargs)
+        return outputs if wanted else tuple(output.detach() for output in outputs)
+
+    return forward
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.detach().requires_grad_()

@@ -1,0 +1,86 @@
+"""Trained FLUX weights as other programs load them, from tensors that come one by one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from mixgrpo.config import ModelConfig
+from mixgrpo.disk import write_whole
+from mixgrpo.models.flux import LORA_TARGETS, PARTS
+from mixgrpo.models.flux_text import require_parts
+from mixgrpo.weight_files import NAME, check_fits, find_shards, read_shapes, write_streamed
+
+Read = Callable[[Iterable[str]], Iterable[Tensor]]
+
+
+def export_flux(
+    folder: Path, config: ModelConfig, shapes: Mapping[str, Tensor], read: Read
+) -> None:
+    """Full training: a pipeline folder. LoRA: ``pytorch_lora_weights.safetensors`` in it.
+
+    Args:
+        shapes: of the trained weights, by the names that training gives them.
+        read: from names to these weights, on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: the model that was trained is gone, or it is another.
+        OSError, SafetensorError: something could not be written.
+    """
+    if config.train == "lora":
+        _export_adapters(folder, config, dict(zip(shapes, read(shapes), strict=True)))
+    else:
+        _export_pipeline(folder, config, shapes, read)
+
+
+def _export_adapters(folder: Path, config: ModelConfig, adapters: Mapping[str, Tensor]) -> None:
+    FluxPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers={
+            name.replace(".default.weight", ".weight"): weight for name, weight in adapters.items()
+        },
+        transformer_lora_adapter_metadata={
+            "r": config.lora_rank,
+            "lora_alpha": config.lora_alpha,
+            "target_modules": LORA_TARGETS[config.lora_targets],
+        },
+    )
+
+
+def _export_pipeline(
+    folder: Path, config: ModelConfig, shapes: Mapping[str, Tensor], read: Read
+) -> None:
+    require_parts(config.path, PARTS)
+    source = Path(config.path)
+    files = find_shards(source / "transformer")
+    check_fits(read_shapes(files), shapes, source)
+    (folder / "transformer").mkdir(parents=True, exist_ok=True)
+    for file in files:
+        inside = {name: shapes[name] for name in read_shapes([file])}
+        target = folder / "transformer" / file.name
+        write_whole(target, partial(write_streamed, shapes=inside, tensors=read(inside)))
+    _write_index(source / "transformer", folder / "transformer", shapes)
+    shutil.copy2(source / "transformer" / "config.json", folder / "transformer" / "config.json")
+    shutil.copy2(source / "model_index.json", folder / "model_index.json")
+    for part in PARTS:
+        if part != "transformer":
+            # No links: what is done to the copy must not reach the model it was made from.
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+
+
+def _write_index(source: Path, folder: Path, shapes: Mapping[str, Tensor]) -> None:
+    """The weights may have another dtype than the model's that they were trained from."""
+    index = source / f"{NAME}.index.json"
+    if not index.exists():
+        return
+    content = json.loads(index.read_text(encoding="utf-8"))
+    size = sum(shape.numel() * shape.element_size() for shape in shapes.values())
+    content["metadata"] = {**content.get("metadata", {}), "total_size": size}
+    text = json.dumps(content, indent=2)
+    write_whole(folder / index.name, lambda path: path.write_text(text))

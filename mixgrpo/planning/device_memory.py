@@ -1,0 +1,182 @@
+"""Memory on each GPU of a training run, by what it is for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixgrpo.config import Config
+from mixgrpo.planning.activations import (
+    Precision,
+    decoding_bytes,
+    evaluation_bytes,
+    kept_bytes,
+)
+from mixgrpo.planning.flux_size import FluxSize
+from mixgrpo.planning.parts import bytes_of, reward_bytes, text_bytes, vae_bytes
+from mixgrpo.planning.spread import Spread
+
+GIB = 2**30
+CONTEXT = 2 * GIB  # CUDA's and NCCL's own, and what the allocator cannot use; an assumption
+_VAE_WIDTH = 128  # FLUX.1-dev's block_out_channels[0]
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one GPU.
+
+    Attributes:
+        weights: the transformer's, trained and frozen.
+        whole: whole weights in the products' dtype, beside those: gathered, or cast by autocast.
+        gradients, optimizer, average: of the trained weights; gradients live during the update.
+        reference: the policy before training, for a KL.
+        states: the latents that a rollout leaves for the update.
+        kept: by forward and backward passes of the update.
+        evaluating: the largest of an evaluation without gradients and of a decoding.
+        rewards: reward models that are there always.
+        visiting: reward models that come to score, and go.
+        text, vae: the other parts of the model.
+    """
+
+    weights: int
+    whole: int
+    gradients: int
+    optimizer: int
+    average: int
+    reference: int
+    states: int
+    kept: int
+    evaluating: int
+    rewards: int
+    visiting: int
+    text: int
+    vae: int
+
+    @property
+    def held(self) -> int:
+        """All the time."""
+        trained = self.weights + self.optimizer + self.average + self.reference
+        return trained + self.states + self.rewards + self.text + self.vae + CONTEXT
+
+    @property
+    def peak(self) -> int:
+        """The most in a phase: sampling with its scoring, or the update."""
+        sampling = self.evaluating + self.visiting
+        return self.held + self.whole + max(sampling, self.gradients + self.kept)
+
+
+def device_memory(config: Config, spread: Spread, gpus: int) -> DeviceMemory:
+    """What a run by this recipe takes on each of ``gpus``, estimated.
+
+    ZeRO keeps float32 weights beside those that it computes with; they count as the optimizer's.
+    """
+    model, size = config.model, FluxSize.of_folder(Path(config.model.path))
+    compute = bytes_of(model.compute_dtype)
+    trained, frozen = _counts(config, size)
+    value = 4 if model.weights == "float32" else 2
+    resting = compute if spread.half else value
+    spread_out = 0 if spread.offload else 1  # what rests on the CPU is not here
+    pictures = -(-config.batch.prompts // gpus) * config.batch.samples
+    tokens = (model.height // 16) * (model.width // 16)
+    of_reward = reward_bytes(config)
+    visits = config.scoring.placement == "offload"
+    return DeviceMemory(
+        weights=spread_out * (trained * resting + frozen * compute) // spread.weights,
+        whole=_whole(size, trained, frozen, spread, compute, resting),
+        gradients=_gradients(size, trained, spread, resting),
+        optimizer=spread_out * _optimizer(config, trained, spread) // spread.optimizer,
+        average=trained * 4 // spread.weights if config.ema.decay else 0,
+        reference=_reference(config, size, spread, compute, value),
+        states=pictures * (2 * config.window.size + 2) * tokens * size.in_channels * 4,
+        kept=_kept(config, size, tokens, Precision.on_gpu(compute, _seen(config, spread))),
+        evaluating=_evaluating(config, size, tokens, compute),
+        rewards=0 if visits else of_reward,
+        visiting=of_reward if visits else 0,
+        text=text_bytes(config),
+        vae=vae_bytes(config),
+    )
+
+
+def _counts(config: Config, size: FluxSize) -> tuple[int, int]:
+    """Trained and frozen parameters."""
+    if config.model.train == "full":
+        return size.parameters, 0
+    return size.adapters(config.model.lora_rank, config.model.lora_targets), size.parameters
+
+
+def _whole(
+    size: FluxSize, trained: int, frozen: int, spread: Spread, compute: int, resting: int
+) -> int:
+    if not spread.gathered:
+        return trained * compute if resting != compute else 0  # autocast keeps what it has cast
+    share = (trained + frozen) / size.parameters
+    everything = int(size.parameters * share)
+    # The block at hand and the next one, and what belongs to no block.
+    some = int((2 * size.double_block + size.outside) * share)
+    return compute * (everything if spread.gathered == "all" else some)
+
+
+def _gradients(size: FluxSize, trained: int, spread: Spread, resting: int) -> int:
+    if spread.sums_whole:
+        return trained * 4
+    value = 4 if spread.gathered else resting
+    at_hand = 0 if spread.gradients == 1 else 2 * size.double_block * trained // size.parameters * 4
+    return (0 if spread.offload else trained * value // spread.gradients) + at_hand
+
+
+def _optimizer(config: Config, trained: int, spread: Spread) -> int:
+    moments = 2 if config.update.optimizer == "adamw_8bit" else 8
+    return trained * (moments + (4 if spread.half else 0))
+
+
+def _reference(config: Config, size: FluxSize, spread: Spread, compute: int, value: int) -> int:
+    """Of full training; adapters are switched off instead."""
+    if not config.update.kl or config.model.train == "lora":
+        return 0
+    if spread.weights == 1:
+        return size.parameters * value
+    whole = size.parameters * compute if spread.gathered == "all" else 0
+    return size.parameters * compute // spread.weights + whole
+
+
+def _seen(config: Config, spread: Spread) -> int:
+    """Bytes of the weights that products meet."""
+    cast = bool(spread.gathered) or spread.half or config.model.train == "lora"
+    cast = cast or config.model.weights != "float32"
+    return bytes_of(config.model.compute_dtype) if cast else 4
+
+
+def _kept(config: Config, size: FluxSize, tokens: int, precision: Precision) -> int:
+    model = config.model
+    every = model.checkpoint_every if model.gradient_checkpointing else 0
+    kept = kept_bytes(
+        size,
+        tokens,
+        model.text_length,
+        config.update.micro_batch,
+        precision,
+        model.train == "full",
+        every,
+    )
+    # The backward pass of a block works on about as much as an evaluation.
+    at_work = evaluation_bytes(
+        size, tokens + model.text_length, config.update.micro_batch, precision.product
+    )
+    return kept + at_work
+
+
+def _evaluating(config: Config, size: FluxSize, tokens: int, compute: int) -> int:
+    model, sampling = config.model, config.sampling
+    evaluation = evaluation_bytes(size, tokens + model.text_length, sampling.micro_batch, compute)
+    batch = min(sampling.decode_batch, sampling.micro_batch)
+    return max(
+        evaluation,
+        decoding_bytes(model.height * model.width, batch, first_width(Path(model.path)), compute),
+    )
+
+
+def first_width(model: Path) -> int:
+    """Of the decoder of a model folder; without one, of FLUX.1-dev's."""
+    path = model / "vae" / "config.json"
+    return json.loads(path.read_text())["block_out_channels"][0] if path.is_file() else _VAE_WIDTH

@@ -1,0 +1,235 @@
+"""Which curves a report shows, as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from mixgrpo.metrics import describe
+from mixgrpo.report.runs import Run
+
+POINTS = 1000  # of a line, at most
+MANY = 40  # points from which on a line is drawn with its running mean
+
+OPTIMISATION = (
+    "advantage/deviation",
+    "update/ratio_deviation",
+    "update/clip_fraction",
+    "update/kl",
+    "update/grad_norm",
+    "update/loss",
+    "update/ratio_mean",
+    "update/ratio_error_on_policy",
+    "rollout/evaluations_per_image",
+    "update/evaluations_per_image",
+)
+EXACT = ("rollout/evaluations_per_image", "update/evaluations_per_image")  # there is no noise
+PHASES = ("text", "rollout", "decode", "reward", "update")
+NOT_STACKED = ("seconds/reward_hidden", "seconds/validation")  # aside, and between iterations
+
+Values = tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve.
+
+    Attributes:
+        run: place of its run among the runs, which decides its colour.
+        label: in the legend.
+        kind: ``raw``, ``mean``, ``plain``; ``dots`` and ``dashed`` for rare points; ``low`` and
+            ``high``, between which is filled; ``area`` for a phase's top edge.
+        values: at each x of the chart; None where there is nothing.
+        shown: what the legend says instead of the values; empty for the values.
+    """
+
+    run: int
+    label: str
+    kind: str
+    values: Values
+    shown: Values = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the iterations.
+
+    Attributes:
+        key: the metric's name, or what tells the chart from others.
+        title, unit, meaning: as in the table of metrics.
+        x: iterations.
+        lines: at least one.
+        note: which runs have no such metric.
+    """
+
+    key: str
+    title: str
+    unit: str
+    meaning: str
+    x: tuple[int, ...]
+    lines: tuple[Line, ...]
+    note: str = ""
+
+
+Points = dict[int, float]
+
+
+def points(run: Run, key: str) -> Points:
+    """Iteration -> value; the last record of an iteration counts."""
+    return {r["iteration"]: float(r[key]) for r in run.records if key in r}
+
+
+def reward_charts(runs: Sequence[Run], trained: bool) -> list[Chart]:
+    """A chart for each reward that some run trains on, or that every run holds out."""
+    weights: dict[str, float] = {}
+    for run in runs:
+        for name, weight in run.weights.items():
+            weights[name] = max(weight, weights.get(name, 0.0))
+    charts = [
+        _reward_chart(runs, name) for name, weight in weights.items() if bool(weight) is trained
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _reward_chart(runs: Sequence[Run], name: str) -> Chart | None:
+    drawn: list[tuple[Line, Points]] = []
+    for place, run in enumerate(runs):
+        training = _curve(place, points(run, f"reward/{name}"), "training", 1)
+        # Every prompt batch has its own level: of many runs, the noise would hide the means.
+        drawn += training if len(runs) <= 2 else training[1:]
+        for key, kind, label in (("validation", "dots", "validation"),
+                                 ("validation_ema", "dashed", "average")):  # fmt: skip
+            found = points(run, f"{key}/{name}")
+            if found:
+                drawn.append((Line(place, label, kind, ()), found))
+    keys = [f"{kind}/{name}" for kind in ("reward", "validation")]
+    return _chart(name, name, "", "", runs, drawn, keys)
+
+
+def metric_charts(runs: Sequence[Run], keys: Iterable[str]) -> list[Chart]:
+    """A chart for each of these metrics that any run has."""
+    charts = []
+    for key in keys:
+        drawn = [
+            curve
+            for place, run in enumerate(runs)
+            for curve in _curve(place, points(run, key), "", MANY if key not in EXACT else None)
+        ]
+        known = describe(key)
+        charts.append(_chart(key, known.title, known.unit, known.meaning, runs, drawn, [key]))
+    return [chart for chart in charts if chart is not None]
+
+
+def other_keys(runs: Sequence[Run]) -> list[str]:
+    """Metrics that no other chart shows."""
+    shown = ("reward/", "validation/", "validation_ema/", "seconds/")
+    keys = {key for run in runs for key in run.keys if not key.startswith(shown)}
+    failed = {key for key in keys if key.startswith("reward_failed/")}
+    silent = {key for key in failed if not any(any(points(r, key).values()) for r in runs)}
+    return sorted(keys - {*OPTIMISATION, "window/start"} - silent)
+
+
+def window_chart(runs: Sequence[Run]) -> Chart | None:
+    """The window's first and last step at every iteration."""
+    drawn = []
+    for place, run in enumerate(runs):
+        start, size = points(run, "window/start"), run.config.get("window.size")
+        if not start:
+            continue
+        size = size if isinstance(size, int) else 1
+        stop = {iteration: first + size for iteration, first in start.items()}
+        drawn += [(Line(place, "end", "high", ()), stop)]
+        drawn += [(Line(place, "start", "low", ()), start)]
+    known = describe("window/start")
+    return _chart(
+        known.key, known.title, known.unit, known.meaning, runs, drawn, [known.key], thin=False
+    )
+
+
+def phase_chart(run: Run, place: int) -> Chart | None:
+    """Seconds of an iteration's phases, one on top of the other."""
+    keys = [f"seconds/{name}" for name in PHASES]
+    more = {key for key in run.keys if key.startswith("seconds/")} - {*keys, *NOT_STACKED}
+    known = {key: points(run, key) for key in (*keys, *sorted(more))}
+    iterations = sorted({iteration for found in known.values() for iteration in found})
+    if not iterations:
+        return None
+    phases = {
+        key: thinned({iteration: found.get(iteration, 0.0) for iteration in iterations})
+        for key, found in known.items()
+        if found
+    }
+    x = tuple(next(iter(phases.values())))
+    rows = [[found[iteration] for found in phases.values()] for iteration in x]
+    edges = list(zip(*(accumulate(row) for row in rows), strict=True))
+    lines = tuple(
+        Line(place, describe(key).title, "area", edge, own)
+        for key, edge, own in zip(phases, edges, zip(*rows, strict=True), strict=True)
+    )
+    meaning = "what an iteration's time went into; validations and hidden scoring come on top"
+    return _rounded(Chart(f"seconds {place}", run.name, "s", meaning, x, lines))
+
+
+def _curve(place: int, found: Points, label: str, many: int | None) -> list[tuple[Line, Points]]:
+    """The points, from ``many`` of them on with their running mean; never, if it is None."""
+    if not found:
+        return []
+    if many is None or len(found) < many:
+        return [(Line(place, label, "plain", ()), found)]
+    mean = running_mean(found)
+    return [(Line(place, "", "raw", ()), found), (Line(place, label, "mean", ()), mean)]
+
+
+def _chart(
+    key: str,
+    title: str,
+    unit: str,
+    meaning: str,
+    runs: Sequence[Run],
+    drawn: Sequence[tuple[Line, Points]],
+    keys: Sequence[str],
+    thin: bool = True,
+) -> Chart | None:
+    """Lines on their common iterations; None without any."""
+    if not drawn:
+        return None
+    drawn = [(line, thinned(found) if thin else found) for line, found in drawn]
+    x = tuple(sorted({iteration for _, found in drawn for iteration in found}))
+    lines = tuple(
+        replace(line, values=tuple(found.get(iteration) for iteration in x))
+        for line, found in drawn
+    )
+    without = [run.name for run in runs if not run.keys & set(keys)]
+    note = f"not in {', '.join(without)}" if without else ""
+    return _rounded(Chart(key, title, unit, meaning, x, lines, note))
+
+
+def running_mean(found: Points) -> Points:
+    """Mean of each value and those of the last twentieth before it."""
+    iterations, values = list(found), list(found.values())
+    width = max(1, len(values) // 20)
+    parts = [values[max(0, end - width) : end + 1] for end in range(len(values))]
+    return {
+        iteration: sum(part) / len(part) for iteration, part in zip(iterations, parts, strict=True)
+    }
+
+
+def thinned(found: Points) -> Points:
+    """At most ``POINTS`` points: means of equally many neighbours, at the last one's iteration."""
+    size = -(-len(found) // POINTS) or 1
+    items = list(found.items())
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    return {part[-1][0]: sum(value for _, value in part) / len(part) for part in parts}
+
+
+def _rounded(chart: Chart) -> Chart:
+    """Six digits: a report is to be sent."""
+    lines = [
+        replace(line, values=_short(line.values), shown=_short(line.shown)) for line in chart.lines
+    ]
+    return replace(chart, lines=tuple(lines))
+
+
+def _short(values: Values) -> Values:
+    return tuple(None if value is None else float(f"{value:.6g}") for value in values)

@@ -1,0 +1,261 @@
+"""A run's folder as it was found: finished, stopped half way, or damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixgrpo.config import ValidationConfig, dotted
+from mixgrpo.prompts import read_prompts
+
+OF_A_RUN = ("config.json", "metrics.jsonl", "pictures")
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The pictures of one validation.
+
+    Attributes:
+        iteration: iterations done before it.
+        pictures: place among the validation prompts -> file; it need not be a picture.
+        prompts: of the places from 0; empty where nothing tells them.
+        scores: reward -> score of the places from 0, None where there is none; may be empty.
+    """
+
+    iteration: int
+    pictures: dict[int, Path]
+    prompts: tuple[str, ...]
+    scores: dict[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is left of a run.
+
+    Attributes:
+        name: by which it is told from others.
+        folder: where it lies.
+        records: of ``metrics.jsonl``, by iteration.
+        config: dotted path of each knob -> value; empty if unknown.
+        revision: of the code; empty if unknown.
+        stages: by iteration.
+        missing: what should be there and is not, a sentence each.
+    """
+
+    name: str
+    folder: Path
+    records: tuple[Record, ...]
+    config: dict[str, Any]
+    revision: str
+    stages: tuple[Stage, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def done(self) -> int:
+        """Iterations that are on record."""
+        return max((record["iteration"] for record in self.records), default=0)
+
+    @property
+    def planned(self) -> int | None:
+        """Iterations that were asked for."""
+        asked = self.config.get("run.iterations")
+        return asked if isinstance(asked, int) else None
+
+    @property
+    def patience(self) -> int:
+        """Validations in a row that make a warning of reward hacking."""
+        knob = self.config.get("validation.patience")
+        return knob if isinstance(knob, int) else ValidationConfig.patience
+
+    @property
+    def keys(self) -> set[str]:
+        """Names of all metrics."""
+        return {key for record in self.records for key in record} - {"iteration"}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Reward -> weight, 0 for the held-out ones; without a configuration, as if all equal."""
+        known = {
+            key.removeprefix("rewards.").removesuffix(".weight"): value
+            for key, value in self.config.items()
+            if key.startswith("rewards.") and key.endswith(".weight") and is_number(value)
+        }
+        logged = {
+            key.split("/", 1)[1]
+            for key in self.keys
+            if key.startswith(("reward/", "validation/", "validation_ema/"))
+        }
+        more = sorted(logged - set(known))
+        return known | {name: float(f"reward/{name}" in self.keys) for name in more}
+
+
+def is_number(value: object) -> bool:
+    """True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_runs(arguments: Sequence[str]) -> list[Run]:
+    """The runs that a command line names, each ``FOLDER`` or ``NAME=FOLDER``.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a folder is no run's, or two have one name.
+    """
+    runs: list[Run] = []
+    for argument in arguments:
+        run = _read_named(argument)
+        for other in runs:
+            if other.name == run.name:
+                raise ValueError(
+                    f"{other.folder} and {run.folder} are both named {run.name!r}; give one "
+                    f"another name: NAME={run.folder}"
+                )
+        runs.append(run)
+    return runs
+
+
+def _read_named(argument: str) -> Run:
+    name, equals, path = argument.partition("=")
+    if not equals or Path(argument).exists():
+        name, path = "", argument
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {path!r}; give the --run.folder of a training")
+    return read_run(folder, name)
+
+
+def read_run(folder: Path, name: str = "") -> Run:
+    """Everything that a report needs; ``name`` is the folder's where none is given.
+
+    Raises:
+        ValueError: nothing in the folder is a run's.
+    """
+    if not any((folder / each).exists() for each in OF_A_RUN):
+        raise ValueError(
+            f"{folder} is no run's folder: it holds none of {', '.join(OF_A_RUN)}; give the "
+            "--run.folder of a training"
+        )
+    missing: list[str] = []
+    config, revision = _read_config(folder / "config.json", missing)
+    return Run(
+        name=name or folder.resolve().name,
+        folder=folder,
+        records=_read_records(folder / "metrics.jsonl", missing),
+        config=config,
+        revision=revision,
+        stages=_read_stages(folder / "pictures", config, missing),
+        missing=tuple(missing),
+    )
+
+
+def _read_config(path: Path, missing: list[str]) -> tuple[dict[str, Any], str]:
+    saved = _read_object(path, "the configuration is unknown", missing)
+    config = saved.get("config")
+    if not isinstance(config, dict):
+        if saved:
+            missing.append(f"{path.name} holds no `config`: the configuration is unknown")
+        return {}, ""
+    return dotted(config), str(saved.get("revision") or "")
+
+
+def _read_object(path: Path, consequence: str, missing: list[str]) -> dict[str, Any]:
+    """A JSON file's object; an empty one, and a sentence, if it is not there or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        missing.append(f"there is no {path.name}: {consequence}")
+        return {}
+    except (OSError, ValueError) as error:
+        missing.append(f"{path.name} cannot be read ({error}): {consequence}")
+        return {}
+    if not isinstance(content, dict):
+        missing.append(f"{path.name} holds no object: {consequence}")
+        return {}
+    return content
+
+
+def _read_records(path: Path, missing: list[str]) -> tuple[Record, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        reason = "there is no" if isinstance(error, FileNotFoundError) else "nobody can read"
+        missing.append(f"{reason} {path.name}: no curves")
+        return ()
+    parsed = [(number, _record(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    damaged = [number for number, record in parsed if record is None]
+    if damaged == [len(lines)]:
+        missing.append(f"the last line of {path.name} is half-written or damaged, and left out")
+    elif damaged:
+        missing.append(
+            f"{len(damaged)} of {len(lines)} lines of {path.name} are no records and left out, "
+            f"the first of them line {damaged[0]}"
+        )
+    records = [record for _, record in parsed if record is not None]
+    if not records:
+        missing.append(f"{path.name} holds no record yet: no curves")
+    return tuple(sorted(records, key=lambda record: record["iteration"]))
+
+
+def _record(line: str) -> Record | None:
+    """A record without what is no number."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    known = record.items() if isinstance(record, dict) else ()
+    numbers = {key: value for key, value in known if is_number(value)}
+    return numbers if isinstance(numbers.get("iteration"), int) else None
+
+
+def _read_stages(folder: Path, config: Record, missing: list[str]) -> tuple[Stage, ...]:
+    prompts = _prompts(config)
+    stages = []
+    for place in sorted(folder.glob("iteration_*")):
+        number = place.name.removeprefix("iteration_")
+        pictures = {int(f.stem): f for f in sorted(place.glob("*.png")) if f.stem.isdecimal()}
+        if number.isdecimal() and pictures:
+            stages.append(_read_stage(int(number), place, pictures, prompts))
+    stages.sort(key=lambda stage: stage.iteration)
+    if not stages:
+        if config.get("validation.pictures") != 0:
+            missing.append("there are no validation pictures")
+        return ()
+    without = [stage.iteration for stage in stages if not stage.scores]
+    if without:
+        missing.append(
+            "no scores are kept beside the pictures of "
+            f"iteration{'s' * (len(without) > 1)} {', '.join(map(str, without))}"
+        )
+    return tuple(stages)
+
+
+def _read_stage(
+    iteration: int, folder: Path, pictures: dict[int, Path], prompts: tuple[str, ...]
+) -> Stage:
+    kept = _read_object(folder / "scores.json", "", [])
+    own, scores = kept.get("prompts"), kept.get("scores")
+    return Stage(
+        iteration=iteration,
+        pictures=pictures,
+        prompts=tuple(map(str, own)) if isinstance(own, list) else prompts,
+        scores={
+            str(name): tuple(value if is_number(value) else None for value in values)
+            for name, values in (scores if isinstance(scores, dict) else {}).items()
+            if isinstance(values, list)
+        },
+    )
+
+
+def _prompts(config: Record) -> tuple[str, ...]:
+    """Of the file that the configuration names, if it is still there."""
+    knob = "validation.prompts_file"
+    try:
+        return tuple(read_prompts(str(config.get(knob, "")), knob))
+    except (OSError, ValueError):
+        return ()

@@ -1,0 +1,123 @@
+"""Where every process of a run hangs, told once one of them makes no progress."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import tempfile
+import threading
+from datetime import timedelta
+from time import monotonic
+from types import TracebackType
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from mixgrpo.distributed import Process
+
+PERIOD = 2.0  # seconds between looks
+TELLING = 5.0  # seconds for the other processes to tell where they are
+_KEY = "mixgrpo/stalled"
+
+
+class Watchdog:
+    """Ends a process that makes no progress, after every process has told where it is.
+
+    A process that waits for another in a collective operation hangs no less than the one that it
+    waits for. So the first whose patience is over tells all others through torchrun's store, and
+    each prints the stacks of all its threads and exits.
+    """
+
+    def __init__(self, patience: float, process: Process) -> None:
+        """
+        Args:
+            patience: seconds without progress; 0 for no end of it.
+        """
+        self.patience = patience
+        self.process = process
+        self._place, self._since = "before the first iteration", monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def progress(self, place: str) -> None:
+        """Notes that the process has come to another place."""
+        self._place, self._since = place, monotonic()
+
+    def __enter__(self) -> Watchdog:
+        if self.patience:
+            self.progress(self._place)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        store = _store(self.process)
+        while not self._over.wait(min(PERIOD, self.patience / 4)):
+            if monotonic() - self._since > self.patience:
+                _note(store, f"rank {self.process.rank}")
+                self._end(f"no progress for {self.patience:.0f} s (run.patience)")
+            stalled = _noted(store)
+            if stalled:
+                self._end(f"{stalled} makes no progress")
+
+    def _end(self, why: str) -> NoReturn:
+        rank, seconds = self.process.rank, monotonic() - self._since
+        sys.stderr.write(
+            f"error (rank {rank}): {why}; this process has been in phase {self._place!r} for "
+            f"{seconds:.0f} s, its threads at\n{_indented(stacks())}\n"
+        )
+        sys.stderr.flush()
+        if self.process.world_size > 1:
+            threading.Event().wait(TELLING)
+        os._exit(1)  # a thread that hangs would keep any other exit waiting
+
+
+def stacks() -> str:
+    """Where every thread of this process is, the innermost call first."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace").strip()
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines() if line)
+
+
+def _store(process: Process) -> dist.Store | None:
+    """A connection of its own to torchrun's store: that of the process group may be waiting."""
+    if process.world_size == 1:
+        return None
+    try:
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=60),
+        )
+    except (RuntimeError, KeyError):  # started by something else than torchrun
+        return None
+
+
+def _note(store: dist.Store | None, who: str) -> None:
+    try:
+        if store is not None:
+            store.set(_KEY, who)
+    except RuntimeError:  # its host is gone
+        return
+
+
+def _noted(store: dist.Store | None) -> str:
+    try:
+        return store.get(_KEY).decode() if store is not None and store.check([_KEY]) else ""
+    except RuntimeError:
+        return ""

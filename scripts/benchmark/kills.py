@@ -1,0 +1,220 @@
+"""Kills a training at random times, again and again, and continues it every time.
+
+    python scripts/benchmark/kills.py --help
+
+Two processes train the Shapes world at its smallest and save after every iteration, while they
+train on. One of the two, drawn at random, is killed (SIGKILL) at a random time; the other must end
+by itself. After every kill the checkpoint that ``latest`` names is verified, and what was lost is
+counted. At the end the run is let finish, and its last checkpoint is compared with that of a run
+that nobody touched. The exit code is 1 if a checkpoint did not load, if more was lost than the work
+since the last save, or if the end is another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from environment import ROOT, environment
+
+from mixgrpo.checkpoint import Saved, Shards, choose
+from mixgrpo.distributed import Process
+
+EVERY = 1  # iterations from save to save
+# A save is whole at the end of the next iteration at the latest, so the one that is lost was begun
+# after the iteration before the last one.
+MOST = 2 * EVERY
+PATIENCE = 300  # seconds for a process that is left over to notice, and for a run to finish
+SMALLEST = """
+--model.path data/shapes/flux --model.compute_dtype float32 --model.height 64 --model.width 64
+--model.text_length 16 --model.gradient_checkpointing false --batch.prompts 2 --batch.samples 4
+--batch.prompts_file data/shapes/prompts.txt --validation.prompts_file data/shapes/prompts_test.txt
+--sampling.steps 4 --window.size 2 --window.iters_per_window 3 --update.optimizer_steps 2
+--ema.decay 0.9 --validation.every 0 --validation.prompts 2 --validation.steps 2
+--validation.pictures 0 --run.threads 1 --log.progress false --log.wandb disabled
+--checkpoint.keep 2
+"""
+REWARDS = {"jpeg": {"kind": "jpeg_size"}, "facts": {"kind": "mixgrpo.shapes.judge:facts_right"}}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill.
+
+    Attributes:
+        seconds: from the start of the processes.
+        rank: of the process that was killed; None if the run was over before.
+        done: iterations that the run had logged.
+        kept: iterations in the newest checkpoint; 0 without one.
+    """
+
+    seconds: float
+    rank: int | None
+    done: int
+    kept: int
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=30, help="length of the run")
+    parser.add_argument(
+        "--longest", type=float, default=0, help="latest kill, seconds; 0: measured"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the times and of who is killed")
+    given = parser.parse_args()
+    for key, value in environment(torch.device("cpu")).items():
+        print(f"{key}: {value}")
+    with tempfile.TemporaryDirectory() as name:
+        return _compare(Path(name), given)
+
+
+def _compare(folder: Path, given: argparse.Namespace) -> int:
+    began = perf_counter()
+    untouched = _run(folder / "untouched", given.iterations)
+    duration = perf_counter() - began
+    print(f"untouched: {given.iterations} iterations in {duration:.0f} s")
+    draw, kills = random.Random(given.seed), []
+    longest = given.longest or duration / 3
+    print("kill | after s | rank | iterations done | in the newest checkpoint | lost")
+    for number in range(given.kills):
+        kills.append(_kill(folder / "killed", given.iterations, draw, longest))
+        kill = kills[-1]
+        print(
+            f"{number + 1:4} | {kill.seconds:7.2f} | {kill.rank} | {kill.done} | {kill.kept} | "
+            f"{kill.done - kill.kept}",
+            flush=True,
+        )
+    same = _same(untouched, _run(folder / "killed", given.iterations))
+    most = max(kill.done - kill.kept for kill in kills)
+    print(f"most that was lost: {most} iterations (a save every {EVERY}, {MOST} allowed)")
+    print(f"every `latest` loaded; the last checkpoint is {'the same' if same else 'ANOTHER'}")
+    return 0 if same and most <= MOST else 1
+
+
+def _kill(folder: Path, iterations: int, draw: random.Random, longest: float) -> Kill:
+    seconds, victim = draw.uniform(0, longest), draw.randrange(2)
+    processes = _start(folder, iterations)
+    processes[victim].join(seconds)
+    killed = processes[victim].is_alive()
+    processes[victim].kill()
+    for process in processes:
+        process.join(PATIENCE)
+        if process.is_alive():
+            raise SystemExit(f"a process did not notice within {PATIENCE} s that the other is gone")
+    codes = [process.exitcode for process in processes]
+    assert not killed or codes[victim] == -signal.SIGKILL
+    saved = _newest(folder)
+    return Kill(
+        seconds,
+        victim if killed else None,
+        _iterations_done(folder),
+        saved.position.iteration if saved else 0,
+    )
+
+
+def _run(folder: Path, iterations: int) -> Saved:
+    """A run to its end; its last checkpoint."""
+    processes = _start(folder, iterations)
+    for process in processes:
+        process.join()
+    if [process.exitcode for process in processes] != [0, 0]:
+        logs = "".join(file.read_text()[-2000:] for file in folder.parent.glob("*.log"))
+        raise SystemExit(f"the run in {folder} failed:\n{logs}")
+    saved = _newest(folder)
+    assert saved is not None
+    assert saved.position.iteration == iterations
+    return saved
+
+
+def _newest(folder: Path) -> Saved | None:
+    """Verified; an error if it does not load."""
+    saved = choose(Process(0, 1, torch.device("cpu")), folder / "checkpoints", "latest")
+    if saved is not None:
+        Shards(saved.path).whole("model")
+    return saved
+
+
+def _iterations_done(folder: Path) -> int:
+    done = 0
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            done = max(done, json.loads(line)["iteration"])
+        except json.JSONDecodeError:  # killed while it was written
+            break
+    return done
+
+
+def _same(first: Saved, second: Saved) -> bool:
+    for part in ("model", "ema", "optimizer"):
+        one, two = (Shards(saved.path).whole(part) for saved in (first, second))
+        if one.keys() != two.keys() or not all(torch.equal(one[name], two[name]) for name in one):
+            return False
+    return True
+
+
+def knobs(folder: Path, iterations: int) -> list[str]:
+    """The training's, as a command line."""
+    return [
+        *SMALLEST.split(),
+        *("--run.folder", str(folder), "--run.iterations", str(iterations), "--run.resume", "true"),
+        *("--checkpoint.every", str(EVERY), "--rewards", json.dumps(REWARDS)),
+    ]
+
+
+# ---- processes, forked from one that has imported everything: importing takes longer than training
+
+
+def _start(folder: Path, iterations: int) -> list[multiprocessing.Process]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mixgrpo.trainer", "mixgrpo.summary"])
+    words = knobs(folder, iterations)
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    processes = [
+        context.Process(target=_train, args=(words, rank, port, f"{folder}_{rank}.log"))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _train(words: list[str], rank: int, port: int, log: str) -> None:
+    from mixgrpo.commands import main as mixgrpo
+
+    os.chdir(ROOT)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    sys.exit(mixgrpo(["train", *words]))
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    sys.exit(main())

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Fine-tunes FLUX.1-dev by MixGRPO-Flash* on this machine's GPUs, or on the CPU; a --recipe of yours
+# counts instead of flux_mixgrpo_flash_star:
+#   bash scripts/finetune/finetune_flux_mixgrpo_flash_star.sh --model.train lora --batch.prompts 8
+set -euo pipefail
+recipe=(--recipe flux_mixgrpo_flash_star)
+[[ " $* " == *" --recipe"[\ =]* ]] && recipe=()
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../launch.sh" train "${recipe[@]}" "$@"

@@ -1,0 +1,43 @@
+"""What a host runs in the tests of running hosts: no torch, and ends as it is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main(folder: Path, *behaviours: str) -> int:
+    """``RANK:ATTEMPT:BEHAVIOUR``, for a host's place and attempt: ``fail``, ``stay`` or ``deaf``.
+
+    A host that stays saves when it is asked to end, a deaf one does not hear; others end well.
+    """
+    rank = os.environ["RANK"]
+    attempt = str(len(list(folder.glob(f"started_{rank}_*"))))
+    told = [b.split(":")[2] for b in behaviours if b.split(":")[:2] == [rank, attempt]]
+    if "deaf" in told:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print(f"words {' | '.join(behaviours)}, key {len(os.environ.get('WANDB_API_KEY', ''))}")
+    (folder / f"started_{rank}_{attempt}").write_text(str(os.getpid()))
+    if "fail" in told:
+        print("error: out of luck")
+        return 3
+    if "stay" in told:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_save(folder, rank)))
+    if {"stay", "deaf"} & set(told):
+        time.sleep(600)
+    return 0
+
+
+def _save(folder: Path, rank: str) -> int:
+    time.sleep(0.5)
+    (folder / f"saved_{rank}").touch()
+    print("saved")
+    return 143
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -1,0 +1,708 @@
+"""Every line that the doctor can say, from what is made wrong on purpose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixgrpo import doctor
+from mixgrpo.commands import main
+from mixgrpo.config import Config, RewardConfig, flatten
+from mixgrpo.doctor import environment, guarded
+from mixgrpo.doctor.devices import check_devices
+from mixgrpo.doctor.lines import Line, error, exit_code, fetching, ok, render, size, warning
+from mixgrpo.doctor.model import check_model
+from mixgrpo.doctor.prompts import check_prompts, check_text
+from mixgrpo.doctor.rewards import check_rewards
+from mixgrpo.doctor.room import check_disk, check_memory, checkpoint_bytes, kept_checkpoints
+from mixgrpo.doctor.run import check_folder, check_knobs, check_wandb
+from mixgrpo.memory import trained_weights, training_memory
+
+SHAPES = Path(__file__).parent.parent / "data" / "shapes"
+SECRET = "sk-0123456789abcdef"
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def without_gpu() -> Iterator[None]:
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        yield
+
+
+def shapes(folder: Path, **knobs: Any) -> Config:
+    """A configuration on the Shapes world's model and prompts."""
+    config = Config(rewards={"small": RewardConfig("jpeg_size")})
+    given = {
+        "run__folder": str(folder / "run"),
+        "model__path": str(SHAPES / "flux"),
+        "model__compute_dtype": "float32",
+        "model__height": 64,
+        "model__width": 64,
+        "model__text_length": 16,
+        "model__gradient_checkpointing": False,
+        "batch__prompts_file": str(SHAPES / "prompts_test.txt"),
+        "validation__prompts_file": str(folder / "other.txt"),
+        "batch__prompts": 2,
+        **knobs,
+    }
+    (folder / "other.txt").write_text("a small pond\n")
+    for path, value in given.items():
+        section, _, name = path.partition("__")
+        if name:
+            assert hasattr(getattr(config, section), name)
+            setattr(getattr(config, section), name, value)
+        else:
+            setattr(config, section, value)
+    return config
+
+
+def only(lines: Any, level: str) -> Line:
+    """The one line of this level."""
+    (line,) = [line for line in lines if line.level == level]
+    return line
+
+
+def copy_of_model(folder: Path) -> Path:
+    return Path(shutil.copytree(SHAPES / "flux", folder / "flux"))
+
+
+# ---- lines
+
+
+def test_exit_codes() -> None:
+    assert exit_code([ok("a", "b"), warning("a", "b")]) == 0
+    assert exit_code([ok("a", "b"), error("a", "b", "c")]) == 1
+
+
+def test_lines_are_wrapped_but_commands_and_paths_stay_whole() -> None:
+    path = "/a" * 70
+    text = render([error("model", "word " * 40 + path, "bash env_setup.sh")])
+    assert path in text
+    assert all(len(row) <= 100 for row in text.splitlines() if path not in row)
+    assert text.splitlines()[-1].strip() == "-> bash env_setup.sh"
+
+
+def test_sizes() -> None:
+    found = [size(count) for count in (5, 1536, 3 * 2**20, 2**40)]
+    assert found == ["5 B", "1.5 KiB", "3.0 MiB", "1024.0 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("data/models/FLUX.1-dev", "bash scripts/download_models.sh flux"),
+        ("data/models/hpsv2/HPS_v2.1_compressed.pt", "bash scripts/download_models.sh hpsv2"),
+        ("data/models/pickscore", "bash scripts/download_models.sh pickscore"),
+        ("data/prompts_hpdv2.txt", "bash scripts/download_models.sh prompts"),
+        ("my/own", "other"),
+    ],
+)
+def test_the_command_that_fetches(path: str, command: str) -> None:
+    assert fetching(path, "other") == command
+
+
+def test_a_check_that_breaks_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixgrpo.doctor.run.check_wandb", lambda *_: 1 / 0)
+    (line,) = guarded("wandb", doctor.OF_THE_RUN["wandb"], Config(), 0)
+    assert (line.level, line.subject) == ("warning", "wandb")
+    assert "ZeroDivisionError" in line.text
+
+
+def test_a_missing_package_is_an_error_with_its_remedy() -> None:
+    (line,) = guarded("model", "mixgrpo.no_such_module:check", Config(), 0)
+    assert (line.level, line.remedy) == ("error", "bash env_setup.sh")
+
+
+# ---- environment
+
+
+def test_this_python_is_one_of_the_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(environment.check_python(Config(), 0), "ok")
+    monkeypatch.setattr(environment, "PYTHONS", ((3, 9),))
+    assert only(environment.check_python(Config(), 0), "error").remedy == "bash env_setup.sh"
+
+
+PINS = "# why\ntorch==2.11.0\njsonargparse[signatures]==4.53.0\nruff==0.17.5  # tool\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "level", "words"),
+    [
+        ({}, "ok", "all 3"),
+        ({"torch": "2.11.0+cpu"}, "ok", "all 3"),
+        ({"torch": "2.10.0"}, "warning", "torch 2.10.0 instead of 2.11.0"),
+        ({"ruff": None}, "warning", "for the tests: ruff"),
+        ({"jsonargparse": None}, "error", "not installed: jsonargparse"),
+    ],
+)
+def test_packages(
+    changed: dict, level: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "requirements.txt").write_text(PINS)
+    there = {"torch": "2.11.0", "jsonargparse": "4.53.0", "ruff": "0.17.5", **changed}
+    monkeypatch.setattr(environment, "REQUIREMENTS", tmp_path / "requirements.txt")
+    monkeypatch.setattr(environment, "_installed", there.get)
+    (line,) = environment.check_packages(Config(), 0)
+    assert line.level == level
+    assert words in line.text
+
+
+def test_packages_without_requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "REQUIREMENTS", tmp_path / "none.txt")
+    assert "unknown" in only(environment.check_packages(Config(), 0), "warning").text
+
+
+def test_the_pins_are_read_from_the_repository() -> None:
+    pins = environment.read_pins(environment.REQUIREMENTS)
+    assert pins["torch"] == torch.__version__.split("+")[0]
+    assert len(pins) > 25
+
+
+# ---- devices
+
+
+def test_a_cpu_and_too_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "2 CPU cores" in only(check_devices(Config(), 2), "ok").text
+    assert "3 processes share 2 cores" in only(check_devices(Config(), 3), "warning").text
+
+
+def test_a_driver_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27\n")
+    monkeypatch.setattr("mixgrpo.doctor.devices.DRIVER", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    line = only(check_devices(Config(), 0), "error")
+    assert "470.82.01" in line.text
+    assert "TORCH_INDEX_URL" in line.remedy
+
+
+@pytest.mark.parametrize(
+    ("processes", "level", "words"),
+    [(2, None, ""), (4, "warning", "2 machines of 2 GPUs"), (3, "error", "2 machines")],
+)
+def test_gpus(
+    processes: int, level: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = mock.Mock(total_memory=80 * 2**30)
+    gpu.name = "NVIDIA H100"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: gpu)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (79 * 2**30, 80 * 2**30))
+    lines = list(check_devices(Config(), processes))
+    assert [line.level for line in lines[:2]] == ["ok", "ok"]
+    assert "GPU 1: NVIDIA H100, 80.0 GiB, 79.0 GiB free" in lines[1].text
+    assert len(lines) == 2 if level is None else words in only(lines, level).text
+
+
+# ---- the model
+
+
+def test_the_shapes_model_is_whole(tmp_path: Path) -> None:
+    lines = list(check_model(shapes(tmp_path), 1))
+    assert {line.level for line in lines} == {"ok"}
+    assert "transformer: 2.4M weights" in lines[1].text
+
+
+def test_no_model_folder(tmp_path: Path) -> None:
+    config = shapes(tmp_path, model__path="data/models/FLUX.1-dev")
+    with mock.patch.object(Path, "is_dir", return_value=False):
+        line = only(check_model(config, 1), "error")
+    assert line.remedy == "bash scripts/download_models.sh flux"
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        path = model / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def truncate(model: Path) -> None:
+    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def rename_a_weight(model: Path) -> None:
+    path = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({"other" if k == "decoder.conv_in.bias" else k: v for k, v in weights.items()}, path)
+
+
+def resize_by_config(model: Path) -> None:
+    path = model / "text_encoder_2" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "d_ff": 12}))
+
+
+def name_a_missing_shard(model: Path) -> None:
+    folder = model / "text_encoder"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (remove("vae"), ["vae is missing"]),
+        (remove("model_index.json"), ["model_index.json is missing"]),
+        (remove("tokenizer_2/tokenizer.json"), ["tokenizer_2/tokenizer.json", "spiece.model"]),
+        (remove("text_encoder/model.safetensors"), ["text_encoder", "holds no weights"]),
+        (truncate, ["transformer", "truncated"]),
+        (rename_a_weight, ["vae", "missing: decoder.conv_in.bias", "unexpected: other"]),
+        (resize_by_config, ["text_encoder_2", "of another size", "instead of"]),
+        (name_a_missing_shard, ["model-2.safetensors", "not there"]),
+        (lambda m: (m / "scheduler/scheduler_config.json").write_text("{"), ["cannot be read"]),
+        (lambda m: (m / "transformer/config.json").write_text("[]"), ["transformer"]),
+    ],
+)
+def test_a_broken_model(change: Callable[[Path], None], words: list[str], tmp_path: Path) -> None:
+    model = copy_of_model(tmp_path)
+    change(model)
+    line = only(check_model(shapes(tmp_path, model__path=str(model)), 1), "error")
+    assert all(word in line.text for word in words), line.text
+    assert "--model.path" in line.remedy
+
+
+def test_clip_names_of_older_versions_are_known(tmp_path: Path) -> None:
+    path = copy_of_model(tmp_path) / "text_encoder" / "model.safetensors"
+    save_file({f"text_model.{name}": value for name, value in load_file(path).items()}, path)
+    config = shapes(tmp_path, model__path=str(tmp_path / "flux"))
+    assert {line.level for line in check_model(config, 1)} == {"ok"}
+
+
+# ---- rewards
+
+
+def rewards(folder: Path, **knobs: Any) -> list[Line]:
+    return list(check_rewards(shapes(folder, rewards={"mine": RewardConfig(**knobs)}), 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder"),
+    [
+        ("hpsv2", "hpsv2"),
+        ("clip_score", "clip"),
+        ("pickscore", "pickscore"),
+        ("imagereward", "imagereward"),
+    ],
+)
+def test_reward_files(kind: str, folder: str, tmp_path: Path) -> None:
+    """Whole; with a weight of another size; truncated; away."""
+    model = Path(shutil.copytree(SHAPES / folder, tmp_path / folder))
+    (line,) = rewards(tmp_path, kind=kind, model=str(model))
+    assert line.level == "ok"
+    assert "names and sizes fit" in line.text
+    (weights,) = model.glob("*.safetensors")
+    state = load_file(weights)
+    name = next(name for name, value in state.items() if value.ndim == 2)
+    save_file({**state, name: state[name][1:].clone()}, weights)
+    (line,) = rewards(tmp_path, kind=kind, model=str(model))
+    assert line.level == "error"
+    assert name in line.text
+    weights.write_bytes(weights.read_bytes()[:500])
+    assert "truncated" in rewards(tmp_path, kind=kind, model=str(model))[0].text
+    weights.unlink()
+    assert "holds none of" in rewards(tmp_path, kind=kind, model=str(model))[0].text
+
+
+def test_pytorch_checkpoints_are_seen_without_loading(tmp_path: Path) -> None:
+    state = load_file(SHAPES / "hpsv2" / "open_clip_model.safetensors")
+    knobs = {"kind": "hpsv2", "model": str(SHAPES / "hpsv2"), "checkpoint": str(tmp_path / "a.pt")}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}},
+               tmp_path / "a.pt")  # fmt: skip
+    assert rewards(tmp_path, **knobs)[0].level == "ok"
+    whole = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in only(rewards(tmp_path, **knobs), "error").text
+    torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    assert "old format" in only(rewards(tmp_path, **knobs), "warning").text
+    torch.save({"epoch": 3}, tmp_path / "a.pt")
+    assert "no state dict" in only(rewards(tmp_path, **knobs), "error").text
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"kind": "hpsv3"}, "did you mean 'hpsv2'"),
+        ({"kind": "nowhere.to:be_found"}, "cannot import"),
+        ({"kind": "jpeg_size", "options": {"qualty": 3}}, "qualty"),
+        ({"kind": "pickscore"}, "needs the option model"),
+    ],
+)
+def test_rewards_that_cannot_be_made(knobs: dict, words: str, tmp_path: Path) -> None:
+    line = only(rewards(tmp_path, **knobs), "error")
+    assert words in line.text
+    assert "rewards.mine" in line.remedy
+
+
+def test_a_missing_published_checkpoint_names_its_download(tmp_path: Path) -> None:
+    (line,) = rewards(tmp_path, kind="hpsv2", model="ViT-H-14",
+                      checkpoint="data/models/hpsv2/HPS_v2.1_compressed.pt")  # fmt: skip
+    assert (line.level, line.remedy) == ("error", "bash scripts/download_models.sh hpsv2")
+
+
+class Models(BaseHTTPRequestHandler):
+    """Serves one model, to those who have the key."""
+
+    def do_GET(self) -> None:
+        allowed = self.headers.get("Authorization") == f"Bearer {SECRET}"
+        body = json.dumps({"data": [{"id": "judge"}]} if allowed else {"got": SECRET}).encode()
+        self.send_response(200 if allowed else 401)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Models) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "level", "words"),
+    [
+        (SECRET, "judge", "ok", "answers (HTTP 200)"),
+        (SECRET, "other", "warning", "serves judge, not other"),
+        (f"{SECRET}x", "judge", "error", "refuses the key"),
+        ("", "judge", "error", "refuses a request without a key"),
+    ],
+)
+def test_a_judge_that_answers(
+    key: str, model: str, level: str, words: str, server: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("NO_PROXY", "*")
+    lines = rewards(tmp_path, kind="vlm", model=model, options={"urls": [server]})
+    assert words in only(lines, level).text
+    assert SECRET not in render(lines)
+
+
+def test_a_judge_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        line = only(rewards(tmp_path, kind="vlm", model="m", options={"urls": [url]}), "error")
+    assert "does not answer" in line.text
+    assert "--rewards.mine.options.urls" in line.remedy
+
+
+# ---- prompts and text
+
+
+def test_prompts_are_counted(tmp_path: Path) -> None:
+    lines = list(check_prompts(shapes(tmp_path), 1))
+    assert {line.level for line in lines} == {"ok"}
+    assert "256 prompts (123 distinct), none longer than 16 tokens" in lines[0].text
+
+
+@pytest.mark.parametrize(
+    ("content", "level", "words"),
+    [
+        (b"", "error", "holds no prompt"),
+        (b"\xff\xfe", "error", "not UTF-8"),
+        (None, "error", "is no file"),
+        (b"a red circle\n" + b"a red circle and " * 9, "warning", "1 longer than"),
+    ],
+)
+def test_prompts_that_are_wrong(
+    content: bytes | None, level: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    line = only(check_prompts(shapes(tmp_path, batch__prompts_file=str(path)), 1), level)
+    assert words in line.text
+    assert line.remedy
+
+
+def test_prompts_in_both_files(tmp_path: Path) -> None:
+    config = shapes(tmp_path)
+    config.batch.prompts_file = config.validation.prompts_file
+    assert "1 of 1 validation prompts" in only(check_prompts(config, 1), "warning").text
+
+
+def test_lengths_without_a_tokenizer(tmp_path: Path) -> None:
+    lines = list(check_prompts(shapes(tmp_path, model__path=str(tmp_path)), 1))
+    assert {line.level for line in lines} == {"warning"}
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    from mixgrpo.models.flux_text import FluxText
+    from mixgrpo.text.embeddings import Index, Record, Shard, write_index
+
+    assert only(check_text(shapes(tmp_path), 1), "ok")
+    config = shapes(tmp_path, text__mode="embeddings", text__embeddings=str(tmp_path / "stored"))
+    config.batch.prompts_file = config.validation.prompts_file
+    line = only(check_text(config, 1), "error")
+    assert "no index.json" in line.text
+    assert line.remedy.startswith("python -m mixgrpo preprocess")
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "stored" / "shard_00000.safetensors").write_bytes(b"1234")
+    shard = Shard(["a small pond"], Record(4, "", [""], [8]))
+    encoder = FluxText.identify(config.model)
+    write_index(tmp_path / "stored", Index(encoder, [shard]))
+    assert "holds all 1 prompts" in only(check_text(config, 1), "ok").text
+    write_index(tmp_path / "stored", Index({**encoder, "text_length": 8}, [shard]))
+    assert "another text_length" in only(check_text(config, 1), "error").text
+
+
+# ---- memory and disk
+
+
+def test_memory_of_full_training_by_hand(tmp_path: Path) -> None:
+    """In float32: the weights, gradients, two moments, the average and a reference."""
+    config = shapes(tmp_path, ema__decay=0.9, update__kl=0.1)
+    weights = trained_weights(config)
+    found = training_memory(config, rewards=77)
+    assert found.weights == found.gradients == found.ema == found.reference == 4 * weights
+    assert found.optimizer == 8 * weights
+    assert found.rewards == 77
+    config.scoring.placement, config.text.placement = "offload", "cpu"
+    less = training_memory(config, rewards=77)
+    assert less.rewards == less.text_encoders == 0
+    assert found.held - less.held == 77 + found.text_encoders
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_trained_weights_are_the_models(targets: str, tmp_path: Path) -> None:
+    from mixgrpo.models.flux import Flux
+
+    knobs = {"model__train": "lora", "model__lora_rank": 3, "model__lora_targets": targets}
+    config = shapes(tmp_path, **knobs)
+    policy = Flux.load(config.model, torch.device("cpu"), seed=1)
+    trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+    assert trained_weights(config) == trained
+
+
+@pytest.mark.parametrize(
+    ("there", "level"), [(10 * 2**30, "ok"), (None, "warning"), (2**20, "error")]
+)
+def test_memory_against_what_is_there(there: int | None, level: str, tmp_path: Path) -> None:
+    with mock.patch("mixgrpo.doctor.room.memory_of_a_process", return_value=there):
+        (line,) = check_memory(shapes(tmp_path), 1)
+    assert line.level == level
+    assert "optimizer" in line.text
+
+
+def test_memory_that_is_close(tmp_path: Path) -> None:
+    config = shapes(tmp_path)
+    needed = training_memory(config, 0)
+    there = needed.held + needed.activations
+    with mock.patch("mixgrpo.doctor.room.memory_of_a_process", return_value=there):
+        assert "close to" in only(check_memory(config, 1), "warning").text
+
+
+def test_gradient_checkpointing_takes_less(tmp_path: Path) -> None:
+    plain = training_memory(shapes(tmp_path, sampling__decode_batch=1), 0)
+    knobs = {"sampling__decode_batch": 1, "model__gradient_checkpointing": True}
+    assert training_memory(shapes(tmp_path, **knobs), 0).activations < plain.activations
+
+
+@pytest.mark.parametrize("check", [check_memory, check_disk])
+def test_room_without_a_model(check: Callable, tmp_path: Path) -> None:
+    (line,) = check(shapes(tmp_path, model__path=str(tmp_path / "none")), 1)
+    assert line.level == "warning"
+
+
+@pytest.mark.parametrize(
+    ("iterations", "every", "keep", "expected"),
+    [(100, 25, 2, 3), (100, 25, 0, 4), (30, 25, 2, 2), (100, 0, 2, 1), (110, 25, 0, 5)],
+)
+def test_checkpoints_at_once(
+    iterations: int, every: int, keep: int, expected: int, tmp_path: Path
+) -> None:
+    knobs = {"run__iterations": iterations, "checkpoint__every": every, "checkpoint__keep": keep}
+    assert kept_checkpoints(shapes(tmp_path, **knobs)) == expected
+
+
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = shapes(tmp_path, ema__decay=0.9)
+    assert checkpoint_bytes(config) == 16 * trained_weights(config)
+    assert only(check_disk(config, 1), "ok")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(0, 0, 3 * checkpoint_bytes(config)))
+    assert "--checkpoint.keep" in only(check_disk(config, 1), "error").remedy  # the export is more
+
+
+def test_disk_of_embeddings(tmp_path: Path) -> None:
+    """16 tokens of the T5's width and one pooled vector, float32, for 124 distinct prompts."""
+    from mixgrpo.doctor.room import missing_embedding_bytes
+
+    config = shapes(tmp_path, text__mode="embeddings", text__embeddings=str(tmp_path / "stored"))
+    width, pooled = (
+        json.loads((SHAPES / "flux" / part / "config.json").read_text())[key]
+        for part, key in (("text_encoder_2", "d_model"), ("text_encoder", "hidden_size"))
+    )
+    prompts = (SHAPES / "prompts_test.txt").read_text().splitlines()
+    count = len({*prompts, "a small pond"})
+    assert missing_embedding_bytes(config) == count * 4 * (16 * width + pooled)
+
+
+# ---- knobs, folder, wandb
+
+
+def test_knobs(tmp_path: Path) -> None:
+    """25 steps and a window that wanders to the end leave no step out in 525 iterations."""
+    lines = list(check_knobs(shapes(tmp_path, run__iterations=525), 2))
+    assert [line.level for line in lines] == ["ok"]
+    assert "2 processes" in lines[0].text
+    assert "never trained" in only(check_knobs(shapes(tmp_path), 1), "warning").text
+    assert "batch.prompts (2)" in only(check_knobs(shapes(tmp_path), 3), "error").text
+    assert (
+        "window of size 30" in only(check_knobs(shapes(tmp_path, window__size=30), 1), "error").text
+    )
+
+
+def save_state(config: Config, **changed: Any) -> None:
+    folder = Path(config.run.folder) / "checkpoints" / "iteration_00000025"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").write_text(folder.name)
+    state = {"iteration": 25, "ema_updates": 0, "config": {**flatten(config), **changed}}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_a_free_folder(tmp_path: Path) -> None:
+    assert "is free" in only(check_folder(shapes(tmp_path), 1), "ok").text
+
+
+def test_a_folder_with_a_run(tmp_path: Path) -> None:
+    config = shapes(tmp_path)
+    save_state(config)
+    line = only(check_folder(config, 1), "error")
+    assert "25 iterations that can go on to 300" in line.text
+    assert "--run.resume true" in line.remedy
+    config.run.resume = True
+    assert only(check_folder(config, 1), "ok")
+    config.run.iterations = 20
+    assert "more than run.iterations (20)" in only(check_folder(config, 1), "error").text
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"update.learning_rate": 0.5}, "update.learning_rate was 0.5"),
+        ({"contents.batch.prompts_file": "0"}, "the file of batch.prompts_file has other contents"),
+    ],
+)
+def test_a_run_that_does_not_go_on(changed: dict, words: str, tmp_path: Path) -> None:
+    config = shapes(tmp_path, run__resume=True)
+    save_state(config, **changed)
+    assert words in only(check_folder(config, 1), "error").text
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    config = shapes(tmp_path)
+    folder = Path(config.run.folder)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("{}\n")
+    assert "without a checkpoint" in only(check_folder(config, 1), "warning").text
+    save_state(config)
+    (folder / "checkpoints" / "iteration_00000025" / "state.json").write_text("{")
+    assert "does not go on" in only(check_folder(config, 1), "error").text
+    (folder / "checkpoints" / "latest").write_text("iteration_00000050")
+    assert "is not there" in only(check_folder(config, 1), "error").text
+    config.run.folder = str(tmp_path / "other.txt" / "run")
+    assert "cannot be made" in only(check_folder(config, 1), "error").text
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "level", "words"),
+    [
+        ("auto", SECRET, "ok", "online; WANDB_API_KEY is set"),
+        ("auto", "", "ok", "not used"),
+        ("online", "", "warning", "not set"),
+        ("disabled", SECRET, "ok", "disabled"),
+    ],
+)
+def test_wandb(
+    mode: str, key: str, level: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    (line,) = check_wandb(shapes(tmp_path, log__wandb=mode), 1)
+    assert line.level == level
+    assert words in line.text
+    assert SECRET not in render([line])
+
+
+# ---- the command
+
+
+def test_the_shapes_recipe_is_healthy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.chdir(SHAPES.parent.parent)
+    words = ["--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path / "run"), "--processes=1"]
+    assert main(["doctor", *words]) == 0
+    said = capsys.readouterr()
+    assert "0 errors" in said.out
+    assert "check itself broke" not in said.out
+    assert SECRET not in said.out + said.err
+    assert {row.split()[1] for row in said.out.splitlines() if row.startswith("ok")} == {
+        *doctor.ENVIRONMENT, *doctor.OF_THE_RUN
+    }  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder without data: every download is named, no traceback, exit code 1."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--recipe", "flux_mixgrpo"]) == 1
+    said = capsys.readouterr()
+    for name in ("flux", "hpsv2", "pickscore", "imagereward", "clip"):
+        assert f"-> bash scripts/download_models.sh {name}\n" in said.out
+    assert "batch.prompts_file is 'data/prompts.txt', which is no file" in " ".join(
+        said.out.split()
+    )
+    assert "Traceback" not in said.out + said.err
+    assert "check itself broke" not in said.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "shape"], "there is no recipe 'shape'"),
+        (["--processes", "0"], "--processes is '0'"),
+        (["--run.iteration", "3"], "did you mean run.iterations?"),
+    ],
+)
+def test_words_that_are_wrong(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_parser_the_environment_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    modules = {"mixgrpo.commands.command_line": None}
+    with mock.patch.dict("sys.modules", modules):
+        assert main(["doctor", "--recipe", "shapes_mixgrpo"]) == 1
+    said = capsys.readouterr()
+    assert "Python 3." in said.out
+    assert "bash env_setup.sh" in said.err

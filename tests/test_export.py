@@ -1,0 +1,190 @@
+"""``export``: what other programs load, made from any checkpoint by one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_world import (
+    QUICK,
+    checkpoint_folder,
+    copy_run,
+    files_of,
+    same,
+    saved_tensors,
+    train_here,
+)
+
+from mixgrpo.checkpoint import Shards
+from mixgrpo.commands import main
+from mixgrpo.models.flux import PARTS
+from mixgrpo.weight_files import NAME, write_streamed
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, (_, _, content) in files_of(folder).items()}
+
+
+def notes(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """The one line of an export that must fail, and leave nothing."""
+
+    def run(*arguments: str) -> str:
+        assert main(["export", *arguments, "--output", str(tmp_path / "refused")]) == 1
+        assert not (tmp_path / "refused").exists()
+        said = capsys.readouterr().err.splitlines()
+        (line,) = [line for line in said if line.startswith("error: ")]
+        return line
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora_run(world, tmp_path_factory) -> Path:
+    return train_here(world.config(tmp_path_factory.mktemp("lora") / "run", **QUICK))
+
+
+def test_the_last_checkpoint_is_what_the_run_leaves(straight, tmp_path):
+    output = tmp_path / "model"
+    assert main(["export", str(straight), "--output", str(output)]) == 0
+    assert contents(output) == contents(straight / "model")
+
+
+def test_any_checkpoint_and_the_average_load_in_diffusers(straight, world, tmp_path):
+    source = checkpoint_folder(straight, 2)
+    for part, words in (("model", []), ("ema", ["--ema"])):
+        output = tmp_path / part
+        assert main(["export", str(source), "--output", str(output), *words]) == 0
+        module = FluxTransformer2DModel.from_pretrained(output / "transformer")
+        assert same(dict(module.state_dict()), saved_tensors(source, part))
+        for other in PARTS:
+            if other != "transformer":
+                assert contents(output / other) == contents(world.model / other)
+    assert not same(saved_tensors(source, "model"), saved_tensors(source, "ema"))
+
+
+def test_an_exported_model_shares_no_file_with_its_source(straight, world, tmp_path):
+    """What befalls the one must not befall the other."""
+    before = files_of(world.model)
+    assert main(["export", str(straight), "--output", str(tmp_path / "model")]) == 0
+    files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert len(files) > 10
+    assert all(file.stat().st_nlink == 1 and not file.is_symlink() for file in files)
+    assert files_of(world.model) == before
+
+
+def test_a_lora_run_gives_its_adapters(lora_run, tmp_path):
+    assert main(["export", str(lora_run / "checkpoints"), "--output", str(tmp_path / "lora")]) == 0
+    (file,), (trained,) = (tmp_path / "lora").iterdir(), (lora_run / "model").iterdir()
+    # The bytes may differ: safetensors writes its notes in no certain order.
+    assert (file.name, notes(file)) == (trained.name, notes(trained))
+    assert same(load_file(file), load_file(trained))
+    adapters = saved_tensors(checkpoint_folder(lora_run, 1))
+    prefix, end = "transformer.", ".weight"
+    expected = {prefix + n.replace(".default.weight", end): w for n, w in adapters.items()}
+    assert same(load_file(file), expected)
+
+
+def test_shards_are_those_of_the_model_that_was_trained(straight, world, tmp_path):
+    """Though this was moved since, and in half precision; one tensor is held at a time."""
+    moved = tmp_path / "moved"
+    shutil.copytree(world.model, moved)
+    whole = load_file(moved / "transformer" / NAME)
+    (moved / "transformer" / NAME).unlink()
+    places = {name: f"{NAME[:-12]}-0000{1 + i % 3}.safetensors" for i, name in enumerate(whole)}
+    for file in set(places.values()):
+        part = {n: w.bfloat16() for n, w in whole.items() if places[n] == file}
+        save_file(part, moved / "transformer" / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (moved / "transformer" / f"{NAME}.index.json").write_text(json.dumps(index))
+
+    held = []
+    read = Shards.read
+
+    def counting(self, state, group=None):
+        held.append(sum(len(tensors) for tensors in state.values()))
+        read(self, state, group)
+
+    output = tmp_path / "model"
+    with mock.patch.object(Shards, "read", counting):
+        words = ["export", str(straight), "--output", str(output), "--model", str(moved)]
+        assert main(words) == 0
+    assert held == [1] * len(whole)
+
+    written = json.loads((output / "transformer" / f"{NAME}.index.json").read_text())
+    assert written["weight_map"] == places
+    assert written["metadata"]["total_size"] == 4 * sum(w.numel() for w in whole.values())
+    for file in set(places.values()):
+        with safe_open(output / "transformer" / file, "pt") as opened:
+            assert set(opened.keys()) == {n for n in places if places[n] == file}
+    module = FluxTransformer2DModel.from_pretrained(output / "transformer")
+    assert same(dict(module.state_dict()), saved_tensors(checkpoint_folder(straight, 4)))
+
+
+def test_a_streamed_file_is_what_safetensors_reads(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        "a": torch.randn(3, 5, generator=generator),
+        "b": torch.randn((), generator=generator),
+        "c": torch.randn(2, 0, generator=generator),
+        "d": torch.randn(4, 3, generator=generator).bfloat16().T,
+        "e": torch.randn(4, generator=generator).half(),
+    }
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    write_streamed(tmp_path / "a.safetensors", shapes, iter(tensors.values()))
+    assert same(load_file(tmp_path / "a.safetensors"), tensors)
+
+
+# ---- what cannot be exported
+
+
+def test_where_there_is_no_checkpoint(refused, tmp_path):
+    assert "is neither a run's folder with a checkpoint" in refused(str(tmp_path))
+
+
+def test_an_average_that_was_not_kept(refused, lora_run):
+    assert "holds no average: its run kept none; leave --ema out" in refused(str(lora_run), "--ema")
+
+
+def test_damage(refused, straight, tmp_path):
+    run = copy_run(straight, tmp_path / "run", 2)
+    file = checkpoint_folder(run, 2) / "model_00000.distcp"
+    damaged = bytearray(file.read_bytes())
+    damaged[-len(damaged) // 3] ^= 1
+    file.write_bytes(damaged)
+    assert "model_00000.distcp is not what was saved" in refused(str(run))
+
+
+def test_the_model_that_was_trained_is_gone_or_another(refused, straight, world, tmp_path):
+    line = refused(str(straight), "--model", str(tmp_path / "gone"))
+    assert str(tmp_path / "gone") in line
+    other = tmp_path / "other"
+    shutil.copytree(world.model, other)
+    whole = load_file(other / "transformer" / NAME)
+    save_file({**whole, "more": torch.zeros(1)}, other / "transformer" / NAME)
+    line = refused(str(straight), "--model", str(other))
+    assert f"{other} does not fit the model: missing: more" in line
+
+
+def test_a_folder_in_which_something_is(straight, tmp_path, capsys):
+    (tmp_path / "mine").write_text("precious")
+    assert main(["export", str(straight), "--output", str(tmp_path)]) == 1
+    assert "which is not empty; name a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_mistyped_option(capsys):
+    assert main(["export", "runs/a", "--ouput", "b"]) == 1
+    assert "output" in capsys.readouterr().err

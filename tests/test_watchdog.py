@@ -1,0 +1,131 @@
+"""A process that hangs tells where, and so do those that wait for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_world import CPU, QUICK, World, environment, python
+
+from mixgrpo import watchdog
+from mixgrpo.config import RewardConfig
+from mixgrpo.distributed import Process
+from mixgrpo.tracking import Phases
+from mixgrpo.watchdog import Watchdog
+
+TIMEOUT = timedelta(seconds=20)
+
+
+def a_reward_that_hangs(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def a_collective_that_waits(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def forked(told: Path, act: Callable[[], None]) -> int:
+    """Number of a process that does this, its standard error going to a file."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        sys.stderr = told.open("w")
+        act()
+        os._exit(0)
+    except BaseException:
+        os._exit(99)
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(watchdog, "PERIOD", 0.1)
+    monkeypatch.setattr(watchdog, "TELLING", 1.0)
+
+
+def test_a_process_that_hangs_tells_where(tmp_path, hasty):
+    def act() -> None:
+        with Watchdog(0.4, Process(0, 1, CPU)) as dog:
+            dog.progress("reward")
+            a_reward_that_hangs(60)
+
+    assert exit_code(forked(tmp_path / "told", act)) == 1
+    told = (tmp_path / "told").read_text()
+    assert re.match(
+        r"error \(rank 0\): no progress for 0 s \(run.patience\); this process has been in phase "
+        r"'reward' for \d+ s, its threads at\n",
+        told,
+    )
+    assert "in a_reward_that_hangs" in told
+
+
+def test_every_process_tells_its_place(tmp_path, hasty, monkeypatch):
+    """Also one whose own patience is far from its end."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+
+    def waits() -> None:
+        with Watchdog(60, Process(0, 2, CPU)) as dog:
+            dog.progress("update")
+            a_collective_that_waits(60)
+
+    def hangs() -> None:
+        with Watchdog(0.8, Process(1, 2, CPU)) as dog:
+            dog.progress("reward")
+            a_reward_that_hangs(60)
+
+    processes = [forked(tmp_path / "0", waits), forked(tmp_path / "1", hangs)]
+    assert [exit_code(process) for process in processes] == [1, 1]
+    assert "error (rank 0): rank 1 makes no progress; " in (tmp_path / "0").read_text()
+    assert "in a_collective_that_waits" in (tmp_path / "0").read_text()
+    assert "error (rank 1): no progress" in (tmp_path / "1").read_text()
+    assert "in a_reward_that_hangs" in (tmp_path / "1").read_text()
+
+
+@pytest.mark.parametrize("patience", [0, 0.8])
+def test_progress_or_no_limit_keeps_it_still(tmp_path, hasty, patience):
+    def act() -> None:
+        with Watchdog(patience, Process(0, 1, CPU)) as dog:
+            for _ in range(8 if patience else 1):
+                dog.progress("rollout")
+                time.sleep(0.2)
+        time.sleep(1)  # it is over
+
+    assert exit_code(forked(tmp_path / "told", act)) == 0
+    assert (tmp_path / "told").read_text() == ""
+
+
+def test_phases_say_where_a_process_is():
+    places: list[str] = []
+    phases = Phases(torch.device("cpu"), places.append)
+    with phases("rollout"), phases("decode"):
+        pass
+    assert places == ["rollout", "decode", "rollout", "between phases"]
+
+
+@pytest.mark.slow
+def test_a_hung_reward_ends_a_training(world: World, folder: Path):
+    rewards = {"stuck": RewardConfig(kind="tiny_world:stuck")}
+    words = world.arguments(folder, **QUICK, run__patience=6, rewards=rewards)
+    done = subprocess.run(
+        python("-m", "mixgrpo", *words),
+        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "no progress for 6 s (run.patience); this process has been in phase" in done.stderr
+    assert "in stuck" in done.stderr  # the rewards' thread
+    assert "trainer.py" in done.stderr  # the one that waits for it
