@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.adamw import FrugalAdamW
-from mixgrpo.checkpoint import Saved
+from mixgrpo.checkpoint import Position, Saved
 from mixgrpo.checks import check_resumable
 from mixgrpo.config import Config
 from mixgrpo.distributed import Process
@@ -241,6 +241,21 @@ def resumed_checkpoint(config: Config, process: Process) -> Saved | None:
     if saved is None:
         return None
     position = saved.position
+    check_same_run(position, config)
+    if position.iteration > config.run.iterations:
+        raise ValueError(
+            f"the checkpoint {saved.path} has {position.iteration} iterations, run.iterations is "
+            f"{config.run.iterations}; raise --run.iterations"
+        )
+    return saved
+
+
+def check_same_run(position: Position, config: Config) -> None:
+    """Whether a run of these knobs is the one that was there, uninterrupted.
+
+    Raises:
+        ValueError: a knob, or what a prompt file holds, has changed since.
+    """
     check_resumable(position.config, config)
     for key, digest in prompt_digests(config).items():
         if position.config.get(key, digest) != digest:
@@ -250,9 +265,3 @@ def resumed_checkpoint(config: Config, process: Process) -> Saved | None:
                 "run must be the run uninterrupted; put the old ones back, or train into another "
                 "--run.folder"
             )
-    if position.iteration > config.run.iterations:
-        raise ValueError(
-            f"the checkpoint {saved.path} has {position.iteration} iterations, run.iterations is "
-            f"{config.run.iterations}; raise --run.iterations"
-        )
-    return saved

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from whole_states import whole
 
 from mixgrpo import trainer
 from mixgrpo.commands.train import parse
@@ -118,7 +119,7 @@ def look_at(knobs: EngineConfig, folder: Path, source: Path) -> dict[str, Any]:
     norms = learn(engine, range(2))
     dcp.save(engine.state(), checkpoint_id=folder)
     middle = evaluate(engine)
-    found = engine.state(whole=True)
+    found = whole(engine.state())
     norms += learn(engine, range(2, STEPS))
 
     resumed = make_engine(knobs, seed=1)
@@ -131,8 +132,8 @@ def look_at(knobs: EngineConfig, folder: Path, source: Path) -> dict[str, Any]:
         "continued": continued,
         "norms": norms,
         "state": found,
-        "weights": engine.weights(whole=True),
-        "resumed": resumed.weights(whole=True),
+        "weights": whole(engine.weights()),
+        "resumed": whole(resumed.weights()),
         "exchanged": exchange(engine),
     }
 

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixgrpo import doctor
+from mixgrpo.checkpoint import Position
+from mixgrpo.checkpoint.manifest import write_manifest
 from mixgrpo.commands import main
 from mixgrpo.config import Config, RewardConfig, flatten
 from mixgrpo.doctor import environment, guarded
@@ -579,8 +581,7 @@ def save_state(config: Config, **changed: Any) -> None:
     folder = Path(config.run.folder) / "checkpoints" / "iteration_00000025"
     folder.mkdir(parents=True)
     (folder.parent / "latest").write_text(folder.name)
-    state = {"iteration": 25, "ema_updates": 0, "config": {**flatten(config), **changed}}
-    (folder / "state.json").write_text(json.dumps(state))
+    write_manifest(folder, Position(25, 0, {**flatten(config), **changed}), {})
 
 
 def test_a_free_folder(tmp_path: Path) -> None:

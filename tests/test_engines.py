@@ -34,10 +34,11 @@ from tiny_world import (
     training_records,
 )
 from torch import Tensor
+from whole_states import read_from, whole, whole_of
 
 from mixgrpo.checks import check
 from mixgrpo.config import Config, ModelConfig
-from mixgrpo.engines.shards import copy_part, read_from, whole_of
+from mixgrpo.engines.shards import copy_part
 from mixgrpo.engines.zero_setup import settings
 from mixgrpo.models.flux import Flux
 from mixgrpo.models.flux_stored import StoredFlux, draw_adapter
@@ -122,14 +123,14 @@ def single() -> dict[str, Any]:
     """One process, the whole batch."""
     engine = make_engine(EngineConfig("single"))
     before, norms = evaluate(engine), learn(engine, range(2))
-    middle, state = evaluate(engine), engine.state(whole=True)
+    middle, state = evaluate(engine), whole(engine.state())
     norms += learn(engine, range(2, STEPS))
     return {
         "before": before,
         "middle": middle,
         "norms": norms,
         "state": state,
-        "weights": engine.weights(whole=True),
+        "weights": whole(engine.weights()),
     }
 
 
@@ -157,7 +158,7 @@ def test_what_two_processes_saved_one_continues(name, two, single):
     saved = two[1] / "states" / name
     engine.restore(partial(dcp.load, checkpoint_id=saved, no_dist=True))
     learn(engine, range(2, STEPS))
-    close(engine.weights(whole=True), single["weights"])
+    close(whole(engine.weights()), single["weights"])
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -16,6 +16,7 @@ from tiny_world import same
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from whole_states import whole
 
 from mixgrpo.checkpoint import CheckpointError, Damaged, Position, Saver, Shards, choose, latest
 from mixgrpo.checkpoint import folder as checkpoint_folder
@@ -65,10 +66,10 @@ class Training:
             self.engine.load_weights(lambda weights: shards.read({"ema": weights}, group))
 
     def whole(self) -> dict[str, Any]:
-        """On rank 0, everything; without shards, in memory of its own."""
+        """Everything, in memory of its own."""
         with self.ema.swapped():
-            average = self.engine.weights(whole=True)
-        return {**self.engine.state(whole=True), "ema": average}
+            average = whole(self.engine.weights())
+        return {**whole(self.engine.state()), "ema": average}
 
 
 def _train_and_save(root: str, expected: str, asynchronous: bool) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from mixgrpo import checkpoint as checkpoints
-from mixgrpo.assembly import checkpoints_root, make_windows, prompt_digests
-from mixgrpo.checks import check, check_resumable
+from mixgrpo.assembly import check_same_run, checkpoints_root, make_windows
+from mixgrpo.checks import check
 from mixgrpo.config import Config
 from mixgrpo.coverage import iterations_by_step, never_trained, visits
 from mixgrpo.doctor.devices import processes_here
@@ -51,7 +50,7 @@ def check_folder(config: Config, processes: int) -> Iterator[Line]:
         return
     try:
         done = _resumable(newest, config)
-    except (ValueError, KeyError, TypeError, OSError) as caught:
+    except (ValueError, OSError, checkpoints.CheckpointError) as caught:
         yield error("folder", f"{folder} holds a run that does not go on: {caught}", _ANOTHER)
         return
     text = f"{folder} holds a run of {done} iterations that can go on to {config.run.iterations}"
@@ -77,20 +76,15 @@ def _without_checkpoint(config: Config) -> Iterator[Line]:
 
 
 def _resumable(newest: Path, config: Config) -> int:
-    """Iterations that are done. Raises ValueError where the run would not go on."""
-    saved = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    check_resumable(saved["config"], config)
-    digests = prompt_digests(config)
-    changed = [key for key, now in digests.items() if saved["config"].get(key, now) != now]
-    if changed:
-        knobs = ", ".join(key.removeprefix("contents.") for key in changed)
-        raise ValueError(f"the file of {knobs} has other contents than when it began")
-    if saved["iteration"] > config.run.iterations:
+    """Iterations that are done. Raises ValueError or CheckpointError where it would not go on."""
+    position = checkpoints.open_saved(newest).position
+    check_same_run(position, config)
+    if position.iteration > config.run.iterations:
         raise ValueError(
-            f"it has {saved['iteration']} iterations, more than run.iterations "
+            f"it has {position.iteration} iterations, more than run.iterations "
             f"({config.run.iterations})"
         )
-    return int(saved["iteration"])
+    return position.iteration
 
 
 def check_wandb(config: Config, processes: int) -> Iterator[Line]:

@@ -100,7 +100,7 @@ class Engine(Protocol):
         """Waits for every rank."""
         ...
 
-    def weights(self, whole: bool = False) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The trained weights by name, as in ``state``."""
         ...
 
@@ -108,7 +108,7 @@ class Engine(Protocol):
         """Restores the trained weights alone; see ``restore``."""
         ...
 
-    def state(self, whole: bool = False) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Everything that training changes, for torch.distributed.checkpoint; collective.
 
         Nested dicts: ``model`` (trained weights by name), ``schedule``, and after the first step
@@ -116,9 +116,6 @@ class Engine(Protocol):
         layout is the same for every engine. Sharded tensors are DTensors; where an engine knows
         none, each process holds the whole tensors of some names. Not to be changed. Gradients are
         cleared.
-
-        Args:
-            whole: instead, copies of all whole tensors on rank 0's CPU, and empty ones elsewhere.
         """
         ...
 

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from mixgrpo.engines import MakeOptimizer, Read
-from mixgrpo.engines.processes import Processes
-from mixgrpo.engines.shards import map_tensors, part_of, whole_of
+from mixgrpo.engines.processes import Processes, restore_schedule
+from mixgrpo.engines.shards import part_of
 
 
 class Optimized(Processes):
@@ -49,31 +49,24 @@ class Optimized(Processes):
         self.optimizer.zero_grad(set_to_none=True)
         self.refresh()
 
-    def weights(self, whole: bool = False) -> dict[str, Tensor]:
-        named = {name: parameter.detach() for name, parameter in self.trained.items()}
-        return map_tensors(named, self._whole) if whole else named
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.trained.items()}
 
     def load_weights(self, read: Read) -> None:
         read(self.weights())
         self.refresh()
 
-    def state(self, whole: bool = False) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         self.optimizer.zero_grad(set_to_none=True)
         state: dict[str, Any] = {"model": self.weights(), "schedule": self.schedule.state_dict()}
         if self.optimizer.state:  # else torch would take a step to have one
             state["optimizer"] = get_optimizer_state_dict(self.unwrapped, self.optimizer)
-        return map_tensors(state, self._whole) if whole else state
+        return state
 
     def restore(self, read: Read) -> None:
         self.load_weights(lambda weights: read({"model": weights}))
-        schedule = {"schedule": self.schedule.state_dict()}
-        read(schedule)
-        self.schedule.load_state_dict(schedule["schedule"])
-        if self.schedule.last_epoch > 0:
+        if restore_schedule(self.schedule, read):
             self.optimizer.zero_grad(set_to_none=True)
             state = get_optimizer_state_dict(self.unwrapped, self.optimizer)
             read({"optimizer": state})
             set_optimizer_state_dict(self.unwrapped, self.optimizer, state)
-
-    def _whole(self, tensor: Tensor) -> Tensor:
-        return whole_of(tensor, keep=self.rank == 0)

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from mixgrpo.engines import Read
 
 
 class Processes:
@@ -35,3 +38,11 @@ class Processes:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+
+def restore_schedule(schedule: LRScheduler, read: Read) -> bool:
+    """Restores the schedule; returns whether steps were taken, so that an optimizer was saved."""
+    saved = {"schedule": schedule.state_dict()}
+    read(saved)
+    schedule.load_state_dict(saved["schedule"])
+    return schedule.last_epoch > 0

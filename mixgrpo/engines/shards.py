@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -34,37 +33,3 @@ def copy_part(into: Tensor, whole: Whole) -> None:
         place = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
     if part.numel():
         part.copy_(whole[place])
-
-
-def whole_of(tensor: Tensor, keep: bool) -> Tensor:
-    """A copy of the whole tensor on the CPU, empty if not kept; every process must call."""
-    detached = tensor.detach()
-    if isinstance(detached, DTensor):
-        detached = detached.full_tensor()
-    return detached.to("cpu", copy=True) if keep else torch.empty(0)
-
-
-def map_tensors(value: Any, do: Callable[[Tensor], Any]) -> Any:
-    """Nested dicts and lists with ``do`` done to every tensor in them."""
-    if isinstance(value, Tensor):
-        return do(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, do) for key, item in value.items()}
-    if isinstance(value, list):
-        return [map_tensors(item, do) for item in value]
-    return value
-
-
-def read_from(saved: Any) -> Callable[[Any], None]:
-    """What fills a nested state from a saved one of whole tensors: see ``Engine.restore``."""
-    return lambda state: _fill(state, saved)
-
-
-def _fill(state: Any, saved: Any) -> None:
-    for key in state if isinstance(state, dict) else range(len(state)):
-        if isinstance(state[key], Tensor):
-            copy_part(state[key], saved[key])
-        elif isinstance(state[key], dict | list):
-            _fill(state[key], saved[key])
-        else:
-            state[key] = saved[key]

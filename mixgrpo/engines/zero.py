@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mixgrpo.config import EngineConfig
 from mixgrpo.engines import MakeOptimizer, Network, Read
-from mixgrpo.engines.processes import Processes
+from mixgrpo.engines.processes import Processes, restore_schedule
 from mixgrpo.engines.zero_setup import (
     import_deepspeed,
     initialize,
@@ -133,10 +133,10 @@ class Zero(Processes):
 
     # ---- state
 
-    def weights(self, whole: bool = False) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return dict(self._collect(safe_get_full_fp32_param, whole))
+        return dict(self._collect(safe_get_full_fp32_param))
 
     def load_weights(self, read: Read) -> None:
         weights = self._empty()
@@ -144,27 +144,24 @@ class Zero(Processes):
         self._distribute(weights, None)
         self.refresh()
 
-    def state(self, whole: bool = False) -> dict[str, Any]:
-        state = {"model": self.weights(whole), "schedule": self.schedule.state_dict()}
+    def state(self) -> dict[str, Any]:
+        state = {"model": self.weights(), "schedule": self.schedule.state_dict()}
         if self.schedule.last_epoch > 0:
-            state["optimizer"] = self._optimizer_state(whole)
+            state["optimizer"] = self._optimizer_state()
         return state
 
-    def _optimizer_state(self, whole: bool) -> dict[str, Any]:
+    def _optimizer_state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state as get
 
         state: dict[str, dict[str, Tensor]] = {}
         for key in self._moments():
-            for name, value in self._collect(partial(get, optim_state_key=key), whole):
+            for name, value in self._collect(partial(get, optim_state_key=key)):
                 state.setdefault(name, {"step": self._steps().clone()})[key] = value
         return {"state": state, "param_groups": self._named_groups()}
 
     def restore(self, read: Read) -> None:
         self.load_weights(lambda weights: read({"model": weights}))
-        schedule = {"schedule": self.schedule.state_dict()}
-        read(schedule)
-        self.schedule.load_state_dict(schedule["schedule"])
-        if self.schedule.last_epoch > 0:
+        if restore_schedule(self.schedule, read):
             self._restore_optimizer(read)
 
     def _restore_optimizer(self, read: Read) -> None:
@@ -215,12 +212,10 @@ class Zero(Processes):
         for index, (name, parameter) in enumerate(self.trained.items()):
             yield index % self.world_size, name, parameter
 
-    def _collect(
-        self, get: Callable[[nn.Parameter], Tensor], whole: bool
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _collect(self, get: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
         for owner, name, parameter in self._owned():
             value = get(parameter)
-            if self.rank == (0 if whole else owner):
+            if self.rank == owner:
                 yield name, value.reshape(_shape(parameter)).to("cpu", copy=True)
 
     def _distribute(self, values: dict[str, Tensor], key: str | None) -> None:

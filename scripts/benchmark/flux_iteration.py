@@ -24,7 +24,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -44,7 +43,15 @@ from sampling import (
     peak_of,
     text_for,
 )
-from speed import VARIANTS, Measurement, Task, frozen_adamw, measure
+from speed import (
+    VARIANTS,
+    Measurement,
+    Task,
+    add_task_options,
+    frozen_adamw,
+    measure,
+    task_complaints,
+)
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -231,20 +238,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", choices=("float32", "bfloat16_stochastic"), help="of what is trained; default:"
         " bfloat16_stochastic for full training, float32 for LoRA")  # fmt: skip
     add("--keep-activations", action="store_true", help="no gradient checkpointing")
-    add("--prompts", type=int, default=1)
-    add("--samples", type=int, default=12, help="pictures per prompt")
-    add("--steps", type=int, default=25, help="denoising steps")
-    add("--window", type=int, default=4, help="window size")
-    add("--start", type=int, default=0, help="the window's first step")
-    add("--optimizer-steps", type=int, default=4, help="per iteration")
-    add("--micro-batch", type=int, default=3, help="evaluations in one pass; ours only")
-    add("--iterations", type=int, default=1, help="timed iterations, after one that warms up")
-    add("--size", type=int, default=720, help="height and width of the pictures")
+    defaults = {"prompts": 1, "steps": 25, "start": 0, "iterations": 1, "micro_batch": 3}
+    add_task_options(parser, **defaults, size=720)
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--small", action="store_true", help="a small transformer")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--peak", type=float, help="the device's bfloat16 TFLOP/s, where it is not known here")
-    add("--json", type=Path, help="also write the results to this file")
     chosen = parser.parse_args(arguments)
     for complaint in _complaints(chosen):
         parser.error(complaint)
@@ -254,15 +252,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _complaints(chosen: argparse.Namespace) -> Iterator[str]:
-    if chosen.start + chosen.window > chosen.steps - 1:
-        yield f"the window must end before the last of {chosen.steps} steps"
-    if chosen.samples % chosen.optimizer_steps:
-        yield (
-            f"--samples {chosen.samples} must be a multiple of --optimizer-steps "
-            f"{chosen.optimizer_steps}"
-        )
-    if min(chosen.prompts, chosen.iterations, chosen.window, chosen.micro_batch) < 1:
-        yield "--prompts, --iterations, --window and --micro-batch must be at least 1"
+    yield from task_complaints(chosen)
     if chosen.size % 16:
         yield f"--size must be a multiple of 16, got {chosen.size}"
     if torch.device(chosen.device).type == "cpu" and not chosen.small:

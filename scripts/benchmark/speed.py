@@ -451,34 +451,48 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group().add_argument
     which("--model", help="FLUX pipeline folder; default: data/shapes/flux if it is there")
     which("--random-small", action="store_true", help="a small untrained model instead")
-    add("--prompts", type=int, default=4)
-    add("--samples", type=int, default=12, help="images per prompt")
-    add("--steps", type=int, default=16, help="denoising steps")
-    add("--window", type=int, default=4, help="window size")
-    add("--start", type=int, default=4, help="the window's first step")
-    add("--optimizer-steps", type=int, default=4, help="per iteration")
-    add("--iterations", type=int, default=2, help="timed iterations, after one that warms up")
-    add("--micro-batch", type=int, default=96, help="evaluations in one pass; ours only")
-    add("--size", type=int, default=64, help="height and width of the images in pixels")
+    defaults = {"prompts": 4, "steps": 16, "start": 4, "iterations": 2, "micro_batch": 96}
+    add_task_options(parser, **defaults, size=64)
     add("--text-length", type=int, default=16, help="tokens that the T5 encoder sees")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--gradient-checkpointing", action="store_true")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, help="also write the results to this file")
     chosen = parser.parse_args(arguments)
     if chosen.model is None and SHAPES_FLUX.is_dir() and not chosen.random_small:
         chosen.model = str(SHAPES_FLUX)
+    for complaint in task_complaints(chosen):
+        parser.error(complaint)
+    return chosen
+
+
+def add_task_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """What an iteration consists of, where it runs, and where the results go."""
+    add = partial(parser.add_argument, type=int)
+    add("--prompts")
+    add("--samples", default=12, help="images per prompt")
+    add("--steps", help="denoising steps")
+    add("--window", default=4, help="window size")
+    add("--start", help="the window's first step")
+    add("--optimizer-steps", default=4, help="per iteration")
+    add("--iterations", help="timed iterations, after one that warms up")
+    add("--micro-batch", help="evaluations in one pass; ours only")
+    add("--size", help="height and width of the images in pixels")
+    add("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, help="also write the results to this file")
+    parser.set_defaults(**defaults)
+
+
+def task_complaints(chosen: argparse.Namespace) -> Iterator[str]:
+    """What cannot be an iteration, a sentence each."""
     if chosen.start + chosen.window > chosen.steps - 1:
-        parser.error(f"the window must end before the last of {chosen.steps} steps")
+        yield f"the window must end before the last of {chosen.steps} steps"
     if chosen.samples % chosen.optimizer_steps:
-        parser.error(
+        yield (
             f"--samples {chosen.samples} must be a multiple of --optimizer-steps "
             f"{chosen.optimizer_steps}"
         )
     if min(chosen.prompts, chosen.iterations, chosen.window, chosen.micro_batch) < 1:
-        parser.error("--prompts, --iterations, --window and --micro-batch must be at least 1")
-    return chosen
+        yield "--prompts, --iterations, --window and --micro-batch must be at least 1"
 
 
 def load_policy(chosen: argparse.Namespace) -> Flux:
