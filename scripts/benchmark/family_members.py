@@ -44,9 +44,9 @@ class Settings:
         ablation_seeds: of the ablations.
     """
 
-    iterations: int = 16
+    iterations: int = 18
     prompts: int = 6
-    learning_rate: float = 2e-4
+    learning_rate: float = 1.5e-4
     captions: int = 384
     seeds: tuple[int, ...] = (1, 2, 3)
     key_seeds: tuple[int, ...] = (4, 5)
