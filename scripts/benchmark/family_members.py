@@ -130,17 +130,10 @@ def _moves(iterations: int) -> list[Member]:
                knobs={**free, "window.strategy": name, **knobs})
         for name, knobs in strategies.items()
     ]  # fmt: skip
-    strides = [
-        Member(f"stride_{stride}", f"stride {stride}", "stride", reference=FREE,
-               knobs={**free, **pace(6), "window.stride": stride})
-        for stride in (2, 3)
-    ]  # fmt: skip
-    paces = [
-        Member(f"windows_{count}", f"{count} windows", "pace", reference=FREE,
-               knobs={**free, **pace(count)})
-        for count in (3, 4)
-    ]  # fmt: skip
-    return [progressive, *others, *strides, *paces]
+    stride = Member("stride_2", "stride 2", "stride", reference=FREE,
+                    knobs={**free, **pace(6), "window.stride": 2})  # fmt: skip
+    slower = Member("windows_3", "3 windows", "pace", reference=FREE, knobs={**free, **pace(3)})
+    return [progressive, *others, stride, slower]
 
 
 def _tails() -> list[Member]:
