@@ -464,10 +464,12 @@ def test_a_checkpoint_by_its_name(tmp_path):
     assert "iteration_00000002, iteration_00000001" in str(caught.value)
 
 
-@pytest.mark.parametrize("pointer", ["iteration_00000009\n", "", "\n", "../elsewhere"])
+@pytest.mark.parametrize(
+    "pointer", [b"iteration_00000009\n", b"", b"\n", b"../elsewhere", b"iteration_\xff\xfe"]
+)
 def test_a_pointer_to_nothing_is_an_error_with_a_way_out(tmp_path, pointer):
     save(tmp_path, 1)
-    (tmp_path / "latest").write_text(pointer)
+    (tmp_path / "latest").write_bytes(pointer)
     with pytest.raises(CheckpointError, match=r"which is not there.*--run\.resume_from undamaged"):
         latest(tmp_path)
     assert_whole(choose(ALONE, tmp_path, "undamaged").path, 1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from whole_states import whole
 
 from mixgrpo.checkpoint import CheckpointError, Damaged, Position, Saver, Shards, choose, latest
 from mixgrpo.checkpoint import folder as checkpoint_folder
+from mixgrpo.checkpoint import saver as saver_module
 from mixgrpo.config import EngineConfig
 from mixgrpo.distributed import Process, process_group
 from mixgrpo.ema import Ema
@@ -190,6 +193,32 @@ def test_a_disk_that_is_full_for_one_process_is_one_error_on_all(tmp_path):
     assert "rank 1: [Errno 28] No space left on device" in message
     assert f"the newest whole checkpoint is {root / 'iteration_00000001'}" in message
     assert latest(root).name == "iteration_00000003"
+
+
+def _on_disks_of_their_own(root: str) -> None:
+    """As where the shared disk is missing on one host: it does not see what the first makes."""
+    saver_module.SEEN_WITHIN = 0.1
+    with process_group(1) as process:
+        own = Path(root) / str(process.rank)
+        if process.rank == 0:
+            Saver(ALONE, own, 0, False).save({"model": {"a": torch.ones(3)}}, Position(1, 0, {}))
+        dist.barrier()
+        with pytest.raises(CheckpointError, match=r"process 1 finds None: run\.folder must lie on"):
+            choose(process, own, "latest")
+        saver, seen = Saver(process, Path(root) / "0", 0, False), mock.Mock(return_value=False)
+        with (
+            mock.patch("pathlib.Path.exists", seen) if process.rank == 1 else nullcontext(),
+            pytest.raises(CheckpointError, match=r"process 1 does not see .*--run\.folder"),
+        ):
+            saver.save({"model": {"a": torch.ones(3)}}, Position(2, 0, {}))
+
+
+def test_a_folder_that_is_not_shared_is_told_of_before_anything_is_written(tmp_path):
+    together(2, _on_disks_of_their_own, str(tmp_path))
+    assert [path.name for path in sorted((tmp_path / "0").iterdir())] == [
+        "iteration_00000001", "latest"
+    ]  # fmt: skip
+    assert not (tmp_path / "1").exists()
 
 
 def _choose_damaged(root: str) -> None:

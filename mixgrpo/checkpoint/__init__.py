@@ -7,7 +7,7 @@ size and digest. It is written under another name, flushed, renamed, and only th
 name it.
 """
 
-from mixgrpo.checkpoint.choice import choose
+from mixgrpo.checkpoint.choice import choose, find
 from mixgrpo.checkpoint.folder import CheckpointError, latest
 from mixgrpo.checkpoint.manifest import Damaged, Position, Saved, open_saved, verify
 from mixgrpo.checkpoint.saver import Saver
@@ -21,6 +21,7 @@ __all__ = [
     "Saver",
     "Shards",
     "choose",
+    "find",
     "latest",
     "open_saved",
     "verify",

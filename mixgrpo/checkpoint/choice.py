@@ -20,11 +20,18 @@ def choose(process: Process, root: Path, wanted: str) -> Saved | None:
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    if wanted == "undamaged":
-        return _newest_undamaged(process, root)
-    path = latest(root) if wanted == "latest" else _named(root, wanted)
+    path, complaint = None, None
+    try:
+        path = find(root, wanted)
+    except CheckpointError as error:
+        complaint = error
+    _check_same(process, root, complaint or path)
+    if complaint is not None:
+        raise complaint
     if path is None:
         return None
+    if wanted == "undamaged":
+        return _newest_undamaged(process, root)
     try:
         return open_verified(process, path)
     except Damaged as error:
@@ -33,6 +40,28 @@ def choose(process: Process, root: Path, wanted: str) -> Saved | None:
         raise Damaged(
             f"{error}; --run.resume_from undamaged continues from the newest that is not{there}"
         ) from error
+
+
+def _check_same(process: Process, root: Path, found: Path | CheckpointError | None) -> None:
+    """Raises CheckpointError on every process if they do not all see the same."""
+    seen = gather_objects(process, str(found))
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            raise CheckpointError(
+                f"process 0 finds {seen[0]} in {root}, process {rank} finds {other}: run.folder "
+                "must lie on a disk that all hosts share"
+            )
+
+
+def find(root: Path, wanted: str) -> Path | None:
+    """As ``choose``, but that nothing is opened: for ``undamaged``, the first that it looks at.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    if wanted == "undamaged":
+        return next(iter(newest_first(root)), None)
+    return latest(root) if wanted == "latest" else _named(root, wanted)
 
 
 def open_verified(process: Process, path: Path) -> Saved:

@@ -25,7 +25,7 @@ def latest(root: Path) -> Path | None:
     pointer = root / "latest"
     if not pointer.exists():
         return None
-    path = root / pointer.read_text().strip()
+    path = root / pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not path.name.startswith(_PREFIX) or not path.is_dir():
         raise CheckpointError(
             f"{pointer} names {path.name!r}, which is not there; --run.resume_from undamaged "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from mixgrpo.checkpoint.shards import ShardWriter, first_failure
 from mixgrpo.distributed import Process, gather_objects, new_group
 
 T = TypeVar("T")
+SEEN_WITHIN = 30.0  # seconds until every host must see what the first has made on the shared disk
 
 
 class _Copies(BlockingAsyncStager):
@@ -93,6 +95,7 @@ class Saver:
         """
         self.wait()
         partial = self._on_first(lambda: make_partial(self.root, position.iteration), None)
+        self.check_shared(partial, partial)
         writer = ShardWriter(partial, position, staged=self.asynchronous)
         self._pending = _Pending(partial, position.iteration, self._start(state, writer))
         if not self.asynchronous:
@@ -174,13 +177,43 @@ class Saver:
             self._give_up(partial, failure, None)
         return result  # type: ignore[return-value]
 
-    def _give_up(self, partial: Path | None, reason: str, cause: BaseException | None) -> NoReturn:
+    def check_shared(self, path: Path, partial: Path | None = None) -> None:
+        """Whether every process sees what the first has made. Else every host would write to a disk
+        of its own, and nothing whole would be anywhere.
+
+        Args:
+            partial: removed if one does not.
+
+        Raises:
+            CheckpointError: on every process.
+        """
+        deadline = monotonic() + SEEN_WITHIN
+        while not (is_seen := path.exists()) and monotonic() < deadline:
+            sleep(0.1)  # network disks show new files with a delay
+        blind = [
+            rank for rank, seen in enumerate(gather_objects(self.process, is_seen)) if not seen
+        ]
+        if blind:
+            self._give_up(
+                partial,
+                f"process {blind[0]} does not see {path}",
+                None,
+                "take a --run.folder on a disk that all hosts share",
+            )
+
+    def _give_up(
+        self,
+        partial: Path | None,
+        reason: str,
+        cause: BaseException | None,
+        remedy: str = "free some disk space",
+    ) -> NoReturn:
         if partial is not None and self.process.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         newest = latest(self.root)
         left = f"the newest whole checkpoint is {newest}" if newest else "none was saved before"
         what = final_path(partial) if partial else f"in {self.root}"
         raise CheckpointError(
-            f"checkpoint {what} could not be written ({reason}); {left}; free some disk space, "
-            "then continue with --run.resume true"
+            f"checkpoint {what} could not be written ({reason}); {left}; {remedy}, then "
+            "continue with --run.resume true"
         ) from cause
