@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from pathlib import Path
 
+HERE = Path(__file__).parent
 
-def git_revision() -> str:
+
+def git_revision(folder: Path = HERE) -> str:
     """The commit, with "-dirty" after changes; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    found = _git(folder, "describe", "--always", "--dirty", "--abbrev=40")
+    return "unknown" if found is None else found.decode().strip()
+
+
+def exact_revision(folder: Path = HERE) -> str:
+    """As ``git_revision``, with a digest of the changes: two with other changes differ."""
+    revision = git_revision(folder)
+    if not revision.endswith("-dirty"):
+        return revision
+    changes = _git(folder, "diff", "HEAD", "--binary") or b""
+    return f"{revision}-{hashlib.blake2b(changes, digest_size=4).hexdigest()}"
+
+
+def _git(folder: Path, *words: str) -> bytes | None:
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+        return None

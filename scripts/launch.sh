@@ -8,12 +8,4 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 bash env_setup.sh
 
-hostfile=${HOSTFILE:-hosts/hostfile}
-if [ -n "${HOSTFILE:-}" ] || grep -qsvE '^[[:space:]]*(#.*|localhost[[:space:]]*(#.*)?)?$' "$hostfile"; then
-    exec .venv/bin/python -m mixgrpo hosts --hostfile "$hostfile" "$@"
-fi
-
-gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
-processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
-
-exec .venv/bin/python -m mixgrpo launch --nproc_per_node "$processes" "$@"
+exec .venv/bin/python -m mixgrpo hosts --hostfile "${HOSTFILE:-hosts/hostfile}" "$@"

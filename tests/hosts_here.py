@@ -11,14 +11,17 @@ import pytest
 PDSH = """
 import subprocess, sys, threading
 hosts, command = sys.argv[-2:]
+domains = {host.partition(".")[2] for host in hosts.split(",") if not host[0].isdigit()}
 def run(host):
+    # As pdsh does: a domain that all share is left out.
+    label = host.partition(".")[0] if len(domains) == 1 else host
     script = command.replace("%h", host).replace("%%", "%")
     process = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
-        print(f"{host}: {line}", end="", flush=True)
+        print(f"{label}: {line}", end="", flush=True)
     if process.wait():
-        print(f"pdsh@here: {host}: ssh exited with exit code {process.returncode}", flush=True)
+        print(f"pdsh@here: {label}: ssh exited with exit code {process.returncode}", flush=True)
 threads = [threading.Thread(target=run, args=(host,)) for host in hosts.split(",")]
 [thread.start() for thread in threads]
 """

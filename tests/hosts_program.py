@@ -10,9 +10,11 @@ from pathlib import Path
 
 
 def main(folder: Path, *behaviours: str) -> int:
-    """``RANK:ATTEMPT:BEHAVIOUR``, for a host's place and attempt: ``fail``, ``stay`` or ``deaf``.
+    """``RANK:ATTEMPT:BEHAVIOUR``, for a host's place and attempt: ``fail``, ``stay``, ``unsaved``,
+    ``deaf``.
 
-    A host that stays saves when it is asked to end, a deaf one does not hear; others end well.
+    A host that stays saves when it is asked to end, an unsaved one tries, a deaf one does not hear;
+    others end well.
     """
     rank = os.environ["RANK"]
     attempt = str(len(list(folder.glob(f"started_{rank}_*"))))
@@ -23,13 +25,19 @@ def main(folder: Path, *behaviours: str) -> int:
     print(f"words {' | '.join(behaviours)}, key {len(os.environ.get('WANDB_API_KEY', ''))}")
     (folder / f"started_{rank}_{attempt}").write_text(str(os.getpid()))
     if "fail" in told:
-        print("error: out of luck")
-        return 3
+        return _fail()
     if "stay" in told:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_save(folder, rank)))
-    if {"stay", "deaf"} & set(told):
+    if "unsaved" in told:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_fail()))
+    if {"stay", "unsaved", "deaf"} & set(told):
         time.sleep(600)
     return 0
+
+
+def _fail() -> int:
+    print("error: out of luck")
+    return 3
 
 
 def _save(folder: Path, rank: str) -> int:

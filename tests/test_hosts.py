@@ -21,7 +21,8 @@ import pytest
 from tiny_world import ROOT
 
 from mixgrpo.commands import main
-from mixgrpo.commands.hosts import _progress
+from mixgrpo.commands.hosts import _progress, _restarts
+from mixgrpo.commands.launch import parse_command
 from mixgrpo.hosts import node as nodes
 from mixgrpo.hosts import remote, slurm
 from mixgrpo.hosts.environment import forwarded, read_settings
@@ -344,7 +345,9 @@ def job(folder: Path, *behaviours: str, **more: object) -> Job:
         part(rank, **common, words=words, environment=environment, folder=str(folder), grace=20)
         for rank in range(2)
     ]
-    whole = Job(parts, folder / "logs", 1, 20, is_worth_restarting=lambda: False, again=words)
+    whole = Job(
+        parts, folder / "logs", 1, 20, is_worth_restarting=lambda: False, again=lambda: words
+    )
     return replace(whole, **more)  # type: ignore[arg-type]
 
 
@@ -384,6 +387,50 @@ def test_all_hosts_run_and_their_words_arrive_as_they_are(here):
         assert CANARY not in file.read_text()
 
 
+def test_a_host_is_known_by_the_name_that_pdsh_shortens(here):
+    host = "node-1.cluster.example"
+    whole = job(here, "0:0:fail")
+    whole = replace(whole, nodes=[replace(whole.nodes[0], hosts=[host])])
+    code, said = supervised(whole)
+    assert code == 3
+    assert f"error: {host} failed (exit code 3): error: out of luck" in said
+    assert "out of luck" in (here / "logs" / f"{host}.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "labels"),
+    [
+        (["a.x.y", "b.x.y"], {"a": "a.x.y", "b": "b.x.y", "a.x.y": "a.x.y", "b.x.y": "b.x.y"}),
+        (["a.x", "a.y"], {"a.x": "a.x", "a.y": "a.y"}),
+        (["a", "a.y"], {"a": "a", "a.y": "a.y"}),
+        (["10.0.0.1", "10.0.0.2"], {"10.0.0.1": "10.0.0.1", "10.0.0.2": "10.0.0.2"}),
+    ],
+)
+def test_what_pdsh_may_call_a_host(here, hosts, labels):
+    whole = job(here)
+    parts = [replace(node, hosts=hosts) for node in whole.nodes]
+    assert replace(whole, nodes=parts).labels == labels
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_job(here):
+    (here / "logs").write_text("no folder")
+    code, said = supervised(job(here, "9:9:nothing"))
+    assert code == 0
+    assert said.count("warning: the logs in") == 1
+    assert "127.0.0.1: words" in said
+
+
+def test_a_stop_after_which_a_host_could_not_save_is_a_failure(here):
+    def act(supervisor: Supervisor) -> None:
+        await_files(here / "started_0_0", here / "started_1_0")
+        time.sleep(0.5)
+        supervisor.stop(signal.SIGTERM)
+
+    code, said = supervised(job(here, "0:0:stay", "1:0:unsaved"), act)
+    assert code == 3
+    assert "error: 127.0.0.2 failed (exit code 3): error: out of luck" in said
+
+
 def test_a_host_that_fails_ends_the_others_and_is_named(here):
     code, said = supervised(job(here, "1:0:fail", "0:0:stay"))
     assert code == 3
@@ -395,7 +442,7 @@ def test_a_host_that_fails_ends_the_others_and_is_named(here):
 
 def test_a_failure_after_a_checkpoint_is_followed_by_another_attempt(here):
     words = [str(here), "1:0:fail", "again"]
-    whole = job(here, "1:0:fail", is_worth_restarting=lambda: True, again=words)
+    whole = job(here, "1:0:fail", is_worth_restarting=lambda: True, again=lambda: words)
     code, said = supervised(whole)
     assert code == 0
     assert "restart 1 of 1" in said
@@ -489,6 +536,23 @@ def test_a_run_that_fails_before_its_next_checkpoint_is_not_started_again(tmp_pa
     (tmp_path / "latest").write_text("iteration_1")
     assert has_progressed()
     assert not has_progressed()
+    (tmp_path / "latest").write_text("iteration_1_2")  # where it failed, it saved the same again
+    assert not has_progressed()
+    (tmp_path / "latest").write_text("iteration_2")
+    assert has_progressed()
+
+
+def test_a_restart_goes_on_from_what_was_saved_since(tmp_path):
+    """And not back again, to where the run was once told to go back."""
+    config = parse_command(["train", "--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path)])
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.parent.mkdir()
+    pointer.write_text("iteration_00000075\n")
+    words = ["train", "--run.resume_from", "iteration_00000050"]
+    _, again = _restarts(words, config)
+    assert again() == [*words, "--run.resume", "true"], "it went back, and saved nothing yet"
+    pointer.write_text("iteration_00000060\n")
+    assert again() == [*words, "--run.resume", "true", "--run.resume_from", "latest"]
 
 
 def test_a_folder_that_holds_a_run_is_not_resumed_by_a_restart(tmp_path, capsys):
@@ -513,6 +577,48 @@ def test_a_command_for_this_machine_is_launched_here(tmp_path, monkeypatch):
     words = ["train", "--recipe", "shapes_mixgrpo", "--run.folder", "a b"]
     assert main(["hosts", *words, "--hostfile", file, "--max-restarts=0"]) == 5
     assert launched == [["--nproc_per_node", "3", *words]]
+    assert main(["hosts", *words, "--hostfile", file]) == 5
+    assert len(launched) == 2, "without a new checkpoint a restart does not help"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "chosen", "expected"), [(0, "", "1"), (8, "", "8"), (8, "3", "3"), (8, "two", None)]
+)
+def test_a_process_on_each_gpu_or_one_on_the_cpu(
+    tmp_path, monkeypatch, capsys, gpus, chosen, expected
+):
+    launched: list[list[str]] = []
+    monkeypatch.setattr("mixgrpo.commands.launch.run", lambda words: launched.append(words) or 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("PROCESSES", chosen)
+    words = ["train", "--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path / "run")]
+    code = main(["hosts", *words, "--hostfile", str(hostfile(tmp_path, "localhost\n"))])
+    if expected is None:
+        assert code == 1
+        assert "PROCESSES is 'two'" in capsys.readouterr().err
+    else:
+        assert launched == [["--nproc_per_node", expected, *words]]
+
+
+def test_on_this_machine_too_a_run_is_started_again(tmp_path, monkeypatch, capsys):
+    launched: list[list[str]] = []
+    saved = tmp_path / "run" / "checkpoints" / "latest"
+
+    def launch(words: list[str]) -> int:
+        launched.append(words)
+        if len(launched) > 1:
+            return 0
+        saved.parent.mkdir(parents=True)
+        saved.write_text("iteration_00000010\n")
+        return 1
+
+    monkeypatch.setattr("mixgrpo.commands.launch.run", launch)
+    file = str(hostfile(tmp_path, "localhost slots=2\n"))
+    words = ["train", "--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path / "run")]
+    assert main(["hosts", *words, "--hostfile", file]) == 0
+    more = ["--run.resume", "true", "--run.resume_from", "latest"]
+    assert launched == [["--nproc_per_node", "2", *words, *part] for part in ([], more)]
+    assert "restart 1 of 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -561,7 +667,10 @@ def submitted(tmp_path):
     programs = tmp_path / "programs"
     stubs = {
         "srun": 'printf "%s\\n" "$MIXGRPO_HOSTS" "$@" >>calls\n'
-        '[ "$(grep -c ^n1,n2 calls)" -gt "$FAILURES" ] || exit "$CODE"',
+        "count=$(grep -c ^n1,n2 calls)\n"
+        '[ -n "${STUCK:-}" ] || echo "$count" >run/checkpoints/latest\n'
+        'echo "error: bad luck $count" >>logs/mixgrpo-812-n2.log\n'
+        '[ "$count" -gt "$FAILURES" ] || exit "$CODE"',
         "scontrol": '[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"',
     }
     programs.mkdir()
@@ -569,6 +678,11 @@ def submitted(tmp_path):
         (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (programs / name).chmod(0o755)
     (tmp_path / "env_setup.sh").write_text("")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/usr/bin/env bash\necho run\n")
+    python.chmod(0o755)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
 
     def submit(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
         script = ROOT / "scripts" / "finetune" / "finetune_flux_mixgrpo.slurm"
@@ -600,11 +714,24 @@ def test_the_slurm_script_restarts_but_not_what_was_stopped(submitted, tmp_path)
     done = submitted("--recipe", "mine", FAILURES="2")
     assert done.returncode == 0
     assert done.stdout.count("exit code 7; restart") == 2
+    assert done.stdout.splitlines()[2] == "logs/mixgrpo-812-n2.log:error: bad luck 2"
     assert "flux_mixgrpo" not in (tmp_path / "calls").read_text()
     assert submitted(FAILURES="9", MAX_RESTARTS="1").returncode == 7
     (tmp_path / "calls").unlink()
     assert submitted(FAILURES="9", CODE="143").returncode == 143
     assert (tmp_path / "calls").read_text().count("n1,n2") == 1
+
+
+def test_the_slurm_script_restarts_only_where_that_may_help(submitted, tmp_path):
+    """Not without a new checkpoint, unless a host was lost; never back to where a run went back."""
+    assert submitted(FAILURES="9", STUCK="1").returncode == 7
+    assert (tmp_path / "calls").read_text().count("n1,n2") == 1
+    assert submitted(FAILURES="9", STUCK="1", CODE="75", MAX_RESTARTS="2").returncode == 75
+    assert (tmp_path / "calls").read_text().count("n1,n2") == 4
+    done = submitted("--run.resume_from", "iteration_00000050", FAILURES="0")
+    assert done.returncode == 2
+    assert "leave it out" in done.stderr
+    assert (tmp_path / "calls").read_text().count("n1,n2") == 4
 
 
 def test_the_slurm_script_is_bash():

@@ -18,6 +18,7 @@ from mixgrpo.config import Config, RewardConfig, flatten
 from mixgrpo.hosts import check
 from mixgrpo.hosts.check import Report, complaints, data_paths, table
 from mixgrpo.hosts.facts import Facts
+from mixgrpo.revision import exact_revision, git_revision
 
 FACTS = Facts(
     python="3.11.7",
@@ -35,6 +36,25 @@ def said(*facts: Facts, **report: object) -> list[str]:
     last = list(reports)[-1]
     reports[last] = replace(reports[last], **report)  # type: ignore[arg-type]
     return list(complaints(reports, list(FACTS.files)))
+
+
+def test_two_hosts_with_other_changes_have_other_revisions(tmp_path):
+    def git(*words: str) -> None:
+        author = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *author, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    clean = exact_revision(tmp_path)
+    assert clean == git_revision(tmp_path)
+    found = []
+    for text in ("two", "three", "two"):
+        (tmp_path / "file").write_text(text)
+        found.append(exact_revision(tmp_path))
+    assert found[0] == found[2] != found[1]
+    assert all(revision.startswith(f"{clean}-dirty-") for revision in found)
 
 
 def test_equal_hosts_are_no_complaint():

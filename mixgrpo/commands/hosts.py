@@ -40,16 +40,27 @@ def run(arguments: Sequence[str]) -> int:
             return _check(hosts, given, words[1:])
         if words[:1] in ([], ["launch"], ["hosts"]):
             raise ValueError("there is no command to run on the hosts; train, for example")
-        if is_this_machine(hosts):
-            processes = _slots(hosts[0]) or processes_here()
-            return launch.run(["--nproc_per_node", str(processes), *words])
         config = launch.parse_command(words)  # a mistyped knob is told of before any host starts
         _check_options(given, config)
+        if is_this_machine(hosts):
+            return _run_here(hosts[0], given, words, config)
         check_tools()
         job = _job(hosts, given, words, config)
     except (ValueError, OSError) as error:
         return complain(error)
     return _supervise(job)
+
+
+def _run_here(host: Host, given: argparse.Namespace, words: list[str], config: object) -> int:
+    """Without pdsh, but started again as other hosts are."""
+    start = ["--nproc_per_node", str(_slots(host) or processes_here())]
+    has_progress, again = _restarts(words, config)
+    for attempt in range(given.max_restarts + 1):
+        code = launch.run([*start, *(again() if attempt else words)])
+        if code in (0, *launch.STOPPED) or not has_progress() or attempt == given.max_restarts:
+            break
+        print(f"restart {attempt + 1} of {given.max_restarts}", flush=True)
+    return code
 
 
 def _supervise(job: Job) -> int:
@@ -91,16 +102,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _job(hosts: list[Host], given: argparse.Namespace, words: list[str], config: object) -> Job:
-    is_training = isinstance(config, Config)
-    folder = Path(config.run.folder) if isinstance(config, Config) else Path("logs")
+    own = Path("logs") / strftime(f"{words[0]}-%Y%m%d-%H%M%S")
+    has_progress, again = _restarts(words, config)
     return Job(
         nodes=_nodes(hosts, given, "mixgrpo", words, launch.grace_of(config)),
-        logs=folder / "logs" if is_training else folder / strftime(f"{words[0]}-%Y%m%d-%H%M%S"),
+        logs=Path(config.run.folder) / "logs" if isinstance(config, Config) else own,
         max_restarts=given.max_restarts,
         wait=given.wait,
-        is_worth_restarting=_progress(folder / "checkpoints" / "latest"),
-        again=[*words, "--run.resume", "true"] if is_training else words,
+        is_worth_restarting=has_progress,
+        again=again,
     )
+
+
+def _restarts(
+    words: list[str], config: object
+) -> tuple[Callable[[], bool], Callable[[], list[str]]]:
+    """Whether a restart may help after a failure, and the words of it."""
+    if not isinstance(config, Config):
+        return lambda: False, lambda: words
+    pointer = Path(config.run.folder) / "checkpoints" / "latest"
+    begun = _content(pointer)
+
+    def again() -> list[str]:
+        # Where the run went back to an older checkpoint, it does so once.
+        on = ["--run.resume_from", "latest"] if _content(pointer) != begun else []
+        return [*words, "--run.resume", "true", *on]
+
+    return _progress(pointer), again
 
 
 def _check_options(given: argparse.Namespace, config: object) -> None:
@@ -122,24 +150,32 @@ def _check_options(given: argparse.Namespace, config: object) -> None:
 
 
 def _progress(pointer: Path) -> Callable[[], bool]:
-    """Tells whether the file was written since it was last asked: a run that fails again and again
-    before its next checkpoint is not helped by starting it again."""
-
-    def written() -> int:
-        return pointer.stat().st_mtime_ns if pointer.exists() else 0
-
-    before = written()
+    """Tells whether the file names another iteration than when it was last asked: a run that fails
+    again and again before its next checkpoint is not helped by starting it again."""
+    before = _iteration(pointer)
 
     def ask() -> bool:
         nonlocal before
-        last, before = before, written()
+        last, before = before, _iteration(pointer)
         return before != last
 
     return ask
 
 
+def _iteration(pointer: Path) -> str:
+    """Without how many times it was saved: a failing run saves where it fails."""
+    return "_".join(_content(pointer).split("_")[:2])
+
+
+def _content(pointer: Path) -> str:
+    return pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+
+
 def _slots(host: Host) -> int | None:
-    return int(os.environ.get("PROCESSES") or 0) or host.slots
+    wanted = os.environ.get("PROCESSES") or "0"
+    if not wanted.isdecimal():
+        raise ValueError(f"PROCESSES is {wanted!r}; it is how many processes to start on each host")
+    return int(wanted) or host.slots
 
 
 def _nodes(
@@ -188,7 +224,7 @@ def _check(hosts: list[Host], given: argparse.Namespace, words: list[str]) -> in
 def _try_all_reduce(hosts: list[Host], given: argparse.Namespace) -> list[str]:
     nodes = _nodes(hosts, given, "mixgrpo.hosts.allreduce", [], grace=1)
     logs = Path("logs") / strftime("check-%Y%m%d-%H%M%S")
-    if _supervise(Job(nodes, logs, 0, 0, is_worth_restarting=lambda: False, again=[])) == 0:
+    if _supervise(Job(nodes, logs, 0, 0, is_worth_restarting=lambda: False, again=lambda: [])) == 0:
         return []
     return [
         "all hosts: the all-reduce failed, as told above; open the ports among the hosts, and name "

@@ -145,7 +145,7 @@ def _row(host: str, report: Report) -> list[str]:
     there = [found for found in facts.files.values() if found != "missing"]
     return [
         *(host, "yes", facts.python, f"{len(installed)} of {len(facts.packages)}"),
-        facts.revision[:8] + ("-dirty" if facts.revision.endswith("-dirty") else ""),
+        facts.revision[:8] + ("-dirty" if "-dirty" in facts.revision else ""),
         f"{len(there)} of {len(facts.files)}",
         *(f"{report.clock:+.1f} s", facts.gpus, facts.driver),
     ]

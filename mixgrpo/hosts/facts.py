@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mixgrpo.fingerprint import fingerprint, fingerprint_files
-from mixgrpo.revision import git_revision
+from mixgrpo.revision import exact_revision
 
 REQUIREMENTS = Path(__file__).parent.parent.parent / "requirements.txt"
 
@@ -29,7 +29,7 @@ class Facts:
     Attributes:
         python: its version.
         packages: required package -> installed version, "none" if it is not.
-        revision: the commit, with "-dirty" after changes.
+        revision: the commit, with "-dirty" and a digest after changes.
         files: path -> bytes and digest of a file or folder, "missing" if it is not there.
         gpus: their number and kind.
         driver: NVIDIA's version; "none" without one.
@@ -50,7 +50,7 @@ def gather(folder: Path, paths: list[str]) -> Facts:
     return Facts(
         python=platform.python_version(),
         packages={name: _version(name) for name in names},
-        revision=git_revision(),
+        revision=exact_revision(),
         files={path: _describe(folder / path) for path in paths},
         gpus=f"{len(cards)} x {cards[0]}" if cards else "none",
         driver=next(iter(_nvidia("driver_version")), "none"),

@@ -35,7 +35,7 @@ def read_hostfile(path: Path) -> list[Host]:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no hostfile {path}; write one with a host a line, as hosts/hostfile shows"
+            f"there is no hostfile {path}; write one with a host a line, localhost for this machine"
         )
     hosts = list(_hosts(path))
     names = [host.name for host in hosts]

@@ -67,27 +67,36 @@ class Link:
         return None
 
 
-def open_link(node: Node) -> Link:
+class NotMet(Exception):
+    """Somebody asked for an end before all hosts had met."""
+
+
+def open_link(node: Node, is_asked: Callable[[], bool] = lambda: False) -> Link:
     """Meets the other hosts.
+
+    Args:
+        is_asked: whether to end instead; asked every second or more often.
 
     Raises:
         HostLost: not all of them came in time; says which.
+        NotMet: ``is_asked`` said so.
     """
     if node.rank == 0:
-        return Link(_await_others(node))
+        return Link(_await_others(node, is_asked))
     first = node.hosts[0]
-    connection = _connect(first, node)
+    connection = _connect(first, node, is_asked)
     connection.sendall(f"{_greeting(node, node.rank)}\n".encode())
     return Link({first: _kept_alive(connection, node.lost_after)})
 
 
-def _await_others(node: Node) -> dict[str, socket.socket]:
+def _await_others(node: Node, is_asked: Callable[[], bool]) -> dict[str, socket.socket]:
     awaited = {_greeting(node, rank): host for rank, host in enumerate(node.hosts) if rank}
     came: dict[str, socket.socket] = {}
     deadline = monotonic() + node.join_within
     with _server(node.port + 1) as server:
         while awaited and (left := deadline - monotonic()) > 0:
-            server.settimeout(left)
+            _end_if(is_asked)
+            server.settimeout(min(left, 1.0))
             with contextlib.suppress(OSError):
                 connection, _ = server.accept()
                 host = awaited.pop(_line(connection, 5), None)
@@ -110,9 +119,15 @@ def _server(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
-def _connect(first: str, node: Node) -> socket.socket:
+def _end_if(is_asked: Callable[[], bool]) -> None:
+    if is_asked():
+        raise NotMet
+
+
+def _connect(first: str, node: Node, is_asked: Callable[[], bool]) -> socket.socket:
     deadline = monotonic() + node.join_within
     while True:
+        _end_if(is_asked)
         try:
             return socket.create_connection((first, node.port + 1), timeout=5)
         except OSError as error:

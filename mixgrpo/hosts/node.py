@@ -19,7 +19,7 @@ from pathlib import Path
 from time import monotonic
 
 from mixgrpo.hosts.job import MARK, Node, take
-from mixgrpo.hosts.link import HostEnded, HostLost, Link, open_link
+from mixgrpo.hosts.link import HostEnded, HostLost, Link, NotMet, open_link
 
 LOST = 75  # exit code: another host does not answer any more; sysexits.h's "try again"
 ECHO = 76  # exit code: another host has failed
@@ -67,7 +67,10 @@ def run(node: Node, events: queue.SimpleQueue[Event]) -> int:
     """Meets the other hosts, runs this one's processes to their end; returns the exit code."""
     kill_marked(node.mark)  # what an earlier attempt has left
     try:
-        link = open_link(node) if len(node.hosts) > 1 else Link({})
+        link = open_link(node, lambda: not events.empty()) if len(node.hosts) > 1 else Link({})
+    except NotMet:
+        asked = events.get()  # nobody else reports anything yet
+        return 128 + (asked.signal if isinstance(asked, Asked) else signal.SIGTERM)
     except (HostLost, OSError) as error:
         say(f"error: {error}")
         return LOST

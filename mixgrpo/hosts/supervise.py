@@ -9,11 +9,14 @@ import re
 import signal
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from time import monotonic, sleep, strftime
+from typing import TextIO
 
 from mixgrpo.hosts.job import Node
 from mixgrpo.hosts.node import CONTROL, ECHO, FAILED_PATIENCE, LOST, STOPPED, lines_of
@@ -50,14 +53,19 @@ class Attempt:
         return [host for host, code in self.exit_codes.items() if code not in STOPPED]
 
     @property
+    def failed_alone(self) -> list[str]:
+        """Those that failed by themselves: that lost nobody, echoed nothing, were not killed."""
+        others = (LOST, ECHO, SSH_FAILED, 128 + signal.SIGKILL)
+        return [host for host in self.failed if self.exit_codes[host] not in others]
+
+    @property
     def has_lost_a_host(self) -> bool:
         return any(code in (LOST, SSH_FAILED) for code in self.exit_codes.values())
 
     @property
     def exit_code(self) -> int:
         """The first failure's that is not the echo of another's; without one, the largest."""
-        echoes = (LOST, ECHO, SSH_FAILED)
-        own = [self.exit_codes[host] for host in self.failed if self.exit_codes[host] not in echoes]
+        own = [self.exit_codes[host] for host in self.failed_alone]
         return own[0] if own else max(self.exit_codes.values(), default=0)
 
     def reason(self) -> str:
@@ -79,7 +87,7 @@ class Job:
         max_restarts: how often it is started again.
         wait: seconds to wait for a host that is away before a restart.
         is_worth_restarting: asked after a failure in which no host was lost.
-        again: the words of a restart.
+        again: tells the words of a restart.
     """
 
     nodes: list[Node]
@@ -87,11 +95,18 @@ class Job:
     max_restarts: int
     wait: int
     is_worth_restarting: Callable[[], bool]
-    again: list[str]
+    again: Callable[[], list[str]]
 
     @property
     def hosts(self) -> list[str]:
         return [node.host for node in self.nodes]
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """What pdsh calls each host -> its name. It leaves out a domain that all of them share."""
+        short = Counter(_short(host) for host in self.hosts)
+        shortened = {_short(host): host for host in self.hosts if short[_short(host)] == 1}
+        return {**shortened, **{host: host for host in self.hosts}}
 
 
 class Supervisor:
@@ -110,7 +125,8 @@ class Supervisor:
     def run(self) -> int:
         """Starts, and starts again where that helps; returns the exit code."""
         for attempt in range(self.job.max_restarts + 1):
-            nodes = [_of_attempt(node, attempt, self.job.again) for node in self.job.nodes]
+            again = self.job.again() if attempt else []
+            nodes = [_of_attempt(node, attempt, again) for node in self.job.nodes]
             seen = Attempt()
             try:
                 missing = self._deliver(nodes, self.job.wait if attempt else 0)
@@ -124,6 +140,9 @@ class Supervisor:
                 on_all(untaken, lambda host: withdraw(self.job.nodes[0].job, host))
             is_done = bool(seen.exit_codes) and not any(seen.exit_codes.values())
             if self.asked is not None and not is_done:
+                if seen.failed_alone:  # at saving, say
+                    self.say(f"error: {seen.reason()}")
+                    return seen.exit_code
                 return 128 + self.asked
             if not seen.failed:
                 return seen.exit_code
@@ -169,7 +188,7 @@ class Supervisor:
     # ---- an attempt
 
     def _attempt(self, nodes: list[Node], seen: Attempt) -> None:
-        with _logs(self.job.logs, self.job.hosts, nodes[0].attempt) as log:
+        with _logs(self.job.logs, self.job.hosts, nodes[0].attempt, self.say) as log:
             pdsh = subprocess.Popen(
                 pdsh_command(self.job.hosts, nodes[0].job),
                 env=pdsh_environment(nodes[0].lost_after),
@@ -224,13 +243,14 @@ class Supervisor:
 
     def _take_in(self, line: str, seen: Attempt, log: Callable[[str, str], None]) -> None:
         ended, said = _SSH_ENDED.fullmatch(line), _SAID.fullmatch(line)
-        if ended is not None and ended["host"] in self.job.hosts:
-            seen.exit_codes.setdefault(ended["host"], int(ended["code"]))
+        labels = self.job.labels
+        if ended is not None and ended["host"] in labels:
+            seen.exit_codes.setdefault(labels[ended["host"]], int(ended["code"]))
             return
-        if said is None or said["host"] not in self.job.hosts:
+        if said is None or said["host"] not in labels:
             self.say(line)
             return
-        host, text = said["host"], said["text"]
+        host, text = labels[said["host"]], said["text"]
         if text.startswith(CONTROL):
             kind, number = text.removeprefix(CONTROL).split()
             if kind == "pid":
@@ -242,8 +262,8 @@ class Supervisor:
             return
         if _ERROR.fullmatch(text):
             seen.errors.append((host, text))
-        log(host, text)
         self.say(line)
+        log(host, text)
 
     def _signal(self, seen: Attempt, number: int) -> None:
         running = [host for host in seen.pids if host not in seen.exit_codes]
@@ -259,17 +279,39 @@ def _of_attempt(node: Node, attempt: int, again: list[str]) -> Node:
 
 
 @contextmanager
-def _logs(folder: Path, hosts: list[str], attempt: int) -> Iterator[Callable[[str, str], None]]:
-    """A function that adds a line to a host's log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {host: (folder / f"{host}.log").open("a", buffering=1) for host in hosts}
+def _logs(
+    folder: Path, hosts: list[str], attempt: int, say: Callable[[str], None]
+) -> Iterator[Callable[[str, str], None]]:
+    """A function that adds a line to a host's log. Where it cannot, it says so once: the job is
+    not ended by what only tells of it."""
+    files: dict[str, TextIO] = {}
+    is_told = False
+
+    def write(host: str, text: str) -> None:
+        nonlocal is_told
+        try:
+            if host not in files:
+                folder.mkdir(parents=True, exist_ok=True)
+                files[host] = (folder / f"{host}.log").open("a", buffering=1)
+            print(text, file=files[host])
+        except OSError as error:
+            if not is_told:
+                say(f"warning: the logs in {folder} are not whole ({error}); the job goes on")
+            is_told = True
+
+    for host in hosts:
+        write(host, f"---- {strftime('%Y-%m-%d %H:%M:%S')}, attempt {attempt + 1}")
     try:
-        for file in files.values():
-            file.write(f"---- {strftime('%Y-%m-%d %H:%M:%S')}, attempt {attempt + 1}\n")
-        yield lambda host, text: print(text, file=files[host])
+        yield write
     finally:
         for file in files.values():
-            file.close()
+            with suppress(OSError):
+                file.close()
+
+
+def _short(host: str) -> str:
+    """Without the domain; an address has none."""
+    return host if host[0].isdigit() or ":" in host else host.partition(".")[0]
 
 
 def _die_with_parent() -> None:
