@@ -12,9 +12,9 @@ from mixgrpo.config import Config
 from mixgrpo.inference.config import InferenceConfig
 from mixgrpo.models.flux import LORA_TARGETS
 from mixgrpo.planning.activations import decoding_bytes, evaluation_bytes
-from mixgrpo.planning.device_memory import device_memory, first_width
+from mixgrpo.planning.device_memory import DeviceMemory, device_memory, first_width
 from mixgrpo.planning.flux_size import FluxSize
-from mixgrpo.planning.spread import Spread
+from mixgrpo.planning.spread import spread_of
 from mixgrpo.weight_files import read_shapes
 
 
@@ -64,44 +64,13 @@ def explain(config: InferenceConfig, total: int) -> str:
     )
 
 
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes that a process takes to train with the whole model on its device, estimated.
+def training_memory(config: Config, processes: int = 1, per_node: int = 1) -> DeviceMemory:
+    """Bytes of each process, by the run's engine; see ``mixgrpo.planning``.
 
-    Attributes:
-        weights: of the transformer, and of the adapters.
-        gradients: of the trained weights.
-        optimizer: AdamW's two moments.
-        ema: the average; 0 without one.
-        reference: the frozen copy for the KL; 0 without one.
-        rewards: their models, where they stay on the device.
-        text_encoders: both, where they stay on the device.
-        vae: the decoder and its encoder.
-        activations: the most that the rollout, the decoding or the update take at once, with the
-            weights' copies that autocast makes.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-    reference: int
-    rewards: int
-    text_encoders: int
-    vae: int
-    activations: int
-
-    @property
-    def held(self) -> int:
-        """All the time, whatever the batches."""
-        return sum(vars(self).values()) - self.activations
-
-
-def training_memory(config: Config, rewards: int) -> TrainingMemory:
-    """Read off the model folder, without loading it; see ``mixgrpo.planning``.
+    Read off the model folder, without loading it.
 
     Args:
-        rewards: bytes of the reward models.
+        per_node: processes on one machine.
 
     Raises:
         FileNotFoundError: there is no transformer in it.
@@ -109,18 +78,7 @@ def training_memory(config: Config, rewards: int) -> TrainingMemory:
     folder = Path(config.model.path)
     if not (folder / "transformer" / "config.json").is_file():
         raise FileNotFoundError(f"there is no transformer in {folder}")
-    found = device_memory(config, Spread("single"), gpus=1)
-    return TrainingMemory(
-        weights=found.weights,
-        gradients=found.gradients,
-        optimizer=found.optimizer,
-        ema=found.average,
-        reference=found.reference,
-        rewards=rewards * (config.scoring.placement == "device"),
-        text_encoders=found.text,
-        vae=found.vae,
-        activations=found.whole + max(found.kept, found.evaluating),
-    )
+    return device_memory(config, spread_of(config.engine, processes, per_node), processes)
 
 
 def trained_weights(config: Config) -> int:
@@ -135,17 +93,15 @@ def trained_weights(config: Config) -> int:
     )
 
 
-def explain_training(config: Config, total: int) -> str:
-    """One sentence for a GPU of ``total`` bytes on which training did not fit.
-
-    The rewards, whose sizes are not looked up here, are left out.
-    """
-    model, needed = config.model, training_memory(config, rewards=0)
+def explain_training(config: Config, total: int, processes: int = 1, per_node: int = 1) -> str:
+    """One sentence for a GPU of ``total`` bytes on which training did not fit."""
+    model, needed = config.model, training_memory(config, processes, per_node)
     full = model.train == "full"
     less = "--update.optimizer adamw_8bit" if config.update.optimizer == "adamw" else ""
     remedy = "train --model.train lora" if full else "lower --model.lora_rank"
-    frozen = needed.vae + needed.text_encoders
-    held = needed.held - frozen
+    frozen = needed.vae + needed.text
+    held = needed.weights + needed.whole + needed.gradients + needed.optimizer
+    held += needed.average + needed.reference
     return (
         f"the GPU's {_gib(total)} did not suffice: about {_gib(held)} are held for the transformer "
         f"({model.train}) and {_gib(frozen)} for the model's other parts, reward models and "

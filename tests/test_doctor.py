@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import threading
@@ -21,16 +22,24 @@ from mixgrpo import doctor
 from mixgrpo.checkpoint import Position
 from mixgrpo.checkpoint.manifest import write_manifest
 from mixgrpo.commands import main
-from mixgrpo.config import Config, RewardConfig, flatten
+from mixgrpo.config import Config, EngineConfig, RewardConfig, flatten
 from mixgrpo.doctor import environment, guarded
 from mixgrpo.doctor.devices import check_devices
 from mixgrpo.doctor.lines import Line, error, exit_code, fetching, ok, render, size, warning
 from mixgrpo.doctor.model import check_model
 from mixgrpo.doctor.prompts import check_prompts, check_text
 from mixgrpo.doctor.rewards import check_rewards
-from mixgrpo.doctor.room import check_disk, check_memory, checkpoint_bytes, kept_checkpoints
+from mixgrpo.doctor.room import (
+    check_disk,
+    check_memory,
+    checkpoint_bytes,
+    exported_bytes,
+    kept_checkpoints,
+    memory_needed,
+)
 from mixgrpo.doctor.run import check_folder, check_knobs, check_wandb
 from mixgrpo.memory import trained_weights, training_memory
+from mixgrpo.text.embeddings import Index, Record, Shard, shard_path, write_index
 
 SHAPES = Path(__file__).parent.parent / "data" / "shapes"
 SECRET = "sk-0123456789abcdef"
@@ -84,7 +93,7 @@ def copy_of_model(folder: Path) -> Path:
 
 
 def test_exit_codes() -> None:
-    assert exit_code([ok("a", "b"), warning("a", "b")]) == 0
+    assert exit_code([ok("a", "b"), warning("a", "b", "c")]) == 0
     assert exit_code([ok("a", "b"), error("a", "b", "c")]) == 1
 
 
@@ -453,7 +462,6 @@ def test_lengths_without_a_tokenizer(tmp_path: Path) -> None:
 
 def test_embeddings(tmp_path: Path) -> None:
     from mixgrpo.models.flux_text import FluxText
-    from mixgrpo.text.embeddings import Index, Record, Shard, write_index
 
     assert only(check_text(shapes(tmp_path), 1), "ok")
     config = shapes(tmp_path, text__mode="embeddings", text__embeddings=str(tmp_path / "stored"))
@@ -478,14 +486,30 @@ def test_memory_of_full_training_by_hand(tmp_path: Path) -> None:
     """In float32: the weights, gradients, two moments, the average and a reference."""
     config = shapes(tmp_path, ema__decay=0.9, update__kl=0.1)
     weights = trained_weights(config)
-    found = training_memory(config, rewards=77)
-    assert found.weights == found.gradients == found.ema == found.reference == 4 * weights
+    with mock.patch("mixgrpo.doctor.room.reward_bytes", return_value=77):
+        found = memory_needed(config, 1, 1)
+        config.scoring.placement, config.text.placement = "offload", "cpu"
+        less = memory_needed(config, 1, 1)
+    assert found.weights == found.gradients == found.average == found.reference == 4 * weights
     assert found.optimizer == 8 * weights
-    assert found.rewards == 77
-    config.scoring.placement, config.text.placement = "offload", "cpu"
-    less = training_memory(config, rewards=77)
-    assert less.rewards == less.text_encoders == 0
-    assert found.held - less.held == 77 + found.text_encoders
+    assert (found.rewards, found.visiting, found.context) == (77, 0, 0)
+    assert (less.rewards, less.visiting, less.text) == (0, 77, 0)
+    assert found.held - less.held == 77 + found.text
+
+
+def test_memory_is_that_of_the_runs_engine(tmp_path: Path) -> None:
+    """What one process cannot hold, shards of it may: here 8 processes on each machine."""
+    knobs = {"engine__kind": "fsdp", "engine__gather": "evaluation", "engine__offload": False}
+    config = shapes(tmp_path, **knobs, engine__reduce="micro_batch")
+    weights = trained_weights(config)
+    assert training_memory(config, 32, 8).weights == 4 * weights // 32
+    assert training_memory(config, 32, 8).optimizer == 8 * weights // 32
+    config.engine.hybrid = True
+    assert training_memory(config, 32, 8).weights == 4 * weights // 8
+    config.engine = EngineConfig(kind="deepspeed", zero_stage=2)
+    assert training_memory(config, 32, 8).weights == 4 * weights
+    assert training_memory(config, 32, 8).optimizer < training_memory(config).optimizer / 16
+    assert training_memory(config, 32, 8).gradients == 4 * weights, "summed up whole"
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
@@ -511,16 +535,17 @@ def test_memory_against_what_is_there(there: int | None, level: str, tmp_path: P
 
 def test_memory_that_is_close(tmp_path: Path) -> None:
     config = shapes(tmp_path)
-    needed = training_memory(config, 0)
-    there = needed.held + needed.activations
+    there = memory_needed(config, 1, 1).peak
     with mock.patch("mixgrpo.doctor.room.memory_of_a_process", return_value=there):
         assert "close to" in only(check_memory(config, 1), "warning").text
+    with mock.patch("mixgrpo.doctor.room.memory_of_a_process", return_value=there - 1):
+        assert "more than the" in only(check_memory(config, 1), "error").text
 
 
 def test_gradient_checkpointing_takes_less(tmp_path: Path) -> None:
-    plain = training_memory(shapes(tmp_path, sampling__decode_batch=1), 0)
-    knobs = {"sampling__decode_batch": 1, "model__gradient_checkpointing": True}
-    assert training_memory(shapes(tmp_path, **knobs), 0).activations < plain.activations
+    plain = training_memory(shapes(tmp_path))
+    less = training_memory(shapes(tmp_path, model__gradient_checkpointing=True))
+    assert less.kept < plain.kept
 
 
 @pytest.mark.parametrize("check", [check_memory, check_disk])
@@ -546,6 +571,17 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(check_disk(config, 1), "ok")
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(0, 0, 3 * checkpoint_bytes(config)))
     assert "--checkpoint.keep" in only(check_disk(config, 1), "error").remedy  # the export is more
+    saved = Path(config.run.folder) / "checkpoints" / "iteration_00000025" / "model"
+    saved.parent.mkdir(parents=True)
+    saved.touch()
+    os.truncate(saved, exported_bytes(config))  # it takes no room anew
+    assert only(check_disk(config, 1), "ok")
+
+
+def test_smaller_moments_and_weights_are_smaller_files(tmp_path: Path) -> None:
+    knobs = {"update__optimizer": "adamw_8bit", "model__weights": "bfloat16_stochastic"}
+    config = shapes(tmp_path, ema__decay=0.0, **knobs)
+    assert checkpoint_bytes(config) == 4 * trained_weights(config)
 
 
 def test_disk_of_embeddings(tmp_path: Path) -> None:
@@ -557,9 +593,18 @@ def test_disk_of_embeddings(tmp_path: Path) -> None:
         json.loads((SHAPES / "flux" / part / "config.json").read_text())[key]
         for part, key in (("text_encoder_2", "d_model"), ("text_encoder", "hidden_size"))
     )
-    prompts = (SHAPES / "prompts_test.txt").read_text().splitlines()
+    prompts = list(dict.fromkeys((SHAPES / "prompts_test.txt").read_text().splitlines()))
     count = len({*prompts, "a small pond"})
-    assert missing_embedding_bytes(config) == count * 4 * (16 * width + pooled)
+    each = 4 * (16 * width + pooled)
+    assert missing_embedding_bytes(config) == count * each
+    # Stopped before the second shard, which holds another file's prompts too.
+    shards = [Shard(prompts[:100], None), Shard([*prompts[100:], "elsewhere"], None)]
+    folder = tmp_path / "stored"
+    folder.mkdir()
+    write_index(folder, Index({}, shards))
+    shard_path(folder, 0).touch()
+    rest = {*prompts, "elsewhere", "a small pond"} - set(prompts[:100])
+    assert missing_embedding_bytes(config) == len(rest) * each
 
 
 # ---- knobs, folder, wandb
@@ -577,11 +622,11 @@ def test_knobs(tmp_path: Path) -> None:
     )
 
 
-def save_state(config: Config, **changed: Any) -> None:
-    folder = Path(config.run.folder) / "checkpoints" / "iteration_00000025"
+def save_state(config: Config, iteration: int = 25, **changed: Any) -> None:
+    folder = Path(config.run.folder) / "checkpoints" / f"iteration_{iteration:08}"
     folder.mkdir(parents=True)
     (folder.parent / "latest").write_text(folder.name)
-    write_manifest(folder, Position(25, 0, {**flatten(config), **changed}), {})
+    write_manifest(folder, Position(iteration, 0, {**flatten(config), **changed}), {})
 
 
 def test_a_free_folder(tmp_path: Path) -> None:
@@ -611,6 +656,21 @@ def test_a_run_that_does_not_go_on(changed: dict, words: str, tmp_path: Path) ->
     config = shapes(tmp_path, run__resume=True)
     save_state(config, **changed)
     assert words in only(check_folder(config, 1), "error").text
+
+
+def test_the_checkpoint_that_the_run_would_continue_from(tmp_path: Path) -> None:
+    config = shapes(tmp_path, run__resume=True)
+    save_state(config, 25)
+    save_state(config, 50)
+    for wanted, said in {
+        "latest": "a run of 50 iterations",
+        "undamaged": "a run of 50 iterations",
+        "iteration_00000025": "a run of 25 iterations",
+    }.items():
+        config.run.resume_from = wanted
+        assert said in only(check_folder(config, 1), "ok").text
+    config.run.resume_from = "iteration_00000030"
+    assert "is no checkpoint in" in only(check_folder(config, 1), "error").text
 
 
 def test_damaged_folders(tmp_path: Path) -> None:
@@ -668,6 +728,15 @@ def test_the_shapes_recipe_is_healthy(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_number_of_processes_reaches_the_devices(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(SHAPES.parent.parent)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    main(["doctor", "--recipe", "shapes_mixgrpo", "--processes", "8", "--batch.prompts", "8"])
+    assert "8 processes share 2 cores" in capsys.readouterr().out
+
+
 def test_missing_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -689,7 +758,7 @@ def test_missing_everything(
     ("words", "message"),
     [
         (["--recipe", "shape"], "there is no recipe 'shape'"),
-        (["--processes", "0"], "--processes is '0'"),
+        (["--recipe", "shapes_mixgrpo", "--processes", "0"], "--processes is '0'"),
         (["--run.iteration", "3"], "did you mean run.iterations?"),
     ],
 )

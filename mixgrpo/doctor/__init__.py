@@ -14,9 +14,9 @@ Check = Callable[[Config, int], Iterable[Line]]
 ENVIRONMENT = {
     "python": "mixgrpo.doctor.environment:check_python",
     "packages": "mixgrpo.doctor.environment:check_packages",
-    "devices": "mixgrpo.doctor.devices:check_devices",
 }
 OF_THE_RUN = {
+    "devices": "mixgrpo.doctor.devices:check_devices",
     "knobs": "mixgrpo.doctor.run:check_knobs",
     "model": "mixgrpo.doctor.model:check_model",
     "rewards": "mixgrpo.doctor.rewards:check_rewards",
@@ -48,7 +48,8 @@ def guarded(subject: str, place: str, config: Config, processes: int) -> list[Li
     except ImportError as caught:
         return [error(subject, f"could not be looked at: {_reason(caught)}", SETUP)]
     except Exception as caught:  # whatever it is, the other checks go on
-        return [warning(subject, f"the check itself broke: {_reason(caught)}")]
+        remedy = "the other checks count; please report this one"
+        return [warning(subject, f"the check itself broke: {_reason(caught)}", remedy)]
 
 
 def _reason(caught: Exception) -> str:

@@ -56,7 +56,8 @@ def _gpus(processes: int) -> Iterator[Line]:
         if processes % count:
             yield error("devices", text, f"start a multiple of {count} processes")
         else:
-            yield warning("devices", f"{text}; only this one is looked at")
+            text = f"{text}; only this one is looked at"
+            yield warning("devices", text, "bash scripts/hosts/check.sh looks at all of them")
 
 
 def processes_here(processes: int) -> int:

@@ -27,7 +27,8 @@ def check_python(config: Config, processes: int) -> Iterator[Line]:
 
 def check_packages(config: Config, processes: int) -> Iterator[Line]:
     if not REQUIREMENTS.is_file():
-        yield warning("packages", f"{REQUIREMENTS} is not there, so their versions are unknown")
+        yield warning("packages", f"{REQUIREMENTS} is not there, so their versions are unknown",
+                      "run it from a clone of the repository")  # fmt: skip
         return
     pinned = read_pins(REQUIREMENTS)
     found = {name: _installed(name) for name in pinned}

@@ -35,7 +35,7 @@ def ok(subject: str, text: str) -> Line:
     return Line("ok", subject, text)
 
 
-def warning(subject: str, text: str, remedy: str = "") -> Line:
+def warning(subject: str, text: str, remedy: str) -> Line:
     return Line("warning", subject, text, remedy)
 
 

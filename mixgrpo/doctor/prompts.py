@@ -43,7 +43,8 @@ def _told(config: Config, knob: str, prompts: list[str]) -> Line:
     text = f"{knob}: {len(prompts):,} prompts{again}"
     truncated = _count_truncated(config, prompts)
     if truncated is None:
-        return warning("prompts", f"{text}; without a tokenizer their lengths are unknown")
+        text = f"{text}; without a tokenizer their lengths are unknown"
+        return warning("prompts", text, "mend the model first")
     if truncated:
         return warning(
             "prompts",

@@ -24,7 +24,8 @@ def check_rewards(config: Config, processes: int) -> Iterator[Line]:
         try:
             yield from _check(name, knobs)
         except NotReadable as caught:
-            yield warning("rewards", f"{name}: {caught}, so its names are seen only when loaded")
+            text = f"{name}: {caught}, so its names are seen only when loaded"
+            yield warning("rewards", text, "a .safetensors file of the same weights can be read")
         except (ValueError, OSError) as caught:
             wanted = knobs.checkpoint or knobs.model or ""
             otherwise = (

@@ -5,18 +5,23 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from mixgrpo.assembly import ENCODERS
 from mixgrpo.config import Config, RewardConfig
-from mixgrpo.doctor.devices import memory_of_a_process
+from mixgrpo.doctor.devices import memory_of_a_process, processes_here
 from mixgrpo.doctor.lines import Line, error, ok, size, warning
 from mixgrpo.doctor.rewards import options_of
-from mixgrpo.memory import TrainingMemory, trained_weights, training_memory
+from mixgrpo.memory import trained_weights, training_memory
 from mixgrpo.models.flux_files import find_weights
+from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory
 from mixgrpo.prompts import read_prompts
 from mixgrpo.rewards.registry import check_call
 from mixgrpo.rewards.weights import NotReadable, parse_dtype, read_heads
+from mixgrpo.text.embeddings import read_index, shard_path
 from mixgrpo.text.stored import preprocess_command
 
 # An estimate that leaves less than this share free is called close.
@@ -24,41 +29,63 @@ _CLOSE = 0.9
 _LESS = (
     "lower --update.micro_batch, --sampling.micro_batch and --sampling.decode_batch; "
     "--model.gradient_checkpointing true; --scoring.placement offload; --text.placement offload; "
-    "--model.train lora"
+    "--model.train lora; several GPUs with --engine.kind fsdp; python -m mixgrpo plan compares"
 )
+_NAMES = {
+    "whole": "gathered or cast",
+    "average": "moving average",
+    "states": "the rollout's latents",
+    "kept": "update's activations",
+    "evaluating": "sampling",
+    "visiting": "rewards, visiting",
+    "text": "text encoders",
+    "context": "CUDA's own",
+}
 
 
 # ---- memory
 
 
 def check_memory(config: Config, processes: int) -> Iterator[Line]:
+    here = processes_here(processes)
     try:
-        needed = training_memory(config, reward_bytes(config))
+        needed = memory_needed(config, processes or here, here)
     except (OSError, ValueError, KeyError) as caught:
         text = f"cannot be estimated without the model's files ({type(caught).__name__})"
         yield warning("memory", text, "mend the model first")
         return
-    there = memory_of_a_process(processes)
-    total = needed.held + needed.activations
+    there, table = memory_of_a_process(processes), _table(needed)
     if there is None:
-        yield warning("memory", f"{_table(needed)}\nwhat there is could not be found out")
-    elif needed.held > there:
-        yield error("memory", f"{_table(needed)}\nmore than the {size(there)} there are", _LESS)
-    elif total > _CLOSE * there:
-        yield warning("memory", f"{_table(needed)}\nclose to the {size(there)} there are", _LESS)
+        yield warning("memory", f"{table}\nwhat there is could not be found out", _LESS)
+    elif needed.peak > there:
+        yield error("memory", f"{table}\nmore than the {size(there)} there are", _LESS)
+    elif needed.peak > _CLOSE * there:
+        yield warning("memory", f"{table}\nclose to the {size(there)} there are", _LESS)
     else:
-        yield ok("memory", f"{_table(needed)}\nof the {size(there)} there are")
+        yield ok("memory", f"{table}\nof the {size(there)} there are")
 
 
-def _table(needed: TrainingMemory) -> str:
-    """A row for each thing that takes something."""
+def memory_needed(config: Config, processes: int, here: int) -> DeviceMemory:
+    """Of each process; rewards as large as their files say."""
+    found, of_rewards = training_memory(config, processes, here), reward_bytes(config)
+    placement = config.scoring.placement
+    return replace(
+        found,
+        rewards=of_rewards if placement == "device" else 0,
+        visiting=of_rewards if placement == "offload" else 0,
+        context=CONTEXT if torch.cuda.is_available() else 0,
+    )
+
+
+def _table(needed: DeviceMemory) -> str:
+    """A row for each thing that takes something; the peak is that of the largest phase."""
     rows = [
-        f"{name.replace('_', ' '):<14}{size(count):>10}"
+        f"{_NAMES.get(name, name):<20}{size(count):>10}"
         for name, count in vars(needed).items()
         if count
     ]
-    total = f"{'together':<14}{size(needed.held + needed.activations):>10}"
-    return "\n".join(["of each process, estimated:", *rows, total])
+    peak = f"{'at the peak':<20}{size(needed.peak):>10}"
+    return "\n".join(["of each process, estimated:", *rows, peak])
 
 
 def reward_bytes(config: Config) -> int:
@@ -85,10 +112,7 @@ def _bytes_of_reward(knobs: RewardConfig) -> int:
 def check_disk(config: Config, processes: int) -> Iterator[Line]:
     try:
         find_weights(Path(config.model.path) / "transformer")
-        needed = {
-            Path(config.run.folder): checkpoint_bytes(config) * kept_checkpoints(config)
-            + exported_bytes(config)
-        }
+        needed = {Path(config.run.folder): run_bytes(config)}
         if config.text.mode == "embeddings":
             needed[Path(config.text.embeddings)] = missing_embedding_bytes(config)
     except (OSError, ValueError, KeyError) as caught:
@@ -116,9 +140,22 @@ def _compared(config: Config, folders: list[Path], needed: int) -> Line:
     return error("disk", text, remedy)
 
 
+def run_bytes(config: Config) -> int:
+    """Of the checkpoints that are there at once and the exported model, less what is there."""
+    total = checkpoint_bytes(config) * kept_checkpoints(config) + exported_bytes(config)
+    there = sum(_bytes_in(Path(config.run.folder) / part) for part in ("checkpoints", "model"))
+    return max(0, total - there)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def checkpoint_bytes(config: Config) -> int:
-    """Trained weights, AdamW's two moments and the average, all float32."""
-    return trained_weights(config) * 4 * (3 + bool(config.ema.decay))
+    """Trained weights, AdamW's two moments and the average."""
+    weights = 4 if config.model.weights == "float32" else 2
+    moments = 2 if config.update.optimizer == "adamw_8bit" else 8
+    return trained_weights(config) * (weights + moments + 4 * bool(config.ema.decay))
 
 
 def kept_checkpoints(config: Config) -> int:
@@ -139,15 +176,23 @@ def exported_bytes(config: Config) -> int:
 
 
 def missing_embedding_bytes(config: Config) -> int:
-    """Of the prompts' embeddings, where the folder holds none yet."""
-    if (Path(config.text.embeddings) / "index.json").exists():
-        return 0
+    """Of the embeddings that preprocessing has still to write."""
+    folder = Path(config.text.embeddings)
+    shards = index.shards if (index := read_index(folder)) is not None else []
+    begun = {
+        prompt
+        for number, shard in enumerate(shards)
+        if not shard_path(folder, number).exists()
+        for prompt in shard.prompts
+    }
+    listed = {prompt for shard in shards for prompt in shard.prompts}
     files = {
         "batch.prompts_file": config.batch.prompts_file,
         "validation.prompts_file": config.validation.prompts_file,
     }
     prompts = {p for knob, path in files.items() for p in read_prompts(path, knob)}
-    return len(prompts) * ENCODERS[config.model.family].bytes_per_prompt(config.model)
+    missing = len(begun) + len(prompts - listed)
+    return missing * ENCODERS[config.model.family].bytes_per_prompt(config.model)
 
 
 def existing(path: Path) -> Path:

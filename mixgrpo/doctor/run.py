@@ -41,15 +41,16 @@ def check_folder(config: Config, processes: int) -> Iterator[Line]:
     """Whether the folder is free, or holds a run that goes on with these knobs."""
     folder = config.run.folder
     try:
-        newest = checkpoints.latest(checkpoints_root(config))
+        wanted = config.run.resume_from if config.run.resume else "latest"
+        saved = checkpoints.find(checkpoints_root(config), wanted)
     except (checkpoints.CheckpointError, OSError) as caught:
         yield error("folder", str(caught), _ANOTHER)
         return
-    if newest is None:
+    if saved is None:
         yield from _without_checkpoint(config)
         return
     try:
-        done = _resumable(newest, config)
+        done = _resumable(saved, config)
     except (ValueError, OSError, checkpoints.CheckpointError) as caught:
         yield error("folder", f"{folder} holds a run that does not go on: {caught}", _ANOTHER)
         return
@@ -75,9 +76,9 @@ def _without_checkpoint(config: Config) -> Iterator[Line]:
         yield ok("folder", f"{folder} is free")
 
 
-def _resumable(newest: Path, config: Config) -> int:
+def _resumable(checkpoint: Path, config: Config) -> int:
     """Iterations that are done. Raises ValueError or CheckpointError where it would not go on."""
-    position = checkpoints.open_saved(newest).position
+    position = checkpoints.open_saved(checkpoint).position
     check_same_run(position, config)
     if position.iteration > config.run.iterations:
         raise ValueError(

@@ -37,6 +37,7 @@ class DeviceMemory:
         rewards: reward models that are there always.
         visiting: reward models that come to score, and go.
         text, vae: the other parts of the model.
+        context: CUDA's and NCCL's own.
     """
 
     weights: int
@@ -52,12 +53,13 @@ class DeviceMemory:
     visiting: int
     text: int
     vae: int
+    context: int = CONTEXT
 
     @property
     def held(self) -> int:
         """All the time."""
         trained = self.weights + self.optimizer + self.average + self.reference
-        return trained + self.states + self.rewards + self.text + self.vae + CONTEXT
+        return trained + self.states + self.rewards + self.text + self.vae + self.context
 
     @property
     def peak(self) -> int:
@@ -88,7 +90,7 @@ def device_memory(config: Config, spread: Spread, gpus: int) -> DeviceMemory:
         optimizer=spread_out * _optimizer(config, trained, spread) // spread.optimizer,
         average=trained * 4 // spread.weights if config.ema.decay else 0,
         reference=_reference(config, size, spread, compute, value),
-        states=pictures * (2 * config.window.size + 2) * tokens * size.in_channels * 4,
+        states=pictures * (2 * _window_size(config) + 2) * tokens * size.in_channels * 4,
         kept=_kept(config, size, tokens, Precision.on_gpu(compute, _seen(config, spread))),
         evaluating=_evaluating(config, size, tokens, compute),
         rewards=0 if visits else of_reward,
@@ -96,6 +98,14 @@ def device_memory(config: Config, spread: Spread, gpus: int) -> DeviceMemory:
         text=text_bytes(config),
         vae=vae_bytes(config),
     )
+
+
+def _window_size(config: Config) -> int:
+    window = config.window
+    if window.strategy != "all":
+        return window.size
+    first, end = window.envelope or (0, config.sampling.steps - 1)
+    return end - first
 
 
 def _counts(config: Config, size: FluxSize) -> tuple[int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mixgrpo.config import EngineConfig
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -47,6 +49,28 @@ def spreads(gpus: int, gpus_per_node: int) -> list[Spread]:
         Spread("zero2", gradients=gpus, optimizer=gpus, half=True),
         _sharded("zero3", gpus, half=True),
     ]
+
+
+def spread_of(engine: EngineConfig, processes: int, per_node: int) -> Spread:
+    """The one that a run's knobs ask for.
+
+    Args:
+        per_node: processes on one machine.
+    """
+    if processes == 1:
+        return Spread("single")
+    gathered = "blocks" if engine.gather == "evaluation" else "all"
+    sums_whole = engine.reduce == "once"
+    if engine.kind == "fsdp":
+        over = min(processes, per_node) if engine.hybrid else processes
+        return _sharded("fsdp", over, gathered, sums_whole=sums_whole, offload=engine.offload)
+    if engine.kind == "deepspeed" and engine.zero_stage == 3:
+        return _sharded("zero3", processes, gathered, sums_whole=sums_whole, half=True)
+    if engine.kind == "deepspeed":
+        return Spread(
+            "zero2", gradients=processes, optimizer=processes, sums_whole=sums_whole, half=True
+        )
+    return Spread("ddp")
 
 
 def _sharded(name: str, over: int, gathered: str = "blocks", **others: Any) -> Spread:
