@@ -73,7 +73,11 @@ METRICS = (
     Metric(
         "update/kl", "KL to the untrained model", "nats",
         "mean KL of a transition to the reference policy's, averaged over the latent's numbers; "
-        "only with `update.kl`",
+        "only with `update.kl`. With `update.kl_form velocity` the squared distance of velocities",
+    ),
+    Metric(
+        "update/kl_weight", "KL weight", "",
+        "what the KL weighed in the loss of this iteration; only with `update.kl_target`",
     ),
     Metric(
         "update/grad_norm", "Gradient norm", "",
@@ -90,9 +94,9 @@ METRICS = (
     ),
     Metric(
         "window/start", "Window", "step",
-        "first denoising step that is sampled by the SDE and trained; the window ends before the "
-        "step `window.size` later",
+        "first denoising step that is sampled by the SDE and trained",
     ),
+    Metric("window/stop", "Window, end", "step", "the step before which the window ends"),
     Metric("seconds/text", "Text encoding", "s", "encoding the prompts, or reading embeddings"),
     Metric("seconds/rollout", "Rollout", "s", "sampling the pictures, without decoding"),
     Metric("seconds/decode", "Decoding", "s", "latents to pixels"),

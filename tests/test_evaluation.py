@@ -647,7 +647,7 @@ def test_manifests_that_cannot_be_compared(base, tuned, tmp_path, complain):
     assert "same prompts file" in line
     assert "both named 'base'" in complain(base, base / "manifest.json")
     assert "both named 'a'" in complain(f"a={base}", f"a={base}")
-    assert "names no manifest" in complain(f"={base}")
+    assert "gives no name; write NAME=PATH" in complain(f"={base}")
 
 
 def test_names(base, tuned, monkeypatch):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 def logged(straight, world, tmp_path_factory) -> set[str]:
     """Every name that a run with an average and one with a KL write."""
     folder = tmp_path_factory.mktemp("kl") / "run"
-    train_here(world.config(folder, **{**QUICK, "update__kl": 0.1}))
+    train_here(world.config(folder, **{**QUICK, "update__kl": 0.1, "update__kl_target": 0.01}))
     return {key for run in (straight, folder) for record in records(run) for key in record}
 
 

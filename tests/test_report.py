@@ -20,6 +20,7 @@ from mixgrpo.report.charts import (
     metric_charts,
     other_keys,
     phase_chart,
+    points,
     reward_charts,
     running_mean,
     thinned,
@@ -172,7 +173,7 @@ def test_reward_curves_are_training_validation_and_average(run):
 def test_the_window_lies_between_two_lines(run):
     found = lines(window_chart([read_run(run)]))
     assert found[0, "start", "low"] == (0, 1, 2, 3)
-    assert found[0, "end", "high"] == (4, 5, 6, 7)
+    assert found[0, "end", "high"] == (5, 6, 7, 8)
 
 
 def test_phases_are_stacked_without_what_was_hidden(run):
@@ -252,6 +253,72 @@ def test_the_warning_of_reward_hacking_is_repeated(run):
     )
     assert card
     assert "this may be reward hacking" in card[1]
+
+
+def test_scores_of_other_prompts_are_told_apart(run, tmp_path):
+    same, other = write_run(tmp_path / "same"), write_run(tmp_path / "other")
+    saved = json.loads((other / "config.json").read_text())
+    saved["config"]["validation"]["seed"] += 1
+    (other / "config.json").write_text(json.dumps(saved))
+    assert "do not compare" not in score_table(read_runs([str(run), str(same)]))
+    found = score_table(read_runs([str(run), str(other)]))
+    assert "These runs differ in validation.seed: their scores do not compare." in found
+
+
+@pytest.mark.parametrize(
+    ("iterations", "said"),
+    [
+        ((), "No validation is on record."),
+        ((0,), "hpsv2 0.2500 - - -"),
+        ((4,), "hpsv2 - 0.2500 - -"),
+        ((2, 4), "hpsv2 - 0.2500 - -"),
+    ],
+)
+def test_scores_before_and_after_are_not_made_up(run, iterations, said):
+    write_records(run, [training(1), *(validation(i, 0.25, 0.5) for i in iterations)])
+    assert said in text_of(score_table([read_run(run)])).replace("\N{EN DASH}", "-")
+
+
+def test_small_scores_are_ranked(run):
+    for stage in (run / "pictures").iterdir():
+        kept = json.loads((stage / "scores.json").read_text())
+        kept["scores"] = {"small": [1e-5, 3e-5, 2e-5]}
+        (stage / "scores.json").write_text(json.dumps(kept))
+    assert make_album([read_run(run)]).picks[0]["small"]["best"] == [1, 2, 0]
+
+
+def test_seconds_of_an_iteration_and_its_validation_add_up(run):
+    write_records(run, [
+        {**training(1), "seconds/save": 2.0}, {**validation(1, 0.5, 0.5), "seconds/save": 0.25}
+    ])  # fmt: skip
+    assert points(read_run(run), "seconds/save") == {1: 2.25}
+
+
+def test_a_number_that_no_float_holds_is_none(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 5, "reward/hpsv2": 1' + 400 * "0" + "}\n")
+    assert read_run(run).records[-1] == {"iteration": 5}
+
+
+def test_prompts_kept_with_the_pictures_count_before_the_file(run, tmp_path):
+    """Which may have been edited since, and where scores.json is missing is all there is."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("other\nprompts\nby\nnow\n")
+    saved = json.loads((run / "config.json").read_text())
+    saved["config"]["validation"]["prompts_file"] = str(file)
+    (run / "config.json").write_text(json.dumps(saved))
+    (run / "pictures" / "iteration_00000000" / "scores.json").unlink()
+    assert make_album([read_run(run)]).prompts == list(PROMPTS)
+
+
+def test_every_run_shows_prompts_of_its_own(run, tmp_path):
+    other = write_run(tmp_path / "other")
+    for stage in (other / "pictures").iterdir():
+        kept = json.loads((stage / "scores.json").read_text())
+        kept["prompts"] = [PROMPTS[0], "one", "two"]
+        (stage / "scores.json").write_text(json.dumps(kept))
+    album = make_album(read_runs([str(run), str(other)]))
+    assert album.shown == [[0, 1, 2], [0, 3, 4]]
 
 
 def test_score_table_says_before_after_change(run):

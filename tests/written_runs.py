@@ -63,6 +63,7 @@ def training(iteration: int) -> dict[str, Any]:
         "update/grad_norm": 1 / iteration,
         "update/clip_fraction": None,
         "window/start": iteration - 1,
+        "window/stop": iteration + 4,
         "seconds/rollout": 2.0,
         "seconds/reward": 0.5,
         "seconds/reward_hidden": 3.0,

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from mixgrpo.named_paths import check_distinct_names, split_name
+
 VERSION = 1
 _FIELDS = {"index": int, "sample": int, "prompt": str, "file": str}
 
@@ -66,16 +68,8 @@ def read_manifests(arguments: Sequence[str]) -> list[Manifest]:
         FileNotFoundError: there is no such manifest.
         ValueError: one is none, two have one name, or they give one index different prompts.
     """
-    manifests: list[Manifest] = []
-    for argument in arguments:
-        manifest = _read(argument)
-        for other in manifests:
-            if other.name == manifest.name:
-                raise ValueError(
-                    f"{other.path} and {manifest.path} are both named {other.name!r}; give one "
-                    f"another name: NAME={argument.removeprefix(f'{other.name}=')}"
-                )
-        manifests.append(manifest)
+    manifests = [_read(argument) for argument in arguments]
+    check_distinct_names((manifest.name, manifest.path) for manifest in manifests)
     _check_same_prompts(manifests)
     return manifests
 
@@ -94,12 +88,8 @@ def _check_same_prompts(manifests: Sequence[Manifest]) -> None:
 
 
 def _read(argument: str) -> Manifest:
-    name, equals, path = argument.partition("=")
-    if not equals or Path(argument).exists():
-        name, path = "", argument
-    elif not name:
-        raise ValueError(f"{argument!r} names no manifest; write NAME=PATH or PATH")
-    file = Path(path) / "manifest.json" if Path(path).is_dir() else Path(path)
+    name, path = split_name(argument)
+    file = path / "manifest.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"there is no manifest {str(file)!r}; give the folder that `python -m mixgrpo sample` "

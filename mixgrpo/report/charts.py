@@ -76,8 +76,16 @@ Points = dict[int, float]
 
 
 def points(run: Run, key: str) -> Points:
-    """Iteration -> value; the last record of an iteration counts."""
-    return {r["iteration"]: float(r[key]) for r in run.records if key in r}
+    """Iteration -> value; the last record of an iteration counts.
+
+    Seconds are summed: what the iteration's record and its validation's tell are different times.
+    """
+    found: Points = {}
+    for record in run.records:
+        if key in record:
+            before = found.get(record["iteration"], 0.0) if key.startswith("seconds/") else 0.0
+            found[record["iteration"]] = before + float(record[key])
+    return found
 
 
 def reward_charts(runs: Sequence[Run], trained: bool) -> list[Chart]:
@@ -127,20 +135,16 @@ def other_keys(runs: Sequence[Run]) -> list[str]:
     keys = {key for run in runs for key in run.keys if not key.startswith(shown)}
     failed = {key for key in keys if key.startswith("reward_failed/")}
     silent = {key for key in failed if not any(any(points(r, key).values()) for r in runs)}
-    return sorted(keys - {*OPTIMISATION, "window/start"} - silent)
+    return sorted(keys - {*OPTIMISATION, "window/start", "window/stop"} - silent)
 
 
 def window_chart(runs: Sequence[Run]) -> Chart | None:
     """The window's first and last step at every iteration."""
     drawn = []
     for place, run in enumerate(runs):
-        start, size = points(run, "window/start"), run.config.get("window.size")
-        if not start:
-            continue
-        size = size if isinstance(size, int) else 1
-        stop = {iteration: first + size for iteration, first in start.items()}
-        drawn += [(Line(place, "end", "high", ()), stop)]
-        drawn += [(Line(place, "start", "low", ()), start)]
+        for label, kind, key in (("end", "high", "window/stop"), ("start", "low", "window/start")):
+            if found := points(run, key):
+                drawn.append((Line(place, label, kind, ()), found))
     known = describe("window/start")
     return _chart(
         known.key, known.title, known.unit, known.meaning, runs, drawn, [known.key], thin=False

@@ -20,7 +20,7 @@ from mixgrpo.report.charts import (
     reward_charts,
     window_chart,
 )
-from mixgrpo.report.pictures import PROMPTS, make_album
+from mixgrpo.report.pictures import make_album
 from mixgrpo.report.runs import Run
 from mixgrpo.report.tables import knob_tables, name_of, score_table, time_table
 
@@ -46,7 +46,6 @@ def report_html(runs: Sequence[Run]) -> str:
         "runs": [run.name for run in runs],
         "sections": _sections(runs),
         "album": asdict(album),
-        "prompts": PROMPTS,
     }
     names = ", ".join(run.name for run in runs)
     parts = {

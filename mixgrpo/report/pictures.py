@@ -26,6 +26,7 @@ class Album:
         runs: for each run, iteration -> place among ``prompts`` -> picture as a data URI, or None
             where its file is damaged.
         scores: for each run, iteration -> place -> reward -> score.
+        shown: for each run, the places that are shown through training.
         picks: for each run, measure -> ``best``, ``worst``, ``improved`` -> places.
         faults: for each run, what could not be shown, a sentence each.
     """
@@ -33,6 +34,7 @@ class Album:
     prompts: list[str] = field(default_factory=list)
     runs: list[dict[int, dict[int, str | None]]] = field(default_factory=list)
     scores: list[dict[int, dict[int, dict[str, float]]]] = field(default_factory=list)
+    shown: list[list[int]] = field(default_factory=list)
     picks: list[dict[str, dict[str, list[int]]]] = field(default_factory=list)
     faults: list[list[str]] = field(default_factory=list)
 
@@ -52,7 +54,9 @@ def _places(run: Run, known: dict[tuple[str, int], int], prompts: list[str]) -> 
 
     A prompt that comes several times is told apart by which time it is.
     """
-    texts = max((stage.prompts for stage in run.stages), key=len, default=())
+    # What was kept with the pictures is right, whatever has become of the prompts file since.
+    kept = [stage.prompts for stage in run.stages if stage.scores]
+    texts = max(kept or [stage.prompts for stage in run.stages], key=len, default=())
     count = max((max(stage.pictures) + 1 for stage in run.stages), default=0)
     own: dict[int, int] = {}
     seen: dict[str, int] = {}
@@ -88,6 +92,7 @@ def _add(album: Album, run: Run, places: Mapping[int, int]) -> None:
         faults.append(f"{len(shown)} of {len(run.stages)} validations' pictures are shown")
     album.runs.append(pictures)
     album.scores.append(scores)
+    album.shown.append([place for own, place in places.items() if own < PROMPTS])
     album.picks.append(picks(scores))
     album.faults.append(faults)
 
@@ -106,7 +111,7 @@ def _small(file: Path, faults: list[str]) -> str | None:
 
 def _scores(stage: Stage, place: int) -> dict[str, float]:
     values = {n: own[place] for n, own in stage.scores.items() if place < len(own)}
-    return {name: round(value, 4) for name, value in values.items() if value is not None}
+    return {name: float(f"{value:.6g}") for name, value in values.items() if value is not None}
 
 
 def spread(stages: Sequence[Stage], count: int) -> list[Stage]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixgrpo.config import ValidationConfig, dotted
+from mixgrpo.named_paths import check_distinct_names, split_name
 from mixgrpo.prompts import read_prompts
 
 OF_A_RUN = ("config.json", "metrics.jsonl", "pictures")
@@ -96,8 +97,13 @@ class Run:
 
 
 def is_number(value: object) -> bool:
-    """True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """True and False are none, nor what no float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
@@ -107,27 +113,16 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
         FileNotFoundError: there is no such folder.
         ValueError: a folder is no run's, or two have one name.
     """
-    runs: list[Run] = []
+    runs = []
     for argument in arguments:
-        run = _read_named(argument)
-        for other in runs:
-            if other.name == run.name:
-                raise ValueError(
-                    f"{other.folder} and {run.folder} are both named {run.name!r}; give one "
-                    f"another name: NAME={run.folder}"
-                )
-        runs.append(run)
+        name, folder = split_name(argument)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {str(folder)!r}; give the --run.folder of a training"
+            )
+        runs.append(read_run(folder, name))
+    check_distinct_names((run.name, run.folder) for run in runs)
     return runs
-
-
-def _read_named(argument: str) -> Run:
-    name, equals, path = argument.partition("=")
-    if not equals or Path(argument).exists():
-        name, path = "", argument
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {path!r}; give the --run.folder of a training")
-    return read_run(folder, name)
 
 
 def read_run(folder: Path, name: str = "") -> Run:

@@ -14,6 +14,8 @@ from mixgrpo.report.runs import Run
 
 COLOURS = 8  # as many as report.css has
 
+_VALIDATED_BY = tuple(f"validation.{knob}" for knob in ("prompts_file", "prompts", "steps", "seed"))
+
 Cells = Sequence[str]
 
 
@@ -27,7 +29,18 @@ def score_table(runs: Sequence[Run]) -> str:
     heads = ["before", "after", "change", "average"]
     top = [f'<th colspan="4">{name_of(run, place)}</th>' for place, run in enumerate(runs)]
     head = [f"<th>{name}</th>" for _ in runs for name in heads]
-    return _table([["<th></th>", *top]] * (len(runs) > 1) + [["<th>reward</th>", *head], *rows])
+    table = _table([["<th></th>", *top]] * (len(runs) > 1) + [["<th>reward</th>", *head], *rows])
+    return table + _compared(runs)
+
+
+def _compared(runs: Sequence[Run]) -> str:
+    """What to know before comparing: runs validated on other prompts, or otherwise."""
+    known = [run.config for run in runs if run.config]
+    other = [knob for knob in _VALIDATED_BY if len({str(c.get(knob)) for c in known}) > 1]
+    if not other:
+        return ""
+    said = f"These runs differ in {', '.join(other)}: their scores do not compare."
+    return f'<p class="note">{html.escape(said)}</p>'
 
 
 def _reward_cell(runs: Sequence[Run], name: str) -> str:
@@ -38,9 +51,10 @@ def _reward_cell(runs: Sequence[Run], name: str) -> str:
 def _score_cells(runs: Sequence[Run], name: str) -> list[str]:
     cells = []
     for run in runs:
-        course = list(points(run, f"validation/{name}").values())
+        course = points(run, f"validation/{name}")
         average = list(points(run, f"validation_ema/{name}").values())
-        before, after = (course[0], course[-1]) if course else (None, None)
+        before, last = course.get(0), max(course, default=0)
+        after = course[last] if last else None
         change = after - before if before is not None and after is not None else None
         kind = "" if not change else ' class="up"' if change > 0 else ' class="down"'
         cells += [f"<td>{_number(before)}</td>", f"<td>{_number(after)}</td>"]

@@ -196,9 +196,10 @@ function showStage() {
   document.getElementById("stage-text").textContent = iteration;
   const cells = album.prompts.map((prompt, place) => {
     const runs = data.runs.map((_, run) => run).filter(run => !hidden.has(run) &&
+      album.shown[run].includes(place) &&
       iterations(run).some(each => place in album.runs[run][each]));
     return [prompt, place, runs];
-  }).filter(([, , runs]) => runs.length).slice(0, data.prompts);
+  }).filter(([, , runs]) => runs.length).sort((a, b) => b[2].length - a[2].length);
   room.replaceChildren(...cells.map(([prompt, place, runs]) => {
     const figure = make("figure"), row = make("div", "row");
     row.append(...runs.map(run =>
