@@ -131,6 +131,20 @@ CLAIMS = (
         b="free_random",
     ),
     Claim(
+        name="exp_decay",
+        text="equally long windows are better than ever shorter ones (exp_decay)",
+        figures="order of the paper's table",
+        a="free_progressive",
+        b="free_exp_decay",
+    ),
+    Claim(
+        name="decay",
+        text="equally long windows are better than linearly shorter ones (decay)",
+        figures="order of the paper's table",
+        a="free_progressive",
+        b="free_decay",
+    ),
+    Claim(
         name="frozen",
         text="windows that move on are better than a frozen one",
         figures="order of the paper's table",

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -26,7 +23,8 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from environment import ROOT, environment
+from environment import environment
+from trainings import finish, prepare, start
 
 from mixgrpo.checkpoint import Saved, Shards, choose
 from mixgrpo.distributed import Process
@@ -79,7 +77,10 @@ def main() -> int:
     for key, value in environment(torch.device("cpu")).items():
         print(f"{key}: {value}")
     with tempfile.TemporaryDirectory() as name:
-        return _compare(Path(name), given)
+        try:
+            return _compare(Path(name), given)
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
 
 
 def _compare(folder: Path, given: argparse.Namespace) -> int:
@@ -107,7 +108,7 @@ def _compare(folder: Path, given: argparse.Namespace) -> int:
 
 def _kill(folder: Path, iterations: int, draw: random.Random, longest: float) -> Kill:
     seconds, victim = draw.uniform(0, longest), draw.randrange(2)
-    processes = _start(folder, iterations)
+    processes = start(knobs(folder, iterations), 2, _log(folder))
     processes[victim].join(seconds)
     killed = processes[victim].is_alive()
     processes[victim].kill()
@@ -128,16 +129,15 @@ def _kill(folder: Path, iterations: int, draw: random.Random, longest: float) ->
 
 def _run(folder: Path, iterations: int) -> Saved:
     """A run to its end; its last checkpoint."""
-    processes = _start(folder, iterations)
-    for process in processes:
-        process.join()
-    if [process.exitcode for process in processes] != [0, 0]:
-        logs = "".join(file.read_text()[-2000:] for file in folder.parent.glob("*.log"))
-        raise SystemExit(f"the run in {folder} failed:\n{logs}")
+    finish(knobs(folder, iterations), 2, _log(folder))
     saved = _newest(folder)
     assert saved is not None
     assert saved.position.iteration == iterations
     return saved
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_suffix(".log")
 
 
 def _newest(folder: Path) -> Saved | None:
@@ -176,45 +176,6 @@ def knobs(folder: Path, iterations: int) -> list[str]:
     ]
 
 
-# ---- processes, forked from one that has imported everything: importing takes longer than training
-
-
-def _start(folder: Path, iterations: int) -> list[multiprocessing.Process]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mixgrpo.trainer", "mixgrpo.summary"])
-    words = knobs(folder, iterations)
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    processes = [
-        context.Process(target=_train, args=(words, rank, port, f"{folder}_{rank}.log"))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def _train(words: list[str], rank: int, port: int, log: str) -> None:
-    from mixgrpo.commands import main as mixgrpo
-
-    os.chdir(ROOT)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    sys.exit(mixgrpo(["train", *words]))
-
-
 if __name__ == "__main__":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    prepare()
     sys.exit(main())

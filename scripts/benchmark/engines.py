@@ -1,0 +1,188 @@
+"""Whether every engine, in any number of processes, trains as one process does.
+
+    python scripts/benchmark/engines.py --processes 2 4 --iterations 4
+
+Trains a recipe with one process, and then with each engine in each number of processes, full
+weights and LoRA: same global batch, prompts, noise and windows. The table shows the largest
+differences from one process. Weights differ by what rounding makes of them: how far apart they end
+is told as a share of how far training moved them. Options that are not listed here are knobs of
+the training. The exit code is 1 if a difference is above its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from environment import ROOT, environment
+from torch import Tensor
+from trainings import finish, prepare
+
+from mixgrpo.assembly import make_policy
+from mixgrpo.checkpoint import Shards, latest
+from mixgrpo.commands.train import parse
+from mixgrpo.tracking import read_metrics
+
+ENGINES = {
+    "ddp": ("--engine.kind", "ddp"),
+    "fsdp": ("--engine.kind", "fsdp"),
+    "zero2": ("--engine.kind", "deepspeed", "--engine.zero_stage", "2"),
+    "zero3": ("--engine.kind", "deepspeed", "--engine.zero_stage", "3"),
+}
+TRAINED = {"full": (), "lora": ("--model.train", "lora", "--model.lora_rank", "8")}
+Weights = Mapping[str, Tensor]
+Records = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The largest differences from one process.
+
+    Attributes:
+        loss: absolute; a sample's term in it is of the size of its advantage, about 1.
+        grad_norm: relative to its mean.
+        reward: of an iteration's mean, relative to the mean size of these.
+        weights: distance in the end, relative to the way from the untrained weights.
+    """
+
+    loss: float
+    grad_norm: float
+    reward: float
+    weights: float
+
+    def is_within(self, limit: Apart) -> bool:
+        return all(value <= asdict(limit)[name] for name, value in asdict(self).items())
+
+
+# A picture's bits change the scores by far less than pictures differ; four optimizer steps an
+# iteration carry that on.
+LIMIT = Apart(loss=1e-5, grad_norm=1e-2, reward=1e-3, weights=1e-2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training leaves behind for the comparison."""
+
+    records: Records
+    weights: Weights
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        newest = latest(folder / "checkpoints")
+        assert newest is not None
+        records = [record for record in read_metrics(folder) if "update/loss" in record]
+        return cls(records, Shards(newest).whole("model"))
+
+
+def apart(run: Run, one: Run, untrained: Weights) -> Apart:
+    """Compares a run with that of one process."""
+    assert len(run.records) == len(one.records) > 0
+    pairs = list(zip(run.records, one.records, strict=True))
+
+    def largest(metric: str) -> float:
+        return max(abs(ours[metric] - theirs[metric]) for ours, theirs in pairs)
+
+    def size(metric: str) -> float:
+        return fmean(abs(record[metric]) for record in one.records)
+
+    rewards = [metric for metric in one.records[0] if metric.startswith("reward/")]
+    return Apart(
+        loss=largest("update/loss"),
+        grad_norm=largest("update/grad_norm") / size("update/grad_norm"),
+        reward=max(largest(metric) / size(metric) for metric in rewards),
+        weights=distance(run.weights, one.weights) / distance(one.weights, untrained),
+    )
+
+
+def distance(first: Weights, second: Weights) -> float:
+    """Euclidean, over the weights of the first. Raises KeyError if the second lacks one."""
+    squares = ((first[name] - second[name]).double().square().sum() for name in first)
+    return float(sum(squares, torch.zeros((), dtype=torch.float64)).sqrt())
+
+
+def untrained_weights(words: Sequence[str]) -> Weights:
+    """Of the trained parameters, before the first step."""
+    module = make_policy(parse(words), torch.device("cpu")).module
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def knobs(folder: Path, given: argparse.Namespace, more: Sequence[str]) -> list[str]:
+    """The training's command line: one thread, no validation, nothing drawn or sent."""
+    return [
+        *("--recipe", given.recipe, "--run.folder", str(folder)),
+        *("--run.iterations", str(given.iterations), "--run.threads", "1"),
+        *("--validation.every", "0", "--validation.prompts", "2", "--validation.pictures", "0"),
+        *("--validation.before", "false", "--validation.steps", "2"),
+        *("--checkpoint.every", "0", "--log.wandb", "disabled", "--log.progress", "false"),
+        *more,
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given, more = _parse(arguments)
+    for key, value in environment(torch.device("cpu")).items():
+        print(f"{key}: {value}")
+    title = f"{given.recipe}, {given.iterations} iterations {' '.join(more)}".strip()
+    print(f"\n{title}; largest difference from one process:\n")
+    print("| trained | engine | processes | loss | gradient norm | rewards | weights |")
+    print("|---|---|---|---|---|---|---|")
+    found = []
+    with tempfile.TemporaryDirectory(dir=given.folder) as root:
+        try:
+            for trained in given.trained:
+                found += _compare(Path(root), trained, given, [*TRAINED[trained], *more])
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
+    if given.json:
+        given.json.write_text(json.dumps({**environment(torch.device("cpu")), "runs": found}))
+    good = all(row["within"] for row in found)
+    print(f"\ntolerances: {asdict(LIMIT)}: {'all within' if good else 'NOT all within'}")
+    return 0 if good else 1
+
+
+def _compare(
+    root: Path, trained: str, given: argparse.Namespace, more: Sequence[str]
+) -> list[dict[str, object]]:
+    alone = knobs(root / trained, given, more)
+    finish(alone, 1, root / "log.txt")
+    one, untrained = Run.read(root / trained), untrained_weights(alone)
+    found: list[dict[str, object]] = []
+    for engine in given.engines:
+        for count in given.processes:
+            folder = root / f"{trained}_{engine}_{count}"
+            finish(knobs(folder, given, [*ENGINES[engine], *more]), count, root / "log.txt")
+            difference = apart(Run.read(folder), one, untrained)
+            about = {"trained": trained, "engine": engine, "processes": count}
+            numbers = asdict(difference)
+            found.append({**about, **numbers, "within": difference.is_within(LIMIT)})
+            cells = [*map(str, about.values()), *(f"{value:.1e}" for value in numbers.values())]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    return found
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="shapes_mixgrpo")
+    parser.add_argument("--iterations", type=int, default=4)
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--trained", nargs="+", choices=TRAINED, default=list(TRAINED))
+    parser.add_argument("--folder", type=Path, help="for the runs, which are removed; else /tmp")
+    parser.add_argument("--json", type=Path, help="the differences as a file, too")
+    return parser.parse_known_args(arguments)
+
+
+if __name__ == "__main__":
+    prepare()
+    os.chdir(ROOT)
+    sys.exit(main())
