@@ -21,7 +21,11 @@ MAY_CHANGE = (
     "validation.every",
     "validation.before",
     "validation.patience",
-    "scoring.max_failed",
+    "scoring.",
+    "sampling.micro_batch",  # batches of another size round differently, and nothing else
+    "sampling.decode_batch",
+    "update.micro_batch",
+    "text.placement",
     "contents.",  # of the prompt files; compared apart
     "checkpoint.",
     "engine.",  # as the number of processes: they round differently, and nothing else
@@ -32,8 +36,11 @@ MAY_CHANGE = (
 )
 
 
-def check(config: Config, world_size: int) -> None:
+def check(config: Config, world_size: int | None) -> None:
     """Cross-field checks, all in one place, before anything is loaded.
+
+    Args:
+        world_size: processes of the run; None where it is of no matter.
 
     Raises:
         ValueError: the first combination that cannot work, with both numbers and the remedy.
@@ -42,7 +49,7 @@ def check(config: Config, world_size: int) -> None:
         raise ValueError(complaint)
 
 
-def _complaints(config: Config, world_size: int) -> Iterator[str]:
+def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
     model, batch, update = config.model, config.batch, config.update
     yield from _too_small(config)
     yield from _sampling_complaints(config)
@@ -55,7 +62,7 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
             f"batch.samples is {batch.samples}: a group of one has nothing to be compared with; "
             "set --batch.samples to at least 2"
         )
-    if batch.prompts % world_size:
+    if world_size and batch.prompts % world_size:
         yield (
             f"batch.prompts ({batch.prompts}) must be a multiple of the number of processes "
             f"({world_size}); set --batch.prompts to {_multiple(batch.prompts, world_size)}"
@@ -87,9 +94,9 @@ def _complaints(config: Config, world_size: int) -> Iterator[str]:
         yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
 
 
-def _engine_complaints(config: Config, world_size: int) -> Iterator[str]:
+def _engine_complaints(config: Config, world_size: int | None) -> Iterator[str]:
     engine = config.engine
-    if engine.kind == "single" and world_size > 1:
+    if engine.kind == "single" and world_size and world_size > 1:
         yield (
             f"engine.kind is 'single', but there are {world_size} processes; start one, or set "
             "--engine.kind ddp, fsdp or deepspeed"

@@ -16,7 +16,7 @@ from mixgrpo.maths.emphasis import (
 )
 from mixgrpo.maths.transitions import make_transition
 from mixgrpo.noise import drawn_steps
-from mixgrpo.types import Trajectory
+from mixgrpo.types import Trajectory, Window
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def whole(trajectory: Trajectory) -> Emphasis:
 def emphasize(
     config: Config,
     iteration: int,
+    window: Window,
     trajectory: Trajectory,
     advantages: Tensor,
     rank: int,
@@ -51,6 +52,8 @@ def emphasize(
     """What the update gets: the trajectory of the samples that are trained, advantages, emphasis.
 
     Args:
+        window: the iteration's, in the whole schedule; the trajectory's lies at earlier steps
+            where those before it were compressed.
         trajectory: this process's, of B samples.
         advantages: [world*B], of all samples; returned are those of this process's trained ones.
     """
@@ -67,10 +70,11 @@ def emphasize(
         advantages, weights = advantages[rows], weights[rows]
     advantages, weights = (part.chunk(world_size)[rank] for part in (advantages, weights))
     transition = make_transition(config.sampling.transition, config.sampling.eta)
-    steps = step_weights(
-        config.update.step_weight, trajectory.sigmas, trajectory.window, transition
-    ).to(weights.device)
-    return trajectory, advantages, Emphasis(trained, weights[:, None] * steps)
+    kind = config.update.step_weight
+    if not isinstance(kind, str):
+        kind = kind[window.start : window.stop]
+    steps = step_weights(kind, trajectory.sigmas, trajectory.window, transition)
+    return trajectory, advantages, Emphasis(trained, weights[:, None] * steps.to(weights.device))
 
 
 def _drawn(config: Config, iteration: int, size: int) -> Tensor:

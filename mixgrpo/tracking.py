@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -87,6 +88,7 @@ class Tracker:
             return
         path = folder / "metrics.jsonl"
         _keep_records(path, first_iteration, config.run.iterations)
+        _keep_pictures(folder / "pictures", first_iteration)
         self.file = path.open("a", buffering=1)
         self.bar = tqdm(
             total=config.run.iterations,
@@ -177,6 +179,14 @@ def _keep_records(path: Path, done: int, total: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
     partial.replace(path)  # a full disk must not cost the old records
+
+
+def _keep_pictures(folder: Path, done: int) -> None:
+    """Removes those of validations that a run which continues after ``done`` iterations redoes."""
+    for place in folder.glob("iteration_*"):
+        number = place.name.removeprefix("iteration_")
+        if number.isdecimal() and (int(number) > done or done == 0):
+            shutil.rmtree(place)
 
 
 def _start_tensorboard(config: Config, folder: Path, done: int) -> Any:

@@ -73,7 +73,11 @@ def train(config: Config) -> Path:
         CheckpointError: a checkpoint could not be written or read.
         OutOfMemory: the GPU is too small.
     """
-    with process_group(config.run.threads) as process, _explained(config, process):
+    with (
+        process_group(config.run.threads) as process,
+        _explained(config, process),
+        Watchdog(config.run.patience, process) as watchdog,
+    ):
         check(config, process.world_size)
         windows = make_windows(config)
         resumed = resumed_checkpoint(config, process)
@@ -83,12 +87,15 @@ def train(config: Config) -> Path:
         )[: config.validation.prompts or None]
         stored = make_stored_text(config, prompts + validation_prompts, process.device)
         with process.first(own_folder(config.run.folder, "run.folder")):
+            watchdog.progress("loading the rewards")
             rewards = make_rewards(config, reward_device(config, process.device))
+            watchdog.progress("loading the model")
             policy = make_policy(config, process.device, stored, process.world_size)
             trainer = Trainer(
-                config, process, windows, policy, rewards, prompts, validation_prompts
+                config, process, watchdog, windows, policy, rewards, prompts, validation_prompts
             )
             if resumed is not None:
+                watchdog.progress("reading the checkpoint")
                 trainer.restore(resumed)
             trainer.run()
     return Path(config.run.folder)
@@ -99,7 +106,9 @@ def _explained(config: Config, process: Process) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(explain_training(config, memory_of(process.device))) from error
+        there, per_node = memory_of(process.device), max(1, torch.cuda.device_count())
+        said = explain_training(config, there, process.world_size, per_node)
+        raise OutOfMemory(said) from error
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ class Trainer:
         self,
         config: Config,
         process: Process,
+        watchdog: Watchdog,
         windows: WindowSchedule,
         policy: Policy,
         rewards: dict[str, Reward],
@@ -152,20 +162,20 @@ class Trainer:
             config.checkpoint.asynchronous,
         )
         self.resumed: Path | None = None  # the checkpoint that this continues from
-        self.watchdog = Watchdog(config.run.patience, process)
-        self.phases = Phases(process.device, self.watchdog.progress)
+        self.watchdog = watchdog
+        self.phases = Phases(process.device, watchdog.progress)
         self.iteration = 0  # iterations done
         self.contents = prompt_digests(config)  # at the beginning: files may change meanwhile
         self.stop = StopRequest()
 
     def run(self) -> None:
         """Trains from the present position to the last iteration."""
-        with self.stop.from_signals(), self.watchdog:
+        with self.stop.from_signals():
             self._prepare_folder()
             self.tracker = Tracker(self.config, self.folder, self.iteration, self.engine.rank == 0)
             try:
                 self._tell_start()
-                if self.iteration == 0 and self.config.validation.before:
+                if self._lacks_validation():
                     self._validate()
                 while self.iteration < self.config.run.iterations:
                     self._iterate()
@@ -185,7 +195,7 @@ class Trainer:
         self._stop_if_asked()
         scores = self._gather(batch.scoring)
         advantages = self._advantages(scores)
-        metrics = self._update(batch, advantages)
+        metrics = self._update(window, batch, advantages)
         self.iteration += 1
         if self.ema and self.iteration % self.config.ema.every == 0:
             self.ema.update()
@@ -209,7 +219,7 @@ class Trainer:
                     parts = latents.split(config.sampling.decode_batch)
                     images = torch.cat([self.policy.decode(part) for part in parts])
                 stream.submit(images, texts[rows.start : rows.stop])
-                if self.engine.any(self.stop.signal is not None):
+                if self._is_asked_to_stop():
                     raise SamplingStopped
 
             with self.phases("rollout"), stream.given_up_on_error():
@@ -249,11 +259,12 @@ class Trainer:
         advantages = group_advantages(scores, group, weights, knobs.kind, knobs.clip, knobs.trim)
         return balanced(advantages) if knobs.balance else advantages
 
-    def _update(self, batch: Batch, advantages: Tensor) -> dict[str, Tensor]:
+    def _update(self, window: Window, batch: Batch, advantages: Tensor) -> dict[str, Tensor]:
         knobs = self.config.update
         trajectory, mine, emphasis = emphasize(
             self.config,
             self.iteration,
+            window,
             batch.trajectory,
             advantages,
             self.engine.rank,
@@ -274,7 +285,7 @@ class Trainer:
                 self._save_now()
             newest = checkpoints.latest(root)
             raise TrainingStopped(
-                f"iteration {self.iteration + 1}, window {batch.trajectory.window}: {error}; this "
+                f"iteration {self.iteration + 1}, window {window}: {error}; this "
                 f"process's prompts: {batch.texts}; the optimizer step was not taken; the newest "
                 f"checkpoint is {newest}; lower --update.learning_rate or --update.max_grad_norm "
                 "and train into another --run.folder, or continue with --run.resume true",
@@ -323,7 +334,7 @@ class Trainer:
             record[f"reward_failed/{name}"] = values.isnan().sum().item()
         record["advantage/deviation"] = advantages[~advantages.isnan()].std().item()
         record["rollout/evaluations_per_image"] = batch.trajectory.evaluations_per_image
-        record["window/start"] = window.start
+        record["window/start"], record["window/stop"] = window.start, window.stop
         seconds = self.phases.take()
         record.update({f"seconds/{name}": value for name, value in seconds.items()})
         self.tracker.log(self.iteration, record)
@@ -333,21 +344,32 @@ class Trainer:
 
     def _adapt_kl(self, record: dict[str, float]) -> None:
         """The KL's weight for the next iteration, from every process's KL."""
-        target = self.config.update.kl_target
+        first, target = self.config.update.kl, self.config.update.kl_target
         if target:
             record["update/kl_weight"] = self.kl_weight
-            self.kl_weight = adapted_kl_weight(self.kl_weight, record["update/kl"], target)
+            self.kl_weight = adapted_kl_weight(self.kl_weight, record["update/kl"], target, first)
 
-    def _validate(self) -> Validation:
+    def _lacks_validation(self) -> bool:
+        """Whether the present weights were to be validated, and a stop came between."""
+        every, done = self.config.validation.every, self.iteration
+        if done == 0:
+            return self.config.validation.before
+        if not every or done % every or done == self.config.run.iterations:
+            return False
+        records = read_metrics(self.folder) if self.tracker.active else []
+        found = any(
+            record["iteration"] == done and any(key.startswith("validation/") for key in record)
+            for record in records
+        )
+        return self.engine.any(self.tracker.active and not found)
+
+    def _validate(self) -> None:
         """Scores the fixed prompts, with and without the average; logs and keeps pictures."""
-        rewards, placement = self.validator.rewards, self.config.scoring.placement
-        with self.phases("validation"), resident(rewards, placement, self.engine.device):
-            with self.engine.gathered():
-                plain = self.validator(self.engine, self.velocity)
-            average = None
-            if self.ema and self.iteration > 0:
-                with self.ema.swapped(), self.engine.gathered():
-                    average = self.validator(self.engine, self.velocity)
+        try:
+            plain, average = self._validated()
+        except SamplingStopped:
+            self._stop_if_asked()
+            raise
         record = {f"validation/{name}": value for name, value in plain.means.items()}
         if average:
             record |= {f"validation_ema/{name}": value for name, value in average.means.items()}
@@ -357,7 +379,17 @@ class Trainer:
         if self.engine.rank == 0:
             plain.save_pictures(self.folder / "pictures" / f"iteration_{self.iteration:08d}")
             self.tracker.pictures(self.iteration, plain.pictures, plain.prompts)
-        return plain
+
+    def _validated(self) -> tuple[Validation, Validation | None]:
+        """By the weights, and by their average if there is one."""
+        rewards, placement = self.validator.rewards, self.config.scoring.placement
+        with self.phases("validation"), resident(rewards, placement, self.engine.device):
+            with self.engine.gathered():
+                plain = self.validator(self.engine, self.velocity, self._is_asked_to_stop)
+            if not self.ema or self.iteration == 0:
+                return plain, None
+            with self.ema.swapped(), self.engine.gathered():
+                return plain, self.validator(self.engine, self.velocity, self._is_asked_to_stop)
 
     def _watch(self) -> None:
         """Warns of reward hacking."""
@@ -373,6 +405,7 @@ class Trainer:
         if self.engine.rank == 0 and checkpoint is not None:
             from mixgrpo.summary import summarize
 
+            self.watchdog.progress("exporting")
             export(checkpoint, self.folder / "model")
             self.tracker.say(summarize(self.folder, self.config))
         self.engine.barrier()
@@ -418,9 +451,13 @@ class Trainer:
         self.iteration = saved.position.iteration
         self.resumed = saved.path
 
+    def _is_asked_to_stop(self) -> bool:
+        """Asked by all processes together."""
+        return self.engine.any(self.stop.signal is not None)
+
     def _stop_if_asked(self) -> None:
         """Called where the weights are those of a whole number of iterations."""
-        if not self.engine.any(self.stop.signal is not None):
+        if not self._is_asked_to_stop():
             return
         path = self._save_now()
         number = self.stop.signal or signal.SIGTERM
@@ -441,6 +478,7 @@ class Trainer:
                 text = json.dumps(self.engine.settings, indent=1)
                 (self.folder / "engine.json").write_text(text + "\n")
         self.engine.barrier()
+        self.saver.check_shared(self.folder / "config.json")
 
     def _tell_start(self) -> None:
         say = self.tracker.say

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from mixgrpo.noise import Noise
 from mixgrpo.pictures import save_pictures, save_scores, to_bytes
 from mixgrpo.rewards import Reward, score
 from mixgrpo.rollout import sample_ode
+from mixgrpo.stopping import SamplingStopped
 from mixgrpo.types import Velocity
 
 
@@ -65,11 +66,21 @@ class Validator:
         self.prompts = prompts
         self.sigmas = make_sigmas(config.validation.steps, shift)
 
-    def __call__(self, engine: Engine, velocity: Velocity) -> Validation:
+    def __call__(
+        self, engine: Engine, velocity: Velocity, is_stopped: Callable[[], bool]
+    ) -> Validation:
+        """Samples and scores.
+
+        Args:
+            is_stopped: asked before every batch, on all processes together.
+
+        Raises:
+            SamplingStopped: it said so.
+        """
         # Every process takes equally many, so that gathering works; the last ones repeat the end.
         count, total = -(-len(self.prompts) // engine.world_size), len(self.prompts)
         places = [min(engine.rank * count + i, total - 1) for i in range(count)]
-        images, scores = self._score(engine, velocity, places)
+        images, scores = self._score(engine, velocity, places, is_stopped)
         kept = engine.gather(images[: self.config.validation.pictures])
         gathered = {name: engine.gather(values)[:total] for name, values in scores.items()}
         shown = min(self.config.validation.pictures, total)
@@ -82,12 +93,18 @@ class Validator:
         )
 
     def _score(
-        self, engine: Engine, velocity: Velocity, places: list[int]
+        self,
+        engine: Engine,
+        velocity: Velocity,
+        places: list[int],
+        is_stopped: Callable[[], bool],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Pictures [n, 3, H, W] uint8 and scores [n] of the prompts at these places."""
         size = self.config.sampling.decode_batch
         pictures, scores = [], []
         for start in range(0, len(places), size):
+            if is_stopped():
+                raise SamplingStopped
             part = places[start : start + size]
             texts = [self.prompts[place] for place in part]
             noise = Noise(

@@ -36,7 +36,7 @@ class Watchdog:
         """
         self.patience = patience
         self.process = process
-        self._place, self._since = "before the first iteration", monotonic()
+        self._place, self._since = "before loading", monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 

@@ -43,6 +43,7 @@ VARIANTS: dict[str, EngineConfig] = {
     "fsdp, rollout": EngineConfig("fsdp", gather="rollout"),
     "fsdp, small": EngineConfig("fsdp", **SMALL_GPU),
     "fsdp, hybrid": EngineConfig("fsdp", reduce="micro_batch", hybrid=True),
+    "fsdp, hybrid, once": EngineConfig("fsdp", hybrid=True),
     "fsdp, offload": EngineConfig("fsdp", offload=True),
     "zero2": EngineConfig("deepspeed", zero_stage=2),
     "zero2, small": EngineConfig("deepspeed", zero_stage=2, **SMALL_GPU),

@@ -321,7 +321,10 @@ def test_a_resumed_run_may_change_only_what_does_not_alter_its_weights():
     for allowed in (["--run.iterations", "999"], ["--log.progress", "false"],
                     ["--checkpoint.every", "1"], ["--validation.every", "7"],
                     ["--checkpoint.asynchronous", "false"], ["--run.resume_from", "undamaged"],
-                    ["--run.folder", "elsewhere"], ["--run.resume", "true"]):  # fmt: skip
+                    ["--run.folder", "elsewhere"], ["--run.resume", "true"],
+                    ["--update.micro_batch", "7"], ["--sampling.micro_batch", "7"],
+                    ["--sampling.decode_batch", "7"], ["--text.placement", "offload"],
+                    ["--scoring.placement", "cpu"]):  # fmt: skip
         check_resumable(saved, parse(["--recipe", "shapes_mixgrpo", *allowed]))
     for refused, words in (
         (["--update.learning_rate", "0.5"], "update.learning_rate was 7e-05, is 0.5"),

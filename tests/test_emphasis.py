@@ -36,7 +36,7 @@ from mixgrpo import checkpoint as checkpoints
 from mixgrpo.config import AdvantageConfig, Config, UpdateConfig
 from mixgrpo.emphasis import Emphasis, emphasize, whole
 from mixgrpo.noise import drawn_steps
-from mixgrpo.types import Trajectory
+from mixgrpo.types import Trajectory, Window
 from mixgrpo.update import evaluations_for, evaluations_of_all, parts_of_groups, update
 
 # ---- drawn steps
@@ -173,12 +173,15 @@ def test_weights_multiply_the_losses() -> None:
 # ---- from the configuration
 
 
-def emphasized(config: Config, rank: int = 0) -> tuple[Trajectory, Tensor, Emphasis]:
+def emphasized(
+    config: Config, rank: int = 0, window: Window | None = None
+) -> tuple[Trajectory, Tensor, Emphasis]:
     """Of two processes with a prompt of four samples each, T = 8, a window [1, 4)."""
     config.batch.prompts, config.batch.samples = 2, 4
     trajectory = small_trajectory(SmallNet(), prompts=1, samples=4)
     advantages = torch.tensor([0.5, -1.0, 2.0, -1.5, 0.0, 0.0, 0.0, 0.0])
-    return emphasize(config, 0, trajectory, advantages, rank, world_size=2)
+    window = window or trajectory.window
+    return emphasize(config, 0, window, trajectory, advantages, rank, world_size=2)
 
 
 def test_by_default_everything_is_trained_alike() -> None:
@@ -209,6 +212,8 @@ def test_step_weights_are_those_of_the_window() -> None:
     config = Config(update=UpdateConfig(step_weight=[float(i) for i in range(7)]))
     _, _, emphasis = emphasized(config)
     assert emphasis.weights.tolist() == [[1.0, 2.0, 3.0]] * 4
+    _, _, emphasis = emphasized(config, window=Window(4, 7))  # three steps before it left out
+    assert emphasis.weights.tolist() == [[4.0, 5.0, 6.0]] * 4
 
 
 def test_the_draw_is_the_batches_on_every_process() -> None:

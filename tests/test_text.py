@@ -188,8 +188,9 @@ def test_a_run_may_go_on_with_stored_embeddings(world, tmp_path):
     knobs = {"text__mode": "embeddings", "text__embeddings": "somewhere"}
     online, stored = world.config(tmp_path), world.config(tmp_path, **knobs)
     check_resumable(flatten(online), stored)
-    with pytest.raises(ValueError, match=r"text\.placement was 'device', is 'cpu'"):
-        check_resumable(flatten(online), world.config(tmp_path, text__placement="cpu"))
+    check_resumable(flatten(online), world.config(tmp_path, text__placement="offload"))
+    with pytest.raises(ValueError, match=r"model\.text_length was \d+, is 7"):
+        check_resumable(flatten(online), world.config(tmp_path, model__text_length=7))
 
 
 def test_the_encoders_are_not_loaded(world, stored):

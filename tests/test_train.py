@@ -185,10 +185,21 @@ def test_a_finished_run_resumed_changes_nothing(straight, world, folder):
     assert_same_checkpoint(checkpoint_folder(folder, 4), checkpoint_folder(straight, 4))
 
 
+def test_pictures_of_what_a_run_does_again_are_not_kept(straight, world, folder):
+    """Else those of the course that it left would be shown as its last."""
+    copy_run(straight, folder, 3)
+    for iteration in (0, 2, 9):
+        (folder / "pictures" / f"iteration_{iteration:08d}").mkdir(parents=True)
+    train_here(world.config(folder, run__resume=True))
+    left = sorted(place.name for place in (folder / "pictures").iterdir())
+    assert left == [f"iteration_{iteration:08d}" for iteration in (0, 2, 4)]
+
+
 def test_a_run_without_a_checkpoint_starts_its_metrics_anew(world, folder):
-    folder.mkdir()
+    (folder / "pictures" / "iteration_00000009").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"iteration": 0, "validation/redness": 9.0}\n')
     train_here(world.config(folder, **QUICK))
+    assert not (folder / "pictures" / "iteration_00000009").exists()
     assert [r["iteration"] for r in records(folder)] == [0, 1, 1]
     assert records(folder)[0]["validation/redness"] != 9.0
 
@@ -200,8 +211,8 @@ def test_resuming_where_nothing_was_saved_starts_from_the_beginning(world, folde
 
 @pytest.mark.parametrize(
     ("number", "call", "saved_after"),
-    [(signal.SIGTERM, 3, 1), (signal.SIGINT, 1, 0)],
-    ids=["SIGTERM in iteration 2", "Ctrl-C in the first validation"],
+    [(signal.SIGTERM, 3, 1), (signal.SIGINT, 1, 0), (signal.SIGTERM, 4, 2)],
+    ids=["SIGTERM in iteration 2", "Ctrl-C in the first validation", "SIGTERM in the second"],
 )
 def test_a_signal_saves_and_ends(straight, world, folder, number, call, saved_after):
     folder.mkdir()

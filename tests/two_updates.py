@@ -51,7 +51,7 @@ def updated(trajectory: Trajectory, advantages: Tensor) -> tuple[list[Tensor], i
     net = Net(trajectory.final.shape[-1])
     engine = DataParallel(net, torch.device("cpu"), _plain)
     chosen, mine, emphasis = emphasize(
-        CONFIG, 3, trajectory, advantages, engine.rank, engine.world_size
+        CONFIG, 3, trajectory.window, trajectory, advantages, engine.rank, engine.world_size
     )
     objective = Objective(make_transition("flow_sde", 0.7), log_ratio, 1e-4)
     update(engine, engine.module, chosen, mine, objective, CONFIG.update, emphasis)

@@ -70,6 +70,6 @@ def _show(config: Config, question: Question) -> None:
     from mixgrpo.checks import check
     from mixgrpo.coverage_report import Coverage
 
-    check(config, 1)
+    check(config, None)
     mean, samples = Coverage(config).mean, config.batch.samples
     print(report(config, question, mean.rollout / samples, mean.update / samples))

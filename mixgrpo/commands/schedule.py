@@ -36,7 +36,7 @@ def _show(config: Config, output: str | None) -> None:
     from mixgrpo.checks import check
     from mixgrpo.coverage_report import Coverage, report, save_picture
 
-    check(config, 1)
+    check(config, None)
     coverage = Coverage(config)
     print(report(coverage))
     if output is not None:

@@ -94,10 +94,13 @@ def make_mesh(device: torch.device, hybrid: bool) -> DeviceMesh:
     if not hybrid:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    if world % local:
+    counts: list[int] = [0] * world
+    torch.distributed.all_gather_object(counts, local)
+    if world % local or len(set(counts)) > 1:
         raise ValueError(
-            f"engine.hybrid wants equally many processes on every machine, but this one has "
-            f"{local} of {world}; set --engine.hybrid false"
+            "engine.hybrid wants equally many processes on every machine, but this one has "
+            f"{local} of {world}, others {', '.join(map(str, sorted(set(counts) - {local})))}; set "
+            "--engine.hybrid false"
         )
     shape = (world // local, local)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))

@@ -75,7 +75,7 @@ def step_weights(
     | equal      | 1                                                                            |
     | inverse_dt | 1 / (sigma - s'), GRPO-Guard's (arXiv 2510.22319)                            |
     | noise      | std over its mean in the window, TempFlow-GRPO's (arXiv 2508.04324)          |
-    | a sequence | its entries: one for each step that can be stochastic, by its index          |
+    | a sequence | its entries, one for each of the window's steps                              |
 
     Args:
         sigmas: [T+1] on the CPU.
@@ -85,7 +85,7 @@ def step_weights(
         ValueError: for an unknown kind.
     """
     if not isinstance(kind, str):
-        return torch.tensor(kind, dtype=torch.float32)[window.start : window.stop]
+        return torch.tensor(kind, dtype=torch.float32)
     step = step_at(sigmas, torch.tensor(window.steps))
     if kind == "equal":
         return torch.ones(window.size)

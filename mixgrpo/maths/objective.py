@@ -84,15 +84,19 @@ def make_kl(kind: str) -> KL:
     return known[kind]
 
 
-def adapted_kl_weight(weight: float, kl: float, target: float) -> float:
+_FARTHEST = 2.0**10
+
+
+def adapted_kl_weight(weight: float, kl: float, target: float, first: float) -> float:
     """Return the weight for the next iteration, from the KL of this one (PPO, arXiv 1707.06347).
 
     Doubled where the KL is above 1.5 times its target, halved where it is below the 1.5th part; at
-    a KL of exactly 0, where the policy is the reference still, it stays.
+    a KL of exactly 0, where the policy is the reference still, it stays. It goes no farther than
+    1024 times up or down from the ``first`` one: from there it is ten iterations back.
     """
     if kl > 1.5 * target:
-        return 2 * weight
-    return weight / 2 if 0 < kl < target / 1.5 else weight
+        return min(2 * weight, first * _FARTHEST)
+    return max(weight / 2, first / _FARTHEST) if 0 < kl < target / 1.5 else weight
 
 
 def _log_bounds(clip: float) -> tuple[float, float]:

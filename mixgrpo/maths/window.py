@@ -89,7 +89,7 @@ class WindowSchedule:
     @property
     def iterations_to_the_end(self) -> int | None:
         """How many it takes until every window of one pass has had its own; None without passes."""
-        if self.strategy in ("frozen", "random", "all"):
+        if self.strategy in ("frozen", "random", "all") or self.stride == 0:
             return None
         return sum(map(self._iterations_at, self._route()))
 

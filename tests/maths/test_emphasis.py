@@ -87,8 +87,7 @@ def test_step_weights_by_hand():
     transition = make_transition("dance_sde", 0.3)
     assert step_weights("equal", sigmas, window, transition).tolist() == [1, 1]
     assert step_weights("inverse_dt", sigmas, window, transition).tolist() == [4, 4]
-    listed = step_weights([9.0, 2.0, 0.5], sigmas, window, transition)
-    assert listed.tolist() == [2, 0.5]
+    assert step_weights([2.0, 0.5], sigmas, window, transition).tolist() == [2, 0.5]
 
 
 def test_inverse_dt_follows_the_shift():

@@ -119,5 +119,16 @@ def test_forms_of_the_kl_by_hand():
 
 def test_the_kl_weight_follows_ppos_rule():
     """Doubled above 1.5 times the target, halved below its 1.5th part, else kept."""
-    found = [adapted_kl_weight(0.4, kl, target=0.03) for kl in (0.046, 0.044, 0.021, 0.019, 0.0)]
+    found = [
+        adapted_kl_weight(0.4, kl, target=0.03, first=0.4)
+        for kl in (0.046, 0.044, 0.021, 0.019, 0.0)
+    ]
     assert found == [0.8, 0.4, 0.4, 0.2, 0.4]
+
+
+def test_the_kl_weight_can_come_back():
+    """A target that is never reached must not drive it to 0, or beyond every number."""
+    low = high = 0.5
+    for _ in range(2000):
+        low, high = (adapted_kl_weight(w, kl, 1.0, 0.5) for w, kl in ((low, 1e-9), (high, 1e9)))
+    assert (low, high) == (0.5 / 1024, 512.0)
