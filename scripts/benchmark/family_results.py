@@ -21,7 +21,7 @@ def training_tasks(
     everyone: Sequence[Member], settings: Settings, equal_time: Mapping[str, int]
 ) -> list[Task]:
     """All runs, the most important first: the recipes and independent noise by seed, more seeds of
-    the key comparisons, the ablations by seed, more seeds of the other recipes."""
+    the key comparisons, the ablations by seed."""
 
     def task(member: Member, seed: int) -> Task:
         both = {settings.iterations, equal_time.get(member.name, settings.iterations)}
@@ -34,12 +34,6 @@ def training_tasks(
         *(task(member, seed) for seed in settings.seeds for member in main),
         *(task(member, seed) for seed in settings.key_seeds for member in key),
         *(task(member, seed) for seed in settings.ablation_seeds for member in others),
-        *(
-            task(member, seed)
-            for seed in settings.key_seeds
-            for member in main
-            if member not in key
-        ),
     ]
 
 
