@@ -64,7 +64,7 @@ class Apart:
 
 # A picture's bits change the scores by far less than pictures differ; four optimizer steps an
 # iteration carry that on.
-LIMIT = Apart(loss=1e-5, grad_norm=1e-2, reward=1e-3, weights=1e-2)
+LIMIT = Apart(loss=1e-6, grad_norm=1e-4, reward=1e-4, weights=1e-3)
 
 
 @dataclass(frozen=True)
