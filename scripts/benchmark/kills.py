@@ -3,11 +3,11 @@
     python scripts/benchmark/kills.py --help
 
 Two processes train the Shapes world at its smallest and save after every iteration, while they
-train on. One of the two, drawn at random, is killed (SIGKILL) at a random time; the other is told to
-end, as by torchrun, and killed if it does not. After every kill the checkpoint that ``latest`` names is verified, and what was lost is
-counted. At the end the run is let finish, and its last checkpoint is compared with that of a run
-that nobody touched. The exit code is 1 if a checkpoint did not load, if more was lost than the work
-since the last save, or if the end is another one.
+train on. One of the two, drawn at random, is killed (SIGKILL) at a random time; the other is told
+to end, as by torchrun, and killed if it does not. After every kill the checkpoint that ``latest``
+names is verified, and what was lost is counted. At the end the run is let finish, and its last
+checkpoint is compared with that of a run that nobody touched. The exit code is 1 if a checkpoint
+did not load, if more was lost than the work since the last save, or if the end is another one.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--iterations", type=int, default=30, help="length of the run")
+    parser.add_argument("--iterations", type=int, default=80, help="length of the run")
     parser.add_argument(
         "--longest", type=float, default=0, help="latest kill, seconds; 0: measured"
     )
@@ -89,7 +89,7 @@ def _compare(folder: Path, given: argparse.Namespace) -> int:
     duration = perf_counter() - began
     print(f"untouched: {given.iterations} iterations in {duration:.0f} s")
     draw, kills = random.Random(given.seed), []
-    longest = given.longest or duration / 3
+    longest = given.longest or duration / 8
     print("kill | after s | rank | iterations done | in the newest checkpoint | lost")
     for number in range(given.kills):
         kills.append(_kill(folder / "killed", given.iterations, draw, longest))
