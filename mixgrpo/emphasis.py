@@ -33,11 +33,11 @@ class Emphasis:
     weights: Tensor
 
 
-def whole(trajectory: Trajectory) -> Emphasis:
-    """Every transition of one process's trajectory, all alike."""
-    shape = (len(trajectory), trajectory.window.size)
-    weights = torch.ones(shape, device=trajectory.states.device)
-    return Emphasis(torch.ones(shape, dtype=torch.bool), weights)
+def whole(trajectory: Trajectory, world_size: int = 1) -> Emphasis:
+    """Every transition of this process's trajectory and of the others' equal ones, all alike."""
+    count, size = len(trajectory), trajectory.window.size
+    weights = torch.ones(count, size, device=trajectory.states.device)
+    return Emphasis(torch.ones(world_size * count, size, dtype=torch.bool), weights)
 
 
 def emphasize(

@@ -131,7 +131,7 @@ def update(
     norms: list[Tensor] = []
     ratio_error = None
     evaluated = 0
-    emphasis = emphasis or whole(trajectory)
+    emphasis = emphasis or whole(trajectory, engine.world_size)
     trained = emphasis.trained.view(-1, *emphasis.weights.shape)  # [world, B, w]
     for index, samples in enumerate(parts_of_groups(trajectory, knobs.optimizer_steps)):
         needed = evaluations_of_all(trajectory, samples, trained)[engine.rank]

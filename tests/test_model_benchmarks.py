@@ -42,6 +42,29 @@ def test_scoring_prints_the_table(tmp_path: Path) -> None:
         assert found["difference"] < 1e-4
 
 
+@pytest.mark.slow
+def test_bytes_are_counted_in_two_processes(tmp_path: Path) -> None:
+    """DDP gathers nothing and all-reduces every weight's gradient, float32, in each step."""
+    path = tmp_path / "results.json"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--engines", "ddp", "fsdp", "--steps", "4", "--json", str(path)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(FOLDER / "gathering.py"), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {(r["engine"], r["gather"]): r for r in json.loads(path.read_text())["results"]}
+    ddp, once = found["ddp", "-"], found["fsdp", "once"]
+    assert ddp["rollout_gathered"] == ddp["update_gathered"] == 0
+    assert once["reduced"] == pytest.approx(ddp["reduced"] / 2, rel=0.01), "scattered, not summed"
+    assert once["rollout_gathered"] == pytest.approx(once["update_gathered"] / 2, rel=0.01)
+    more = found["fsdp", "evaluation"]
+    assert more["rollout_gathered"] > 3 * once["rollout_gathered"]
+
+
 def test_parity_prints_the_table(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     rewards = ("--rewards", "hpsv2", "clip_score", "pickscore")
