@@ -126,6 +126,7 @@ def test_the_scripts_run_one_after_the_other(place):
     """Preprocessing, fine-tuning, three inferences, evaluation: made short, otherwise as shown."""
     (place / "scripts").unlink()
     shutil.copytree(ROOT / "scripts", place / "scripts")
+    shutil.copytree(ROOT / "hosts", place / "hosts")
     (place / "env_setup.sh").write_text("")
     python = place / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
