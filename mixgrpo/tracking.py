@@ -76,6 +76,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def is_validation(record: dict[str, Any]) -> bool:
+    """Whether a record is a validation's."""
+    return any(key.startswith("validation/") for key in record)
+
+
 class Tracker:
     """Writes from rank 0; on other ranks every method does nothing."""
 
@@ -172,8 +177,7 @@ def _keep_records(path: Path, done: int, total: int) -> None:
     def is_kept(record: dict[str, Any]) -> bool:
         if record["iteration"] != done:
             return bool(record["iteration"] < done)
-        is_validation = any(key.startswith("validation/") for key in record)
-        return not (is_validation and done in (0, total))
+        return not (is_validation(record) and done in (0, total))
 
     kept = [record for record in read_metrics(path.parent) if is_kept(record)]
     partial = path.with_suffix(".partial")

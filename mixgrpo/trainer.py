@@ -57,7 +57,7 @@ from mixgrpo.rewards import (
 )
 from mixgrpo.rollout import rollout
 from mixgrpo.stopping import SamplingStopped, StopRequest, TrainingStopped
-from mixgrpo.tracking import Phases, Tracker, read_metrics
+from mixgrpo.tracking import Phases, Tracker, is_validation, read_metrics
 from mixgrpo.types import Scores, Trajectory, Window
 from mixgrpo.update import NonFiniteUpdate, update
 from mixgrpo.validation import Validation, Validator
@@ -357,10 +357,7 @@ class Trainer:
         if not every or done % every or done == self.config.run.iterations:
             return False
         records = read_metrics(self.folder) if self.tracker.active else []
-        found = any(
-            record["iteration"] == done and any(key.startswith("validation/") for key in record)
-            for record in records
-        )
+        found = any(record["iteration"] == done and is_validation(record) for record in records)
         return self.engine.any(self.tracker.active and not found)
 
     def _validate(self) -> None:

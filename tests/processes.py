@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from multiprocessing import forkserver
 from typing import Any
 
 import torch
 from tiny_world import environment
+from trainings import become_rank, free_port
 
 from mixgrpo.distributed import Process
 
@@ -28,7 +28,7 @@ def started(count: int, task: Callable[..., None], *given: Any) -> list[multipro
         forkserver.ensure_running()
         os.environ.clear()
         os.environ.update(before)
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_as_rank, args=(rank, count, port, task, given))
         for rank in range(count)
@@ -52,18 +52,5 @@ def _as_rank(
 ) -> None:
     torch.set_num_threads(1)
     if count > 1:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(count),
-            LOCAL_WORLD_SIZE=str(count),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+        become_rank(rank, count, port)
     task(*given)
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])

@@ -361,6 +361,15 @@ def supervised(whole: Job, act: Callable[[Supervisor], None] | None = None) -> t
     return code, "\n".join(said)
 
 
+def stop_when_started(folder: Path) -> Callable[[Supervisor], None]:
+    def act(supervisor: Supervisor) -> None:
+        await_files(folder / "started_0_0", folder / "started_1_0")
+        time.sleep(0.5)
+        supervisor.stop(signal.SIGTERM)
+
+    return act
+
+
 def await_files(*paths: Path) -> None:
     deadline = time.monotonic() + 120
     while not all(path.exists() for path in paths):
@@ -421,12 +430,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_job(here):
 
 
 def test_a_stop_after_which_a_host_could_not_save_is_a_failure(here):
-    def act(supervisor: Supervisor) -> None:
-        await_files(here / "started_0_0", here / "started_1_0")
-        time.sleep(0.5)
-        supervisor.stop(signal.SIGTERM)
-
-    code, said = supervised(job(here, "0:0:stay", "1:0:unsaved"), act)
+    code, said = supervised(job(here, "0:0:stay", "1:0:unsaved"), stop_when_started(here))
     assert code == 3
     assert "error: 127.0.0.2 failed (exit code 3): error: out of luck" in said
 
@@ -460,12 +464,7 @@ def test_restarts_come_to_an_end(here):
 
 
 def test_a_stopped_job_saves_on_every_host(here):
-    def act(supervisor: Supervisor) -> None:
-        await_files(here / "started_0_0", here / "started_1_0")
-        time.sleep(0.5)
-        supervisor.stop(signal.SIGTERM)
-
-    code, said = supervised(job(here, "0:0:stay", "1:0:stay"), act)
+    code, said = supervised(job(here, "0:0:stay", "1:0:stay"), stop_when_started(here))
     assert code == 143
     assert (here / "saved_0").exists()
     assert (here / "saved_1").exists()

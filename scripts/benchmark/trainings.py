@@ -31,9 +31,7 @@ def start(words: Sequence[str], count: int, log: Path) -> list[BaseProcess]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
+    port = free_port()
     processes: list[BaseProcess] = [
         context.Process(target=_train, args=(list(words), rank, count, port, log_of(log, rank)))
         for rank in range(count)
@@ -41,6 +39,24 @@ def start(words: Sequence[str], count: int, log: Path) -> list[BaseProcess]:
     for process in processes:
         process.start()
     return processes
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def become_rank(rank: int, count: int, port: int) -> None:
+    """Gives this process the environment that torchrun would, on one machine."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
 
 
 def log_of(log: Path, rank: int) -> Path:
@@ -51,14 +67,7 @@ def _train(words: list[str], rank: int, count: int, port: int, log: Path) -> Non
     from mixgrpo.commands import main as mixgrpo
 
     os.chdir(ROOT)  # the recipes name the files of data/shapes from there
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    become_rank(rank, count, port)
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
