@@ -28,7 +28,7 @@ def run() -> int:
 if __name__ == "__main__":
     code = run()
     if "torch" in sys.modules and "RANK" in os.environ:
-        from mixgrpo.distributed import leave
+        from mixgrpo.engines.distributed import leave
 
         leave(code)
     sys.exit(code)

@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo import checkpoint as checkpoints
-from mixgrpo.adamw import FrugalAdamW
 from mixgrpo.checkpoint import Position, Saved
 from mixgrpo.checks import check_resumable
 from mixgrpo.config import Config
-from mixgrpo.distributed import Process
 from mixgrpo.engines import Engine, Network
+from mixgrpo.engines.adamw import FrugalAdamW
 from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.engines.distributed import Process
 from mixgrpo.engines.fsdp import FullySharded
 from mixgrpo.engines.zero import Zero
 from mixgrpo.maths.dpm_solver import make_solver
@@ -26,19 +26,15 @@ from mixgrpo.maths.objective import make_kl
 from mixgrpo.maths.schedule import compressed_steps, dynamic_shift, flash_sigmas
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
 from mixgrpo.maths.window import WindowSchedule
+from mixgrpo.methods.grpo import Objective
 from mixgrpo.models import Policy, Text
-from mixgrpo.models.flux import Flux
-from mixgrpo.models.flux_text import FluxText
+from mixgrpo.models.registry import ENCODERS, FAMILIES
 from mixgrpo.noise import Noise
-from mixgrpo.prompts import PromptBatch
 from mixgrpo.rewards import Reward, build_reward
 from mixgrpo.rollout import SamplingPlan
+from mixgrpo.text.prompts import PromptBatch
 from mixgrpo.text.stored import open_stored
 from mixgrpo.types import Velocity, Window
-from mixgrpo.update import Objective
-
-FAMILIES = {"flux": Flux}
-ENCODERS = {"flux": FluxText}
 
 
 def make_policy(

@@ -33,20 +33,19 @@ from mixgrpo.assembly import (
 from mixgrpo.checkpoint import Position, Saved, Saver, Shards
 from mixgrpo.checks import check
 from mixgrpo.config import Config, flatten
-from mixgrpo.disk import own_folder
-from mixgrpo.distributed import Process, process_group
-from mixgrpo.ema import Ema
-from mixgrpo.emphasis import emphasize
-from mixgrpo.export import export
-from mixgrpo.hacking import hacking_warning
+from mixgrpo.engines.distributed import Process, process_group
+from mixgrpo.engines.ema import Ema
+from mixgrpo.files.disk import own_folder
+from mixgrpo.files.revision import git_revision
 from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.emphasis import balanced
 from mixgrpo.maths.objective import adapted_kl_weight
 from mixgrpo.maths.window import WindowSchedule
-from mixgrpo.memory import OutOfMemory, explain_training, memory_of
+from mixgrpo.methods.emphasis import emphasize
+from mixgrpo.methods.grpo import NonFiniteUpdate, update
 from mixgrpo.models import Policy
-from mixgrpo.prompts import PromptBatches, read_prompts
-from mixgrpo.revision import git_revision
+from mixgrpo.models.export import export
+from mixgrpo.planning.memory import OutOfMemory, explain_training, memory_of
 from mixgrpo.rewards import (
     Reward,
     RewardError,
@@ -56,12 +55,13 @@ from mixgrpo.rewards import (
     resident,
 )
 from mixgrpo.rollout import rollout
-from mixgrpo.stopping import SamplingStopped, StopRequest, TrainingStopped
-from mixgrpo.tracking import Phases, Tracker, is_validation, read_metrics
+from mixgrpo.run.hacking import hacking_warning
+from mixgrpo.run.stopping import SamplingStopped, StopRequest, TrainingStopped
+from mixgrpo.run.tracking import Phases, Tracker, is_validation, read_metrics
+from mixgrpo.run.validation import Validation, Validator
+from mixgrpo.run.watchdog import Watchdog
+from mixgrpo.text.prompts import PromptBatches, read_prompts
 from mixgrpo.types import Scores, Trajectory, Window
-from mixgrpo.update import NonFiniteUpdate, update
-from mixgrpo.validation import Validation, Validator
-from mixgrpo.watchdog import Watchdog
 
 
 def train(config: Config) -> Path:
@@ -400,7 +400,7 @@ class Trainer:
         self._validate()
         checkpoint = self.saver.wait() or self.resumed
         if self.engine.rank == 0 and checkpoint is not None:
-            from mixgrpo.summary import summarize
+            from mixgrpo.report.summary import summarize
 
             self.watchdog.progress("exporting")
             export(checkpoint, self.folder / "model")

@@ -27,9 +27,9 @@ from whole_states import whole
 from mixgrpo import trainer
 from mixgrpo.commands.train import parse
 from mixgrpo.config import EngineConfig
-from mixgrpo.distributed import process_group
 from mixgrpo.engines import Engine, Network
 from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.engines.distributed import process_group
 from mixgrpo.engines.fsdp import FullySharded
 from mixgrpo.engines.zero import Zero
 
@@ -197,7 +197,7 @@ def main(folder: Path, source: Path) -> None:
         for words in jobs(folder):
             with (
                 mock.patch.object(trainer, "process_group", lambda _: nullcontext(process)),
-                mock.patch("mixgrpo.summary.summarize", return_value=""),
+                mock.patch("mixgrpo.report.summary.summarize", return_value=""),
             ):
                 trainer.train(parse(words[1:]))
         # Last: DeepSpeed remembers for good that a process has used autocast.

@@ -12,10 +12,10 @@ import torch
 from tiny_world import environment
 from trainings import become_rank, free_port
 
-from mixgrpo.distributed import Process
+from mixgrpo.engines.distributed import Process
 
 ALONE = Process(0, 1, torch.device("cpu"))
-PRELOADED = ["processes", "mixgrpo.trainer", "mixgrpo.summary", "torch.distributed.fsdp"]
+PRELOADED = ["processes", "mixgrpo.trainer", "mixgrpo.report.summary", "torch.distributed.fsdp"]
 
 
 def started(count: int, task: Callable[..., None], *given: Any) -> list[multiprocessing.Process]:

@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from mixgrpo.adamw import (
+from mixgrpo.engines.adamw import (
     BLOCK,
     FrugalAdamW,
     block_of,

@@ -17,8 +17,8 @@ from tiny_world import QUICK, REWARDS, World, copy_run, files_of, training_recor
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.commands import main
 from mixgrpo.config import RewardConfig
-from mixgrpo.export import EXPORTERS
-from mixgrpo.prompts import PromptBatches, read_prompts
+from mixgrpo.models.export import EXPORTERS
+from mixgrpo.text.prompts import PromptBatches, read_prompts
 
 Complain = Callable[..., str]
 
@@ -30,7 +30,7 @@ def complain(capfd) -> Complain:
     def run(arguments: list[str]) -> str:
         with (
             mock.patch("torch.cuda.is_available", return_value=False),
-            mock.patch("mixgrpo.summary.summarize", return_value=""),
+            mock.patch("mixgrpo.report.summary.summarize", return_value=""),
         ):
             try:
                 code = main(arguments)
@@ -162,7 +162,7 @@ def test_long_prompts_are_truncated_with_one_warning_that_counts_them(
     path.write_text("red " * 30 + "\na red circle\n" + "blue " * 40 + "\n")
     with (
         mock.patch("torch.cuda.is_available", return_value=False),
-        mock.patch("mixgrpo.summary.summarize", return_value=""),
+        mock.patch("mixgrpo.report.summary.summarize", return_value=""),
     ):
         assert main(quick(world, folder, batch__prompts_file=str(path))) == 0
     said = capfd.readouterr()
@@ -261,7 +261,7 @@ def test_numbers_that_do_not_fit(world, folder, complain, knobs, words):
 
 def test_prompts_that_two_processes_cannot_share(world, folder, complain, monkeypatch):
     from mixgrpo import trainer
-    from mixgrpo.distributed import Process
+    from mixgrpo.engines.distributed import Process
 
     process = mock.MagicMock()
     process.return_value.__enter__.return_value = Process(0, 2, mock.sentinel.device)
@@ -378,7 +378,7 @@ def test_a_full_disk_while_exporting_is_one_error_and_keeps_the_checkpoint(
 
 def test_a_gpu_that_is_too_small_is_told_with_an_estimate(world, folder, complain):
     """The tiny transformer in float32 with gradients, two moments and an average."""
-    from mixgrpo.memory import explain_training
+    from mixgrpo.planning.memory import explain_training
 
     with (
         mock.patch("mixgrpo.trainer.rollout", side_effect=torch.OutOfMemoryError("!")),

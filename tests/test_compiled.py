@@ -13,12 +13,12 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from mixgrpo.config import ModelConfig, UpdateConfig
 from mixgrpo.maths.transitions import log_ratio
+from mixgrpo.methods.grpo import Objective, update
 from mixgrpo.models.compiled import compile_blocks, repeated_blocks
 from mixgrpo.models.flux import Flux, speed_up
 from mixgrpo.rollout import rollout
 from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
 from mixgrpo.types import TextEmbedding
-from mixgrpo.update import Objective, update
 
 BLOCKS = 6
 # Graphs for one batch size: of double blocks; of the first single one, and of the others, whose

@@ -12,7 +12,10 @@ from small import Counted, SmallNet, small_noise, small_plan, small_text
 
 from mixgrpo.commands import main
 from mixgrpo.commands.train import parse
-from mixgrpo.coverage import (
+from mixgrpo.maths.window import WindowSchedule
+from mixgrpo.methods.grpo import evaluations_for, parts_of_groups
+from mixgrpo.noise import drawn_steps
+from mixgrpo.planning.coverage import (
     Evaluations,
     Group,
     evaluations_of_group,
@@ -22,12 +25,9 @@ from mixgrpo.coverage import (
     stretches,
     visits,
 )
-from mixgrpo.coverage_report import Coverage, report, save_picture, strip_of
-from mixgrpo.maths.window import WindowSchedule
-from mixgrpo.noise import drawn_steps
+from mixgrpo.planning.coverage_report import Coverage, report, save_picture, strip_of
 from mixgrpo.rollout import rollout
 from mixgrpo.types import Window
-from mixgrpo.update import evaluations_for, parts_of_groups
 
 PROGRESSIVE = WindowSchedule(steps=6, strategy="progressive", size=2, iters_per_window=3)
 

@@ -8,11 +8,11 @@ import sys
 import pytest
 from tiny_world import environment
 
-from mixgrpo.disk import own_folder
+from mixgrpo.files.disk import own_folder
 
 HOLD = """
 import sys, time
-from mixgrpo.disk import own_folder
+from mixgrpo.files.disk import own_folder
 with own_folder(sys.argv[1], "output"):
     print("held", flush=True)
     time.sleep(60)

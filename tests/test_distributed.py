@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from mixgrpo import distributed
-from mixgrpo.distributed import leave, process_group
+from mixgrpo.engines import distributed
+from mixgrpo.engines.distributed import leave, process_group
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_failed_process_of_several_waits_for_no_other(monkeypatch, code, rank,
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     gone = mock.Mock(side_effect=SystemExit(-1))
-    monkeypatch.setattr("mixgrpo.distributed.os._exit", gone)
+    monkeypatch.setattr("mixgrpo.engines.distributed.os._exit", gone)
     with pytest.raises(SystemExit) as left:
         leave(code)
     assert gone.called == at_once

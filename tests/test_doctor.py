@@ -38,7 +38,7 @@ from mixgrpo.doctor.room import (
     memory_needed,
 )
 from mixgrpo.doctor.run import check_folder, check_knobs, check_wandb
-from mixgrpo.memory import trained_weights, training_memory
+from mixgrpo.planning.memory import trained_weights, training_memory
 from mixgrpo.text.embeddings import Index, Record, Shard, shard_path, write_index
 
 SHAPES = Path(__file__).parent.parent / "data" / "shapes"

@@ -23,7 +23,7 @@ from mixgrpo.config import RECIPES
 from mixgrpo.downloads import items as downloads
 from mixgrpo.downloads.hpdv2 import EXPECTED, read_records, write_prompts
 from mixgrpo.downloads.items import ITEMS, Item
-from mixgrpo.prompts import read_prompts
+from mixgrpo.text.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 

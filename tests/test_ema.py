@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixgrpo.ema import Ema
+from mixgrpo.engines.ema import Ema
 
 
 def weights(seed: int = 0) -> list[nn.Parameter]:

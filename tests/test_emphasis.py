@@ -34,10 +34,10 @@ from torch import Tensor
 
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.config import AdvantageConfig, Config, UpdateConfig
-from mixgrpo.emphasis import Emphasis, emphasize, whole
+from mixgrpo.methods.emphasis import Emphasis, emphasize, whole
+from mixgrpo.methods.grpo import evaluations_for, evaluations_of_all, parts_of_groups, update
 from mixgrpo.noise import drawn_steps
 from mixgrpo.types import Trajectory, Window
-from mixgrpo.update import evaluations_for, evaluations_of_all, parts_of_groups, update
 
 # ---- drawn steps
 

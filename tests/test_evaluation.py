@@ -27,7 +27,7 @@ from torch import Tensor
 from mixgrpo.commands import main
 from mixgrpo.commands.evaluate import parse
 from mixgrpo.config import Config, RewardConfig, ScoringConfig
-from mixgrpo.distributed import Process
+from mixgrpo.engines.distributed import Process
 from mixgrpo.evaluation import comparison
 from mixgrpo.evaluation.comparison import (
     Bootstrap,
@@ -51,8 +51,8 @@ from mixgrpo.evaluation.gallery import (
 from mixgrpo.evaluation.manifests import read_manifests
 from mixgrpo.evaluation.report import write_report
 from mixgrpo.evaluation.score_store import Store, column, identity
-from mixgrpo.pictures import to_bytes, to_pil
 from mixgrpo.rewards import RewardError
+from mixgrpo.run.pictures import to_bytes, to_pil
 from mixgrpo.shapes.renderer import render
 from mixgrpo.shapes.scenes import alter, split
 from mixgrpo.shapes.scenes import parse as scene_of

@@ -24,8 +24,8 @@ from tiny_world import (
 
 from mixgrpo.checkpoint import Shards
 from mixgrpo.commands import main
+from mixgrpo.files.weight_files import NAME, write_streamed
 from mixgrpo.models.flux import PARTS
-from mixgrpo.weight_files import NAME, write_streamed
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -46,7 +46,7 @@ from family_statistics import Estimate, estimate, paired, verdict
 from mixgrpo.assembly import make_windows
 from mixgrpo.checks import check
 from mixgrpo.config import RECIPES as RECIPE_FOLDER
-from mixgrpo.stopping import TrainingStopped
+from mixgrpo.run.stopping import TrainingStopped
 
 SETTINGS = Settings(iterations=6, prompts=1, seeds=(1, 2), key_seeds=(3,), ablation_seeds=(1,))
 CAPTIONS = Path("captions.txt")

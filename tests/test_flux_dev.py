@@ -13,13 +13,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from tiny_world import CPU
 
 from mixgrpo.config import ModelConfig
+from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig
+from mixgrpo.inference.memory import estimate, explain
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
-from mixgrpo.memory import estimate, explain
 from mixgrpo.models.flux import Flux
 from mixgrpo.rollout import sample_ode
 from mixgrpo.types import TextEmbedding
-from mixgrpo.weight_files import NAME, check_fits, find_shards, read_shapes
 
 # FLUX.1-dev's published transformer/config.json
 TRANSFORMER = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mixgrpo.hacking import hacking_warning
+from mixgrpo.run.hacking import hacking_warning
 
 WEIGHTS = {"a": 1.0, "b": 1.0, "c": 0.5, "held": 0.0, "judge": 0.0}
 

@@ -15,10 +15,10 @@ from tiny_world import ROOT, World, environment
 
 from mixgrpo.commands import main
 from mixgrpo.config import Config, RewardConfig, flatten
+from mixgrpo.files.revision import exact_revision, git_revision
 from mixgrpo.hosts import check
 from mixgrpo.hosts.check import Report, complaints, data_paths, table
 from mixgrpo.hosts.facts import Facts
-from mixgrpo.revision import exact_revision, git_revision
 
 FACTS = Facts(
     python="3.11.7",

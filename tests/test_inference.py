@@ -36,19 +36,19 @@ from torch import Tensor
 from mixgrpo.commands import main
 from mixgrpo.commands.sample import parse
 from mixgrpo.config import flatten
-from mixgrpo.fingerprint import fingerprint_files
+from mixgrpo.files.fingerprint import fingerprint_files
+from mixgrpo.files.weight_files import NAME
 from mixgrpo.inference import config as inference_config
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig, check, tuned_steps
 from mixgrpo.inference.folder import PictureFolder
+from mixgrpo.inference.memory import estimate, explain
 from mixgrpo.inference.sample import OutOfMemory, sample
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
-from mixgrpo.memory import estimate, explain
 from mixgrpo.models.flux import Flux
 from mixgrpo.models.flux_lora import attach_lora, read_lora
 from mixgrpo.noise import Noise
-from mixgrpo.pictures import to_bytes
 from mixgrpo.rollout import sample_ode
-from mixgrpo.weight_files import NAME
+from mixgrpo.run.pictures import to_bytes
 
 STEPS = 4
 PROMPTS = 3
@@ -348,7 +348,7 @@ def test_hybrid_changes_full_weights_once_for_all_pictures(draw, straight, base,
 
 
 def inference_fill() -> Callable[..., None]:
-    from mixgrpo.weight_files import fill
+    from mixgrpo.files.weight_files import fill
 
     return fill
 

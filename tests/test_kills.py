@@ -58,7 +58,7 @@ def _train(words: list[str], place: str, call: int) -> None:
         tiny_world._wait_at_gate = die_in_time
     if os.environ["RANK"] == "1" and place == "a save":
         os.fsync = flushing
-    with mock.patch("mixgrpo.summary.summarize", return_value=""):
+    with mock.patch("mixgrpo.report.summary.summarize", return_value=""):
         raise SystemExit(main(words))
 
 

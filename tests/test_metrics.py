@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_world import QUICK, REWARDS, records, train_here
 
-from mixgrpo.metrics import METRICS, Metric, describe, table
+from mixgrpo.run.metrics import METRICS, Metric, describe, table
 
 ROOT = Path(__file__).parent.parent
 

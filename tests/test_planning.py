@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixgrpo.commands import main
 from mixgrpo.commands.plan import parse
 from mixgrpo.config import Config, RewardConfig
-from mixgrpo.memory import training_memory
 from mixgrpo.models.flux import LORA_TARGETS
 from mixgrpo.models.flux_lora import without_casts
 from mixgrpo.planning.activations import Precision, kept_bytes
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory, device_memory
 from mixgrpo.planning.flux_size import FluxSize, Products
+from mixgrpo.planning.memory import training_memory
 from mixgrpo.planning.operations import operations_per_picture, seconds
 from mixgrpo.planning.parts import PUBLISHED
 from mixgrpo.planning.plan import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_world import ROOT
 
-from mixgrpo.prompts import PromptBatches, read_prompts
+from mixgrpo.text.prompts import PromptBatches, read_prompts
 
 
 def written(folder: Path, content: bytes) -> str:

@@ -22,8 +22,8 @@ from torch import Tensor
 from mixgrpo.maths.dpm_solver import DPMSolver, Prediction, dpm_step
 from mixgrpo.maths.schedule import flash_sigmas, step_at
 from mixgrpo.noise import Noise
-from mixgrpo.prompts import PromptBatches
 from mixgrpo.rollout import SamplingPlan, rollout, sample_ode
+from mixgrpo.text.prompts import PromptBatches
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity, Window
 
 TAILS = {

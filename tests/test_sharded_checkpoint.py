@@ -24,10 +24,10 @@ from mixgrpo.checkpoint import CheckpointError, Damaged, Position, Saver, Shards
 from mixgrpo.checkpoint import folder as checkpoint_folder
 from mixgrpo.checkpoint import saver as saver_module
 from mixgrpo.config import EngineConfig
-from mixgrpo.distributed import Process, process_group
-from mixgrpo.ema import Ema
 from mixgrpo.engines import Engine, Network
 from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.engines.distributed import Process, process_group
+from mixgrpo.engines.ema import Ema
 from mixgrpo.engines.fsdp import FullySharded
 
 SIZES = (7, 5, 3)  # that no number of processes divides

@@ -34,12 +34,12 @@ from tiny_world import (
     without_times,
 )
 
-from mixgrpo import disk
 from mixgrpo.assembly import make_stored_text
 from mixgrpo.checks import check_resumable
 from mixgrpo.commands import launch, main
 from mixgrpo.config import EncoderConfig, ModelConfig, PreprocessConfig, flatten
-from mixgrpo.fingerprint import fingerprint
+from mixgrpo.files import disk
+from mixgrpo.files.fingerprint import fingerprint
 from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, require_parts
 from mixgrpo.text import embeddings
 from mixgrpo.text.embeddings import read_index, shard_path

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_world import records
 
 from mixgrpo.config import Config, LogConfig, RewardConfig, RunConfig
-from mixgrpo.tracking import Phases, Tracker, read_metrics
+from mixgrpo.run.tracking import Phases, Tracker, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def test_phases_add_up_and_are_taken_once():
 
 def test_a_phase_leaves_out_the_ones_inside_it(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 4.0, 7.0, 10.0])  # rollout 0-10, in it decode 1-3 and 4-7
-    monkeypatch.setattr("mixgrpo.tracking.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("mixgrpo.run.tracking.perf_counter", lambda: next(clock))
     phases = Phases(torch.device("cpu"))
     with phases("rollout"):
         for _ in range(2):

@@ -41,7 +41,7 @@ from mixgrpo.config import RewardConfig, flatten
 from mixgrpo.models.flux import Flux
 from mixgrpo.rewards import RewardError
 from mixgrpo.rollout import rollout
-from mixgrpo.stopping import StopRequest, TrainingStopped
+from mixgrpo.run.stopping import StopRequest, TrainingStopped
 from mixgrpo.trainer import Trainer
 
 
@@ -123,8 +123,8 @@ def test_the_weights_move_and_the_window_too(straight):
 def test_pictures_before_training_are_the_base_models(straight, world):
     from mixgrpo.maths.schedule import make_sigmas
     from mixgrpo.noise import Noise
-    from mixgrpo.pictures import save_pictures, to_bytes
     from mixgrpo.rollout import sample_ode
+    from mixgrpo.run.pictures import save_pictures, to_bytes
 
     policy = world.policy()
     noise = Noise(617, 0, [0, 1, 2], 1, policy.latent_shape, True, CPU).initial()
@@ -274,7 +274,7 @@ def test_a_signal_is_heeded_between_micro_batches(world, folder, monkeypatch):
 
 def test_a_second_signal_ends_at_once_but_one_that_is_passed_on_counts_once(monkeypatch):
     clock = iter([100.0, 100.5, 100.5, 110.0, 110.0])
-    monkeypatch.setattr("mixgrpo.stopping.monotonic", lambda: next(clock))
+    monkeypatch.setattr("mixgrpo.run.stopping.monotonic", lambda: next(clock))
     stop = StopRequest()
     before = signal.getsignal(signal.SIGTERM)
     with stop.from_signals():

@@ -26,20 +26,20 @@ from small import (
 from torch import Tensor, nn
 
 from mixgrpo.config import UpdateConfig
-from mixgrpo.emphasis import whole
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.maths.advantages import group_advantages
 from mixgrpo.maths.objective import kl_in_velocity
 from mixgrpo.maths.transitions import LogRatio, log_ratio, make_transition
-from mixgrpo.rollout import rollout
-from mixgrpo.types import TextEmbedding, Trajectory, Velocity
-from mixgrpo.update import (
+from mixgrpo.methods.emphasis import whole
+from mixgrpo.methods.grpo import (
     NonFiniteUpdate,
     Objective,
     evaluations_for,
     parts_of_groups,
     update,
 )
+from mixgrpo.rollout import rollout
+from mixgrpo.types import TextEmbedding, Trajectory, Velocity
 
 CLIP = 1e-4
 ETA = 0.7

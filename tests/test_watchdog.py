@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from tiny_world import CPU, QUICK, World, environment, python
 
-from mixgrpo import watchdog
 from mixgrpo.config import RewardConfig
-from mixgrpo.distributed import Process
-from mixgrpo.tracking import Phases
-from mixgrpo.watchdog import Watchdog
+from mixgrpo.engines.distributed import Process
+from mixgrpo.run import watchdog
+from mixgrpo.run.tracking import Phases
+from mixgrpo.run.watchdog import Watchdog
 
 TIMEOUT = timedelta(seconds=20)
 

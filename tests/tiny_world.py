@@ -246,7 +246,7 @@ def train_here(config: Config, summary: bool = False) -> Path:
     with ExitStack() as stack:
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
         if not summary:
-            stack.enter_context(mock.patch("mixgrpo.summary.summarize", return_value=""))
+            stack.enter_context(mock.patch("mixgrpo.report.summary.summarize", return_value=""))
         return trainer.train(config)
 
 

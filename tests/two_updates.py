@@ -13,11 +13,11 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixgrpo.config import AdvantageConfig, BatchConfig, Config, UpdateConfig
-from mixgrpo.emphasis import emphasize
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.maths.transitions import log_ratio, make_transition
+from mixgrpo.methods.emphasis import emphasize
+from mixgrpo.methods.grpo import Objective, update
 from mixgrpo.types import TextEmbedding, Trajectory
-from mixgrpo.update import Objective, update
 
 CONFIG = Config(
     batch=BatchConfig(prompts=2, samples=8),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mixgrpo.checkpoint.folder import CheckpointError, latest, newest_first
 from mixgrpo.checkpoint.manifest import MANIFEST, Damaged, Saved, open_saved, verify
-from mixgrpo.distributed import Process, gather_objects
+from mixgrpo.engines.distributed import Process, gather_objects
 
 
 def choose(process: Process, root: Path, wanted: str) -> Saved | None:

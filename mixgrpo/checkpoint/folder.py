@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from mixgrpo.disk import PARTIAL, flush
+from mixgrpo.files.disk import PARTIAL, flush
 
 _PREFIX = "iteration_"
 _NOT_OURS = (-1, 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mixgrpo.checkpoint.folder import CheckpointError
-from mixgrpo.disk import flush
+from mixgrpo.files.disk import flush
 
 MANIFEST = "state.json"
 _VERSION = 2

@@ -24,7 +24,7 @@ from mixgrpo.checkpoint.folder import (
 )
 from mixgrpo.checkpoint.manifest import Position
 from mixgrpo.checkpoint.shards import ShardWriter, first_failure
-from mixgrpo.distributed import Process, gather_objects, new_group
+from mixgrpo.engines.distributed import Process, gather_objects, new_group
 
 T = TypeVar("T")
 SEEN_WITHIN = 30.0  # seconds until every host must see what the first has made on the shared disk

@@ -93,10 +93,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(request: Request) -> None:
-    from mixgrpo.disk import own_folder
-    from mixgrpo.distributed import process_group
+    from mixgrpo.engines.distributed import process_group
     from mixgrpo.evaluation.evaluate import evaluate
     from mixgrpo.evaluation.report import write_report
+    from mixgrpo.files.disk import own_folder
     from mixgrpo.rewards import RewardError
 
     with (

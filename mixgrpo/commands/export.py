@@ -13,7 +13,7 @@ from mixgrpo.commands.command_line import (
     read_words,
     unknown_knob,
 )
-from mixgrpo.disk import own_folder
+from mixgrpo.files.disk import own_folder
 
 _OPTIONS = ("output", "ema", "model")
 
@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _export(source: str, output: str, ema: bool, model: str) -> None:
-    from mixgrpo.export import export, find_checkpoint
+    from mixgrpo.models.export import export, find_checkpoint
 
     checkpoint = find_checkpoint(Path(source))
     with own_folder(output, "output"):

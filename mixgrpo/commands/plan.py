@@ -68,7 +68,7 @@ def _number(option: str, text: str, whole: bool) -> float:
 
 def _show(config: Config, question: Question) -> None:
     from mixgrpo.checks import check
-    from mixgrpo.coverage_report import Coverage
+    from mixgrpo.planning.coverage_report import Coverage
 
     check(config, None)
     mean, samples = Coverage(config).mean, config.batch.samples

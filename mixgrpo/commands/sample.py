@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
         return complain(error)
     # Only now: a mistyped knob should not have to wait for torch.
     from mixgrpo.checkpoint import CheckpointError
-    from mixgrpo.memory import OutOfMemory
+    from mixgrpo.planning.memory import OutOfMemory
 
     left = f"the pictures in {config.folder} are whole, and the same command draws the others"
     return carry_out(

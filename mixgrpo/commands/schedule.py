@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _show(config: Config, output: str | None) -> None:
     from mixgrpo.checks import check
-    from mixgrpo.coverage_report import Coverage, report, save_picture
+    from mixgrpo.planning.coverage_report import Coverage, report, save_picture
 
     check(config, None)
     coverage = Coverage(config)

@@ -30,9 +30,9 @@ def run(arguments: Sequence[str]) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from mixgrpo.checkpoint import CheckpointError
-    from mixgrpo.memory import OutOfMemory
+    from mixgrpo.planning.memory import OutOfMemory
     from mixgrpo.rewards import RewardError
-    from mixgrpo.stopping import TrainingStopped
+    from mixgrpo.run.stopping import TrainingStopped
     from mixgrpo.trainer import train
 
     disable_progress_bar()  # of each model part's loading; training has its own

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from mixgrpo.config import Config
-from mixgrpo.distributed import DRIVER
 from mixgrpo.doctor.lines import Line, error, ok, size, warning
+from mixgrpo.engines.distributed import DRIVER
 
 _MEMORY = Path("/proc/meminfo")
 

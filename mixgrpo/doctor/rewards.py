@@ -10,10 +10,10 @@ import httpx
 
 from mixgrpo.config import Config, RewardConfig
 from mixgrpo.doctor.lines import Line, error, fetching, ok, size, warning
+from mixgrpo.files.weight_files import find_shards
 from mixgrpo.rewards.registry import check_call
 from mixgrpo.rewards.vlm import Vlm
 from mixgrpo.rewards.weights import NotReadable
-from mixgrpo.weight_files import find_shards
 
 TIMEOUT = 3.0  # seconds, for one server
 _REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)

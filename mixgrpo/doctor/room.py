@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-from mixgrpo.assembly import ENCODERS
 from mixgrpo.config import Config, RewardConfig
 from mixgrpo.doctor.devices import memory_of_a_process, processes_here
 from mixgrpo.doctor.lines import Line, error, ok, size, warning
 from mixgrpo.doctor.rewards import options_of
-from mixgrpo.memory import trained_weights, training_memory
 from mixgrpo.models.flux_files import find_weights
+from mixgrpo.models.registry import ENCODERS
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory
-from mixgrpo.prompts import read_prompts
+from mixgrpo.planning.memory import trained_weights, training_memory
 from mixgrpo.rewards.registry import check_call
 from mixgrpo.rewards.weights import NotReadable, parse_dtype, read_heads
 from mixgrpo.text.embeddings import read_index, shard_path
+from mixgrpo.text.prompts import read_prompts
 from mixgrpo.text.stored import preprocess_command
 
 # An estimate that leaves less than this share free is called close.

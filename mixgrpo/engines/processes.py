@@ -31,7 +31,7 @@ class Processes:
     def any(self, flag: bool) -> bool:
         if self.world_size == 1:
             return flag
-        raised = torch.tensor(float(flag))  # on the CPU: see mixgrpo.distributed
+        raised = torch.tensor(float(flag))  # on the CPU: see mixgrpo.engines.distributed
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return bool(raised.item())
 

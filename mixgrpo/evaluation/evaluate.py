@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixgrpo.assembly import make_rewards
 from mixgrpo.config import Config
-from mixgrpo.distributed import Process, gather_objects, spread
+from mixgrpo.engines.distributed import Process, gather_objects, spread
 from mixgrpo.evaluation.comparison import Values, pairwise_distance
 from mixgrpo.evaluation.manifests import Manifest, Picture, Seen, look, read_picture
 from mixgrpo.evaluation.score_store import Store, column, digest, identity

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from mixgrpo.named_paths import check_distinct_names, split_name
+from mixgrpo.files.named_paths import check_distinct_names, split_name
 
 VERSION = 1
 _FIELDS = {"index": int, "sample": int, "prompt": str, "file": str}

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mixgrpo.fingerprint import fingerprint, fingerprint_files
-from mixgrpo.revision import exact_revision
+from mixgrpo.files.fingerprint import fingerprint, fingerprint_files
+from mixgrpo.files.revision import exact_revision
 
 REQUIREMENTS = Path(__file__).parent.parent.parent / "requirements.txt"
 

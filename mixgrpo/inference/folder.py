@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mixgrpo.inference.config import InferenceConfig
-from mixgrpo.pictures import to_pil
+from mixgrpo.run.pictures import to_pil
 
 VERSION = 1
 MANIFEST = "manifest.json"

@@ -18,24 +18,25 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from mixgrpo.assembly import FAMILIES
 from mixgrpo.config import flatten
-from mixgrpo.disk import own_folder
-from mixgrpo.distributed import Process, process_group
-from mixgrpo.fingerprint import fingerprint, fingerprint_files
+from mixgrpo.engines.distributed import Process, process_group
+from mixgrpo.files.disk import own_folder
+from mixgrpo.files.fingerprint import fingerprint, fingerprint_files
+from mixgrpo.files.revision import git_revision
 from mixgrpo.inference.config import InferenceConfig, check, model_config, tuned_steps
 from mixgrpo.inference.folder import Picture, PictureFolder
+from mixgrpo.inference.memory import explain
 from mixgrpo.inference.tuned import Tuned, find_tuned, load_tuned
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
-from mixgrpo.memory import OutOfMemory, explain, memory_of
 from mixgrpo.models import Policy
 from mixgrpo.models.flux import PARTS
 from mixgrpo.models.flux_text import require_parts
+from mixgrpo.models.registry import FAMILIES
 from mixgrpo.noise import Noise
-from mixgrpo.pictures import to_bytes
-from mixgrpo.prompts import read_prompts
-from mixgrpo.revision import git_revision
+from mixgrpo.planning.memory import OutOfMemory, memory_of
 from mixgrpo.rollout import sample_ode
+from mixgrpo.run.pictures import to_bytes
+from mixgrpo.text.prompts import read_prompts
 from mixgrpo.types import TextEmbedding
 
 Block = list[Picture]  # pictures that go through the model together

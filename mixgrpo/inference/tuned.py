@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mixgrpo.checkpoint import Shards, open_saved, verify
 from mixgrpo.checkpoint.manifest import MANIFEST
+from mixgrpo.files.weight_files import NAME, check_fits, fill, find_shards, read_shapes
 from mixgrpo.inference.config import InferenceConfig, tuned_steps
 from mixgrpo.models.flux_lora import attach_lora, lora_of_run, read_lora
-from mixgrpo.weight_files import NAME, check_fits, fill, find_shards, read_shapes
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 _PARTS = {"plain": "model", "ema": "ema"}

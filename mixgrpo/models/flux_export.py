@@ -12,10 +12,10 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from mixgrpo.config import ModelConfig
-from mixgrpo.disk import write_whole
+from mixgrpo.files.disk import write_whole
+from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes, write_streamed
 from mixgrpo.models.flux import LORA_TARGETS, PARTS
 from mixgrpo.models.flux_text import require_parts
-from mixgrpo.weight_files import NAME, check_fits, find_shards, read_shapes, write_streamed
 
 Read = Callable[[Iterable[str]], Iterable[Tensor]]
 

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes
 from mixgrpo.models.flux_text import quiet
-from mixgrpo.weight_files import NAME, check_fits, find_shards, read_shapes
 
 _TEXT_NAME = "model.safetensors"  # as transformers names a model's weights
 _PREFIX = "text_model."  # of CLIP's names in files that older versions wrote

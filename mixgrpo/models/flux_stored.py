@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from mixgrpo.weight_files import check_fits, find_shards, open_slices, read_shapes
+from mixgrpo.files.weight_files import check_fits, find_shards, open_slices, read_shapes
 
 _BASE = ".base_layer."  # what adapters put into the names of the layers that they are beside
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from mixgrpo.config import ModelConfig
-from mixgrpo.fingerprint import fingerprint
+from mixgrpo.files.fingerprint import fingerprint
 from mixgrpo.types import TextEmbedding
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

@@ -29,7 +29,7 @@ def parameters_of(model: Path, part: str) -> int:
     files = sorted(model.glob(f"{part}/*.safetensors"))
     if not files:
         return PUBLISHED[part]
-    from mixgrpo.weight_files import read_shapes
+    from mixgrpo.files.weight_files import read_shapes
 
     return sum(weight.numel() for file in files for weight in read_shapes([file]).values())
 

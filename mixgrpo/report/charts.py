@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from mixgrpo.metrics import describe
 from mixgrpo.report.runs import Run
+from mixgrpo.run.metrics import describe
 
 POINTS = 1000  # of a line, at most
 MANY = 40  # points from which on a line is drawn with its running mean

@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mixgrpo.disk import write_whole
-from mixgrpo.hacking import hacking_warning
+from mixgrpo.files.disk import write_whole
 from mixgrpo.report.charts import (
     OPTIMISATION,
     metric_charts,
@@ -23,6 +22,7 @@ from mixgrpo.report.charts import (
 from mixgrpo.report.pictures import make_album
 from mixgrpo.report.runs import Run
 from mixgrpo.report.tables import knob_tables, name_of, score_table, time_table
+from mixgrpo.run.hacking import hacking_warning
 
 STATIC = Path(__file__).parent / "static"
 

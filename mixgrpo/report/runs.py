@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mixgrpo.config import ValidationConfig, dotted
-from mixgrpo.named_paths import check_distinct_names, split_name
-from mixgrpo.prompts import read_prompts
+from mixgrpo.files.named_paths import check_distinct_names, split_name
+from mixgrpo.text.prompts import read_prompts
 
 OF_A_RUN = ("config.json", "metrics.jsonl", "pictures")
 

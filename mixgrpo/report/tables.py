@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixgrpo.config import Config, flatten
-from mixgrpo.metrics import describe
 from mixgrpo.report.charts import points
 from mixgrpo.report.runs import Run
+from mixgrpo.run.metrics import describe
 
 COLOURS = 8  # as many as report.css has
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixgrpo.files.weight_files import check_fits
 from mixgrpo.rewards.imagereward_model import (
     ImageRewardModel,
     VisionSize,
@@ -33,7 +34,6 @@ from mixgrpo.rewards.weights import (
     require_file,
     require_folder,
 )
-from mixgrpo.weight_files import check_fits
 
 __all__ = ["ImageReward", "ImageRewardModel", "VisionSize", "to_imagereward_keys"]
 

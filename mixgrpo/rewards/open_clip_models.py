@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixgrpo.files.weight_files import check_fits
 from mixgrpo.rewards.weights import (
     find_file,
     load_exactly,
@@ -29,7 +30,6 @@ from mixgrpo.rewards.weights import (
     require_file,
     require_folder,
 )
-from mixgrpo.weight_files import check_fits
 
 _CONFIG = "open_clip_config.json"
 # In open_clip's own order of preference.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from mixgrpo.files.weight_files import check_fits
 from mixgrpo.rewards.images import center_crop, normalise, resize, resize_shortest
 from mixgrpo.rewards.weights import (
     NotReadable,
@@ -20,7 +21,6 @@ from mixgrpo.rewards.weights import (
     read_json,
     require_folder,
 )
-from mixgrpo.weight_files import check_fits
 
 _WEIGHTS = (
     "model.safetensors",

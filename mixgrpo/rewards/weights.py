@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixgrpo.weight_files import check_fits, find_shards, read_shapes
+from mixgrpo.files.weight_files import check_fits, find_shards, read_shapes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mixgrpo.disk import write_whole
+from mixgrpo.files.disk import write_whole
 from mixgrpo.types import TextEmbedding
 
 Encoder = dict[str, str | int]  # what decides an embedding -> its digest or value

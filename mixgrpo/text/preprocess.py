@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mixgrpo.assembly import ENCODERS
 from mixgrpo.config import ModelConfig, PreprocessConfig
-from mixgrpo.disk import PARTIAL, own_folder
-from mixgrpo.distributed import Process, process_group
+from mixgrpo.engines.distributed import Process, process_group
+from mixgrpo.files.disk import PARTIAL, own_folder
 from mixgrpo.models import TextEncoder
-from mixgrpo.prompts import read_prompts
+from mixgrpo.models.registry import ENCODERS
 from mixgrpo.text.embeddings import (
     Encoder,
     Index,
@@ -28,6 +27,7 @@ from mixgrpo.text.embeddings import (
     write_index,
     write_shard,
 )
+from mixgrpo.text.prompts import read_prompts
 from mixgrpo.types import TextEmbedding
 
 GIB = 2**30

@@ -29,7 +29,7 @@ from trainings import finish, prepare
 from mixgrpo.assembly import make_policy
 from mixgrpo.checkpoint import Shards, latest
 from mixgrpo.commands.train import parse
-from mixgrpo.tracking import read_metrics
+from mixgrpo.run.tracking import read_metrics
 
 ENGINES = {
     "ddp": ("--engine.kind", "ddp"),

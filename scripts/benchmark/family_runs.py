@@ -18,9 +18,9 @@ from family_members import REFERENCE, Member, Settings, configuration
 from mixgrpo.assembly import make_windows
 from mixgrpo.checkpoint import CheckpointError
 from mixgrpo.config import Config
-from mixgrpo.revision import git_revision
-from mixgrpo.stopping import TrainingStopped
-from mixgrpo.tracking import read_metrics
+from mixgrpo.files.revision import git_revision
+from mixgrpo.run.stopping import TrainingStopped
+from mixgrpo.run.tracking import read_metrics
 
 TEST_CAPTIONS = Path(__file__).resolve().parents[2] / "data" / "shapes" / "prompts_test.txt"
 SPEED_ITERATIONS = 5  # the first warms up and does not count

@@ -56,8 +56,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mixgrpo.adamw import FrugalAdamW
 from mixgrpo.config import ModelConfig
+from mixgrpo.engines.adamw import FrugalAdamW
 from mixgrpo.models.flux import Flux, speed_up, trained_dtype
 from mixgrpo.planning.flux_size import FluxSize
 from mixgrpo.planning.operations import operations_per_picture

@@ -30,19 +30,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mixgrpo.config import EngineConfig, ModelConfig, UpdateConfig
-from mixgrpo.distributed import process_group
 from mixgrpo.engines import Engine, Network
 from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.engines.distributed import process_group
 from mixgrpo.engines.fsdp import FullySharded
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.maths.transitions import log_ratio, make_transition
+from mixgrpo.methods.grpo import Objective, update
 from mixgrpo.models.flux import Flux
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import SamplingPlan, rollout
 from mixgrpo.shapes.architecture import flux_pipeline
 from mixgrpo.types import TextEmbedding, Velocity, Window
-from mixgrpo.update import Objective, update
 
 SHIFT, ETA, CLIP = 3.0, 0.7, 1e-4
 TEXT_LENGTH = 16

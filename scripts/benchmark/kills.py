@@ -27,7 +27,7 @@ from environment import environment
 from trainings import finish, prepare, start
 
 from mixgrpo.checkpoint import Saved, Shards, choose
-from mixgrpo.distributed import Process
+from mixgrpo.engines.distributed import Process
 
 EVERY = 1  # iterations from save to save
 # A save is whole at the end of the next iteration at the latest, so the one that is lost was begun

@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo.checkpoint import Position, Saver, latest, open_saved, verify
-from mixgrpo.distributed import Process
-from mixgrpo.ema import Ema
 from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.engines.distributed import Process
+from mixgrpo.engines.ema import Ema
 
 WIDTH = 1024
 GIGABYTE = 1e9

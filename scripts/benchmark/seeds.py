@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mixgrpo.tracking import read_metrics
+from mixgrpo.run.tracking import read_metrics
 
 
 def main() -> None:

@@ -3,10 +3,10 @@
     python scripts/benchmark/speed.py --help
 
 Published: one image at a time, all latents kept, a log-probability in every step, one sample and
-one window step per backward, one image per decoding. Ours: mixgrpo.rollout and mixgrpo.update. Both
-get the same model, prompts, noise and advantages, and the gradients of their first optimizer step
-are compared; the exit code is 1 if they differ. The optimizer's learning rate is 0, so that every
-iteration of every variant starts from the same weights.
+one window step per backward, one image per decoding. Ours: mixgrpo.rollout and
+mixgrpo.methods.grpo. Both get the same model, prompts, noise and advantages, and the gradients of
+their first optimizer step are compared; the exit code is 1 if they differ. The optimizer's learning
+rate is 0, so that every iteration of every variant starts from the same weights.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import flash_sigmas, step_at
 from mixgrpo.maths.transitions import euler, log_prob, log_ratio, make_transition, sample
+from mixgrpo.methods.grpo import Objective, update
 from mixgrpo.models.flux import Flux
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import SamplingPlan, rollout
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity, Window
-from mixgrpo.update import Objective, update
 
 SHAPES_FLUX = ROOT / "data" / "shapes" / "flux"
 PHASES = ("rollout", "decode", "update")
@@ -226,7 +226,7 @@ class Published:
 
 
 class Ours:
-    """mixgrpo.rollout and mixgrpo.update with the DataParallel engine."""
+    """mixgrpo.rollout and mixgrpo.methods.grpo with the DataParallel engine."""
 
     def __init__(self, task: Task, solver: str = "euler", ratio: float = 1.0) -> None:
         self.task = task

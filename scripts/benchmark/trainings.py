@@ -12,7 +12,7 @@ from pathlib import Path
 
 from environment import ROOT
 
-PRELOADED = ["mixgrpo.trainer", "mixgrpo.summary", "mixgrpo.engines.zero"]
+PRELOADED = ["mixgrpo.trainer", "mixgrpo.report.summary", "mixgrpo.engines.zero"]
 
 
 def prepare() -> None:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from mixgrpo.distributed import Process
+from mixgrpo.engines.distributed import Process
 
 PERIOD = 2.0  # seconds between looks
 TELLING = 5.0  # seconds for the other processes to tell where they are

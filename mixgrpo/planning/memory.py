@@ -1,67 +1,21 @@
-"""How much memory sampling and training take, by rules of thumb."""
+"""How much memory training takes on each GPU, estimated from the model's files."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mixgrpo.config import Config
-from mixgrpo.inference.config import InferenceConfig
+from mixgrpo.files.weight_files import read_shapes
 from mixgrpo.models.flux import LORA_TARGETS
-from mixgrpo.planning.activations import decoding_bytes, evaluation_bytes
-from mixgrpo.planning.device_memory import DeviceMemory, device_memory, first_width
-from mixgrpo.planning.flux_size import FluxSize
+from mixgrpo.planning.device_memory import DeviceMemory, device_memory
 from mixgrpo.planning.spread import spread_of
-from mixgrpo.weight_files import read_shapes
 
 
 class OutOfMemory(RuntimeError):
     """The GPU's memory did not suffice; the message says what would take less."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that sampling takes, estimated.
-
-    Attributes:
-        weights: of all parts of the model.
-        evaluation: activations of one model evaluation of ``micro_batch`` pictures.
-        decoding: activations of decoding ``decode_batch`` pictures.
-    """
-
-    weights: int
-    evaluation: int
-    decoding: int
-
-
-def estimate(config: InferenceConfig) -> Memory:
-    """Read off the model folder, without loading it."""
-    folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
-    parameters = _parameters(folder, "*")
-    pixels = config.model.height * config.model.width
-    tokens = pixels // 256 + config.model.text_length
-    decoded = min(config.decode_batch, config.micro_batch)
-    return Memory(
-        weights=parameters * size,
-        evaluation=evaluation_bytes(FluxSize.of_folder(folder), tokens, config.micro_batch, size),
-        decoding=decoding_bytes(pixels, decoded, first_width(folder), size),
-    )
-
-
-def explain(config: InferenceConfig, total: int) -> str:
-    """One sentence for a GPU of ``total`` bytes that did not suffice."""
-    needed, model = estimate(config), config.model
-    smaller = " or take --model.compute_dtype bfloat16" if model.compute_dtype == "float32" else ""
-    return (
-        f"the GPU's {_gib(total)} did not suffice: about {_gib(needed.weights)} of weights in "
-        f"{model.compute_dtype}, {_gib(needed.evaluation)} to evaluate {config.micro_batch} "
-        f"pictures of {model.width}x{model.height} together, {_gib(needed.decoding)} to decode "
-        f"{min(config.decode_batch, config.micro_batch)}; lower --micro_batch, --decode_batch, "
-        f"--model.height and --model.width{smaller}"
-    )
 
 
 def training_memory(config: Config, processes: int = 1, per_node: int = 1) -> DeviceMemory:
@@ -85,7 +39,7 @@ def trained_weights(config: Config) -> int:
     """How many weights a run trains: the transformer's, or r*(in + out) for each adapted layer."""
     folder, model = Path(config.model.path), config.model
     if model.train == "full":
-        return _parameters(folder, "transformer")
+        return count_parameters(folder, "transformer")
     shapes = read_shapes(folder.glob("transformer/*.safetensors"))
     layers = re.compile(LORA_TARGETS[model.lora_targets] + r"\.weight")
     return sum(
@@ -103,8 +57,8 @@ def explain_training(config: Config, total: int, processes: int = 1, per_node: i
     held = needed.weights + needed.whole + needed.gradients + needed.optimizer
     held += needed.average + needed.reference
     return (
-        f"the GPU's {_gib(total)} did not suffice: about {_gib(held)} are held for the transformer "
-        f"({model.train}) and {_gib(frozen)} for the model's other parts, reward models and "
+        f"the GPU's {gib(total)} did not suffice: about {gib(held)} are held for the transformer "
+        f"({model.train}) and {gib(frozen)} for the model's other parts, reward models and "
         "activations come on top; lower --update.micro_batch, --sampling.micro_batch and "
         f"--sampling.decode_batch, set --model.gradient_checkpointing true, --scoring.placement "
         f"offload{less and ', '}{less}, --text.placement offload, shard over several GPUs with "
@@ -113,7 +67,7 @@ def explain_training(config: Config, total: int, processes: int = 1, per_node: i
     )
 
 
-def _parameters(folder: Path, part: str) -> int:
+def count_parameters(folder: Path, part: str) -> int:
     """Counted in the headers of a part's weight files."""
     return sum(
         weight.numel()
@@ -127,5 +81,5 @@ def memory_of(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"

@@ -12,9 +12,7 @@ from safetensors import SafetensorError
 
 from mixgrpo.checkpoint import CheckpointError, Shards, latest, open_saved, verify
 from mixgrpo.config import ModelConfig
-from mixgrpo.models.flux_export import export_flux
-
-EXPORTERS = {"flux": export_flux}
+from mixgrpo.models.registry import EXPORTERS
 
 
 def export(checkpoint: Path, folder: Path, part: str = "model", model: str = "") -> None:

@@ -14,10 +14,10 @@ from mixgrpo.engines import Engine
 from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.models import Policy
 from mixgrpo.noise import Noise
-from mixgrpo.pictures import save_pictures, save_scores, to_bytes
 from mixgrpo.rewards import Reward, score
 from mixgrpo.rollout import sample_ode
-from mixgrpo.stopping import SamplingStopped
+from mixgrpo.run.pictures import save_pictures, save_scores, to_bytes
+from mixgrpo.run.stopping import SamplingStopped
 from mixgrpo.types import Velocity
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mixgrpo.config import UpdateConfig
-from mixgrpo.emphasis import Emphasis, whole
 from mixgrpo.engines import Engine
 from mixgrpo.maths.objective import KL, Prediction, clipped_loss, is_clipped, kl_in_mean
 from mixgrpo.maths.schedule import step_at
 from mixgrpo.maths.transitions import LogRatio, Transition
+from mixgrpo.methods.emphasis import Emphasis, whole
 from mixgrpo.types import Trajectory, Velocity
 
 

@@ -11,7 +11,10 @@ from typing import Any
 
 from mixgrpo.assembly import make_plan, make_windows, shift_for
 from mixgrpo.config import Config
-from mixgrpo.coverage import (
+from mixgrpo.maths.emphasis import trained_steps
+from mixgrpo.maths.schedule import make_sigmas
+from mixgrpo.maths.window import WindowSchedule
+from mixgrpo.planning.coverage import (
     Evaluations,
     Group,
     Visit,
@@ -22,9 +25,6 @@ from mixgrpo.coverage import (
     stretches,
     visits,
 )
-from mixgrpo.maths.emphasis import trained_steps
-from mixgrpo.maths.schedule import make_sigmas
-from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.types import Window
 
 WIDTH = 100  # columns of a terminal

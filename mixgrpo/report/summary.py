@@ -11,12 +11,12 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from mixgrpo.config import Config
-from mixgrpo.hacking import hacking_warning
-from mixgrpo.pictures import before_after, reward_curves
-from mixgrpo.prompts import read_prompts
 from mixgrpo.report.page import write_report
 from mixgrpo.report.runs import read_run
-from mixgrpo.tracking import read_metrics
+from mixgrpo.run.hacking import hacking_warning
+from mixgrpo.run.pictures import before_after, reward_curves
+from mixgrpo.run.tracking import read_metrics
+from mixgrpo.text.prompts import read_prompts
 
 
 def summarize(folder: Path, config: Config) -> str:

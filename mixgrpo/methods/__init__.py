@@ -1,0 +1,1 @@
+"""How a rollout is learned from: one file per family of methods."""

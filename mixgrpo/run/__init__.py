@@ -1,0 +1,1 @@
+"""What surrounds a run: validation, saving and stopping, records, pictures, the watchdog."""
