@@ -1,24 +1,21 @@
-"""From a configuration to the parts of a run."""
+"""A run's parts, each made once from the configuration."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from mixgrpo import checkpoint as checkpoints
-from mixgrpo.checkpoint import Position, Saved
-from mixgrpo.checks import check_resumable
 from mixgrpo.config import Config
 from mixgrpo.engines import Engine, Network
 from mixgrpo.engines.adamw import FrugalAdamW
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.engines.distributed import Process
+from mixgrpo.engines.ema import Ema
 from mixgrpo.engines.fsdp import FullySharded
 from mixgrpo.engines.zero import Zero
 from mixgrpo.maths.dpm_solver import make_solver
@@ -30,11 +27,116 @@ from mixgrpo.methods.grpo import Objective
 from mixgrpo.models import Policy, Text
 from mixgrpo.models.registry import ENCODERS, FAMILIES
 from mixgrpo.noise import Noise
-from mixgrpo.rewards import Reward, build_reward
+from mixgrpo.rewards import Reward, ScoreStream, build_reward
 from mixgrpo.rollout import SamplingPlan
-from mixgrpo.text.prompts import PromptBatch
+from mixgrpo.run.validation import Validator
+from mixgrpo.text.prompts import PromptBatch, PromptBatches, read_prompts
 from mixgrpo.text.stored import open_stored
 from mixgrpo.types import Velocity, Window
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the training loop works with.
+
+    Attributes:
+        process: this process among all of the run.
+        windows: the window of every iteration.
+        batches: the prompts of every iteration, as far as this process samples them.
+        policy: the model, its text encoder and its decoder.
+        trained_weights: number of weights that are trained.
+        engine: trains the policy's network and speaks to the other processes.
+        velocity: the policy's velocity, through the engine.
+        ema: the average of the trained weights, if one is kept.
+        rewards: those that are trained on, by name.
+        validator: samples and scores the validation prompts by all rewards.
+        objective: what the update optimises.
+        plan: the sampling of an iteration with this window.
+        noise: the noise of the rollout for these prompts in this iteration.
+        score_stream: a new thread that scores images by the trained rewards.
+    """
+
+    process: Process
+    windows: WindowSchedule
+    batches: PromptBatches
+    policy: Policy
+    trained_weights: int
+    engine: Engine
+    velocity: Velocity
+    ema: Ema | None
+    rewards: dict[str, Reward]
+    validator: Validator
+    objective: Objective
+    plan: Callable[[Window], SamplingPlan]
+    noise: Callable[[PromptBatch, int], Noise]
+    score_stream: Callable[[], ScoreStream]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts that are trained on, and those of every validation."""
+
+    training: list[str]
+    validation: list[str]
+
+    @staticmethod
+    def read(config: Config) -> Prompts:
+        """Raises ValueError, FileNotFoundError: see ``read_prompts``."""
+        training = read_prompts(config.batch.prompts_file, "batch.prompts_file")
+        validation = read_prompts(config.validation.prompts_file, "validation.prompts_file")
+        return Prompts(training, validation[: config.validation.prompts or None])
+
+
+def assemble(
+    config: Config,
+    process: Process,
+    windows: WindowSchedule,
+    prompts: Prompts,
+    stored: Text | None,
+    progress: Callable[[str], None],
+) -> Parts:
+    """Loads the rewards and the model, and makes everything that depends on them.
+
+    Args:
+        stored: stored embeddings; None to load text encoders.
+        progress: called with the name of each stage as it begins.
+    """
+    progress("loading the rewards")
+    rewards = make_rewards(config, reward_device(config, process.device))
+    trained_rewards = {n: r for n, r in rewards.items() if config.rewards[n].weight > 0}
+    progress("loading the model")
+    policy = make_policy(config, process.device, stored, process.world_size)
+    trained_weights = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+    untrained = policy.untrained() if config.update.kl > 0 else None  # before an engine shards it
+    engine = make_engine(config, process, policy)
+    reference = make_reference(policy, engine, untrained) if config.update.kl > 0 else None
+    return Parts(
+        process=process,
+        windows=windows,
+        batches=PromptBatches(
+            prompts.training,
+            config.batch.prompts,
+            config.run.seed,
+            process.rank,
+            process.world_size,
+        ),
+        policy=policy,
+        trained_weights=trained_weights,
+        engine=engine,
+        velocity=policy.velocity(engine.module),
+        ema=make_ema(config, engine),
+        rewards=trained_rewards,
+        validator=Validator(config, policy, rewards, prompts.validation, shift_for(config)),
+        objective=make_objective(config, reference),
+        plan=partial(make_plan, config),
+        noise=partial(make_noise, config, policy.latent_shape, process.device),
+        score_stream=partial(
+            ScoreStream,
+            trained_rewards,
+            config.scoring.micro_batch,
+            reward_device(config, process.device, while_scoring=True),
+        ),
+    )
 
 
 def make_policy(
@@ -83,6 +185,14 @@ def make_reference(policy: Policy, engine: Engine, untrained: torch.nn.Module | 
     if untrained is None:
         return policy.without_adapters(engine.module)
     return policy.velocity(engine.place(network_of(policy, untrained)))
+
+
+def make_ema(config: Config, engine: Engine) -> Ema | None:
+    """The average of the trained weights, if one is kept."""
+    if not config.ema.decay:
+        return None
+    on_cpu = config.ema.placement == "cpu"
+    return Ema(engine.shards, config.ema.decay, engine.refresh, on_cpu)
 
 
 def make_stored_text(config: Config, prompts: list[str], device: torch.device) -> Text | None:
@@ -175,12 +285,12 @@ def make_optimizer(
 
 def make_noise(
     config: Config,
-    prompts: PromptBatch,
-    iteration: int,
     shape: tuple[int, int],
     device: torch.device,
+    prompts: PromptBatch,
+    iteration: int,
 ) -> Noise:
-    """The noise of an iteration's rollout."""
+    """The noise of an iteration's rollout, for latents of this shape (S, C)."""
     return Noise(
         seed=config.run.seed,
         iteration=iteration,
@@ -192,72 +302,13 @@ def make_noise(
     )
 
 
-def make_objective(config: Config, reference: Velocity | None, kl: float) -> Objective:
-    """What the update optimises; ``kl`` is the KL's present weight."""
+def make_objective(config: Config, reference: Velocity | None) -> Objective:
+    """What the update optimises."""
     return Objective(
         transition=make_transition(config.sampling.transition, config.sampling.eta),
         log_ratio=make_log_ratio(config.sampling.log_ratio),
         clip=config.update.clip,
-        kl=kl,
+        kl=config.update.kl,
         reference=reference,
         kl_form=make_kl(config.update.kl_form),
     )
-
-
-def checkpoints_root(config: Config) -> Path:
-    """Where a run's checkpoints are."""
-    return Path(config.run.folder) / "checkpoints"
-
-
-def prompt_digests(config: Config) -> dict[str, str]:
-    """What tells the prompt files' contents, by ``contents.`` and the knob that names the file."""
-    files = {
-        "batch.prompts_file": config.batch.prompts_file,
-        "validation.prompts_file": config.validation.prompts_file,
-    }
-    return {
-        f"contents.{knob}": hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
-        for knob, file in files.items()
-        if Path(file).is_file()
-    }
-
-
-def resumed_checkpoint(config: Config, process: Process) -> Saved | None:
-    """The checkpoint to continue from, checked against the recipe; None to start afresh."""
-    root = checkpoints_root(config)
-    if not config.run.resume:
-        newest = checkpoints.latest(root)
-        if newest is not None:
-            raise ValueError(
-                f"{config.run.folder!r} holds a run already (newest checkpoint {newest.name}); "
-                "continue it with --run.resume true, or choose another --run.folder"
-            )
-        return None
-    saved = checkpoints.choose(process, root, config.run.resume_from)
-    if saved is None:
-        return None
-    position = saved.position
-    check_same_run(position, config)
-    if position.iteration > config.run.iterations:
-        raise ValueError(
-            f"the checkpoint {saved.path} has {position.iteration} iterations, run.iterations is "
-            f"{config.run.iterations}; raise --run.iterations"
-        )
-    return saved
-
-
-def check_same_run(position: Position, config: Config) -> None:
-    """Whether a run of these knobs is the one that was there, uninterrupted.
-
-    Raises:
-        ValueError: a knob, or what a prompt file holds, has changed since.
-    """
-    check_resumable(position.config, config)
-    for key, digest in prompt_digests(config).items():
-        if position.config.get(key, digest) != digest:
-            knob = key.removeprefix("contents.")
-            raise ValueError(
-                f"the file of {knob} has other contents than when this run began, and a resumed "
-                "run must be the run uninterrupted; put the old ones back, or train into another "
-                "--run.folder"
-            )

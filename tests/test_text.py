@@ -503,8 +503,8 @@ def test_missing_prompts_are_counted_and_the_first_is_shown(world, folder, mine,
     words = world.arguments(folder, **knobs, batch__prompts_file=str(tmp_path / "more.txt"))
     with (
         mock.patch("torch.cuda.is_available", return_value=False),
-        mock.patch("mixgrpo.trainer.make_policy", side_effect=AssertionError("model loaded")),
-        mock.patch("mixgrpo.trainer.make_rewards", side_effect=AssertionError("rewards loaded")),
+        mock.patch("mixgrpo.assembly.make_policy", side_effect=AssertionError("model loaded")),
+        mock.patch("mixgrpo.assembly.make_rewards", side_effect=AssertionError("rewards loaded")),
     ):
         assert main(words) == 1
     said = capfd.readouterr().err.strip()

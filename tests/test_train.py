@@ -36,11 +36,11 @@ from tiny_world import (
 )
 
 from mixgrpo import checkpoint as checkpoints
-from mixgrpo.assembly import prompt_digests, resumed_checkpoint
 from mixgrpo.config import RewardConfig, flatten
 from mixgrpo.models.flux import Flux
 from mixgrpo.rewards import RewardError
 from mixgrpo.rollout import rollout
+from mixgrpo.run.saving import prompt_digests, resumed_checkpoint
 from mixgrpo.run.stopping import StopRequest, TrainingStopped
 from mixgrpo.trainer import Trainer
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mixgrpo import checkpoint as checkpoints
-from mixgrpo.assembly import check_same_run, checkpoints_root, make_windows
+from mixgrpo.assembly import make_windows
 from mixgrpo.checks import check
 from mixgrpo.config import Config
 from mixgrpo.doctor.devices import processes_here
 from mixgrpo.doctor.lines import Line, error, ok, warning
 from mixgrpo.planning.coverage import iterations_by_step, never_trained, visits
+from mixgrpo.run.saving import check_same_run, checkpoints_root
 
 _ANOTHER = "choose another --run.folder"
 

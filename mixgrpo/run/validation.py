@@ -11,13 +11,18 @@ from torch import Tensor
 
 from mixgrpo.config import Config
 from mixgrpo.engines import Engine
+from mixgrpo.engines.ema import Ema
 from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.models import Policy
 from mixgrpo.noise import Noise
-from mixgrpo.rewards import Reward, score
+from mixgrpo.rewards import Reward, resident, score
 from mixgrpo.rollout import sample_ode
+from mixgrpo.run.hacking import hacking_warning
 from mixgrpo.run.pictures import save_pictures, save_scores, to_bytes
+from mixgrpo.run.record import seconds_record
+from mixgrpo.run.saving import Saving
 from mixgrpo.run.stopping import SamplingStopped
+from mixgrpo.run.tracking import Phases, Tracker, is_validation, read_metrics
 from mixgrpo.types import Velocity
 
 
@@ -128,3 +133,93 @@ class Validator:
             pictures.append(to_bytes(images))
         merged = {name: torch.cat([part[name] for part in scores]) for name in self.rewards}
         return torch.cat(pictures), merged
+
+
+class Validations:
+    """A run's validations: when they are due, how they are logged, what they warn of.
+
+    Every method is called by all processes together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        validator: Validator,
+        engine: Engine,
+        velocity: Velocity,
+        ema: Ema | None,
+        saving: Saving,
+        tracker: Tracker,
+        phases: Phases,
+    ) -> None:
+        self.config = config
+        self.folder = Path(config.run.folder)
+        self.validator = validator
+        self.engine = engine
+        self.velocity = velocity
+        self.ema = ema
+        self.saving = saving
+        self.tracker = tracker
+        self.phases = phases
+
+    def is_due(self) -> bool:
+        """Whether the iteration just done ends with a validation; the last one always does."""
+        every, done = self.config.validation.every, self.saving.progress.iteration
+        return bool(every) and done % every == 0 and done != self.config.run.iterations
+
+    def is_missing(self) -> bool:
+        """Whether the weights that a run starts or continues from were still to be validated.
+
+        A run that was stopped before a validation makes up for it when it continues.
+        """
+        done = self.saving.progress.iteration
+        if done == 0:
+            return self.config.validation.before
+        if not self.is_due():
+            return False
+        records = read_metrics(self.folder) if self.tracker.active else []
+        found = any(record["iteration"] == done and is_validation(record) for record in records)
+        return self.engine.any(self.tracker.active and not found)
+
+    def run(self) -> None:
+        """Scores the fixed prompts, with and without the average; logs, and keeps images.
+
+        Raises:
+            TrainingStopped: a signal asked for it; a checkpoint was saved.
+        """
+        try:
+            plain, average = self._validate()
+        except SamplingStopped:
+            self.saving.stop_if_asked()
+            raise
+        iteration = self.saving.progress.iteration
+        record = {f"validation/{name}": value for name, value in plain.means.items()}
+        if average:
+            record |= {f"validation_ema/{name}": value for name, value in average.means.items()}
+        record |= seconds_record(self.phases.take())
+        self.tracker.log(iteration, record)
+        self._warn_of_hacking()
+        if self.engine.rank == 0:
+            plain.save_pictures(self.folder / "pictures" / f"iteration_{iteration:08d}")
+            self.tracker.pictures(iteration, plain.pictures, plain.prompts)
+
+    def _validate(self) -> tuple[Validation, Validation | None]:
+        """By the weights, and by their average if there is one."""
+        rewards, placement = self.validator.rewards, self.config.scoring.placement
+        with self.phases("validation"), resident(rewards, placement, self.engine.device):
+            with self.engine.gathered():
+                plain = self._by_present_weights()
+            if not self.ema or self.saving.progress.iteration == 0:
+                return plain, None
+            with self.ema.swapped(), self.engine.gathered():
+                return plain, self._by_present_weights()
+
+    def _by_present_weights(self) -> Validation:
+        return self.validator(self.engine, self.velocity, self.saving.is_asked_to_stop)
+
+    def _warn_of_hacking(self) -> None:
+        weights = {name: knobs.weight for name, knobs in self.config.rewards.items()}
+        history = read_metrics(self.folder) if self.tracker.active else []
+        warning = hacking_warning(history, weights, self.config.validation.patience)
+        if warning:
+            self.tracker.warn("reward hacking", warning)
