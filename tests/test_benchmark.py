@@ -42,19 +42,34 @@ def test_prints_the_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("hardware:", "software:", "revision:", "command:", "task:", "gradients: equal"):
         assert line in done.stdout
-    rows = [line.split()[0] for line in done.stdout.splitlines()[-5:]]
-    ours = ["MixGRPO", "MixGRPO-Flash"]
+    rows = [line.split()[0] for line in done.stdout.splitlines()[-7:]]
+    ours = ["batched", "MixGRPO", "MixGRPO-Flash"]
     assert rows == ["published", *ours, *(f"published/{name}" for name in ours)]
 
     results = json.loads((tmp_path / "results.json").read_text())
     variants = results["variants"]
     assert variants["published"]["evaluations"] == {"rollout": 4, "update": 2}
+    assert variants["batched"]["evaluations"] == {"rollout": 4, "update": 2}
     assert variants["MixGRPO"]["evaluations"] == {"rollout": 3, "update": 1.5}
     assert variants["MixGRPO-Flash"]["evaluations"] == {"rollout": 3, "update": 1.5}
     assert all(value <= 1e-3 for value in results["gradient_difference"].values())
     latents = {name: variant["latents_mb"] for name, variant in variants.items()}
     assert latents["published"] == 2 * 5 * 16 * 64 * 4 / 2**20
     assert results["ratios"]["MixGRPO"]["evaluations"]["rollout"] == pytest.approx(4 / 3)
+
+
+def test_the_train_command_is_timed_on_the_same_task(
+    speed: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own, with the median over the same number of iterations."""
+    tiny = ["--model", str(ROOT / "data/shapes/flux"), *TINY[1:], "--steps", "3", "--start", "0"]
+    assert speed.main([*tiny, "--train", "--json", str(tmp_path / "results.json")]) == 0
+    train, ratio = capsys.readouterr().out.splitlines()[-2:]
+    assert train.startswith("train command ")
+    assert ratio.startswith("train command/MixGRPO ")
+    found = json.loads((tmp_path / "results.json").read_text())["train"]
+    assert set(found) == {"rollout", "decode", "update", "total"}
+    assert found["total"] == pytest.approx(sum(found[p] for p in ("rollout", "decode", "update")))
 
 
 def test_fails_when_the_gradients_differ(
@@ -76,6 +91,7 @@ def test_fails_when_the_gradients_differ(
         (["--start", "2"], "the window must end before the last of 4 steps"),
         (["--optimizer-steps", "3"], "--samples 2 must be a multiple of --optimizer-steps 3"),
         (["--iterations", "0"], "must be at least 1"),
+        (["--train"], "--train needs a model folder"),
     ],
 )
 def test_refuses_what_cannot_be_run(

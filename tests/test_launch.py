@@ -164,3 +164,20 @@ def test_a_signal_saves_and_ends_all_processes(tmp_path, number):
     assert "continue with --run.resume true" in errors
     assert "Traceback" not in errors
     assert (folder / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.parametrize(("processes", "policy"), [("1", None), ("2", "passive")])
+def test_threads_sleep_only_where_processes_share_the_cores(
+    processes: str, policy: str | None
+) -> None:
+    """One process alone is faster with threads that spin while they wait."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    shown = "import os, mixgrpo.__main__; print(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run(
+        [sys.executable, "-c", shown],
+        env={**environment, "LOCAL_WORLD_SIZE": processes},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(policy)

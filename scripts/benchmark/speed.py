@@ -4,9 +4,14 @@
 
 Published: one image at a time, all latents kept, a log-probability in every step, one sample and
 one window step per backward, one image per decoding. Ours: mixgrpo.rollout and
-mixgrpo.methods.grpo. Both get the same model, prompts, noise and advantages, and the gradients of
-their first optimizer step are compared; the exit code is 1 if they differ. The optimizer's learning
-rate is 0, so that every iteration of every variant starts from the same weights.
+mixgrpo.methods.grpo. In between, "batched": computed in the same batches as ours, but every sample
+is evaluated at every step, although the samples of a prompt share their initial noise. All get the
+same model, prompts, noise and advantages, and the gradients of their first optimizer step are
+compared; the exit code is 1 if they differ. The optimizer's learning rate is 0, so that every
+iteration of every variant starts from the same weights.
+
+With --train, the same iteration is also timed as `python -m mixgrpo train` reports it, in a process
+of its own with the same environment: what the training loop adds shows there.
 """
 
 from __future__ import annotations
@@ -18,15 +23,18 @@ import gc
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from environment import ROOT, environment
@@ -256,8 +264,31 @@ class Ours:
         return kept.states.nbytes + kept.old_means.nbytes + kept.final.nbytes
 
 
+class _Unshared:
+    """Noise of which samples start from equal initial noise, without the sampler knowing it."""
+
+    shared = False
+
+    def __init__(self, noise: Noise) -> None:
+        self.samples = noise.samples
+        self.at = noise.at
+        self._noise = noise
+
+    def initial(self) -> Tensor:
+        """[B, S, C]."""
+        return self._noise.initial().repeat_interleave(self.samples, 0)
+
+
+class Batched(Ours):
+    """As ours, but nothing is shared: every sample is evaluated at every step."""
+
+    def rollout(self, noise: Noise) -> Trajectory:
+        return super().rollout(cast(Noise, _Unshared(noise)))
+
+
 VARIANTS: dict[str, Callable[[Task], Variant]] = {
     "published": Published,
+    "batched": Batched,
     "MixGRPO": Ours,
     "MixGRPO-Flash": partial(Ours, solver="dpm", ratio=FLASH_RATIO),
 }
@@ -360,6 +391,75 @@ def _status_bytes(name: str) -> float:
     return 1024 * float(found[1]) if found else math.nan
 
 
+# --- the training loop ----------------------------------------------------------------------------
+
+
+def brightness(images: Tensor, texts: list[str]) -> Tensor:
+    """A reward that takes no time: [B] means of images [B, 3, H, W]."""
+    return images.mean((1, 2, 3))
+
+
+def train_seconds(chosen: argparse.Namespace) -> dict[str, float]:
+    """Phase -> median seconds of an iteration of ``python -m mixgrpo train`` on the same task."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, prompts = Path(place, "run"), Path(place, "prompts.txt")
+        prompts.write_text("\n".join(captions(chosen.prompts)) + "\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "mixgrpo", "train", *_train_options(chosen, folder, prompts)],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SystemExit(f"error: the training failed: {done.stderr.strip()[-2000:]}")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "update/loss" in record][1:]
+    seconds = {phase: [record[f"seconds/{phase}"] for record in records] for phase in PHASES}
+    totals = [sum(parts) for parts in zip(*seconds.values(), strict=True)]
+    return {**{phase: median(found) for phase, found in seconds.items()}, "total": median(totals)}
+
+
+def _train_options(chosen: argparse.Namespace, folder: Path, prompts: Path) -> list[str]:
+    knobs = {
+        "run.folder": folder,
+        "run.iterations": chosen.iterations + 1,
+        "run.seed": chosen.seed,
+        "model.path": chosen.model,
+        "model.train": "full",
+        "model.compute_dtype": chosen.dtype,
+        "model.height": chosen.size,
+        "model.width": chosen.size,
+        "model.text_length": chosen.text_length,
+        "model.gradient_checkpointing": str(chosen.gradient_checkpointing).lower(),
+        "sampling.steps": chosen.steps,
+        "sampling.shift": SHIFT,
+        "sampling.eta": ETA,
+        "sampling.micro_batch": chosen.micro_batch,
+        "sampling.decode_batch": chosen.micro_batch,
+        "window.size": chosen.window,
+        "window.start": chosen.start,
+        "window.strategy": "frozen",
+        "batch.prompts_file": prompts,
+        "batch.prompts": chosen.prompts,
+        "batch.samples": chosen.samples,
+        "rewards.brightness.kind": "speed:brightness",
+        "update.optimizer_steps": chosen.optimizer_steps,
+        "update.micro_batch": chosen.micro_batch,
+        "update.clip": CLIP,
+        "update.max_grad_norm": MAX_NORM,
+        "ema.decay": 0,
+        "validation.before": "false",
+        "validation.every": 0,
+        "validation.prompts_file": prompts,
+        "validation.prompts": 1,
+        "validation.steps": 2,
+        "log.progress": "false",
+        "log.wandb": "disabled",
+    }
+    return [word for knob, value in knobs.items() for word in (f"--{knob}", str(value))]
+
+
 # --- the same gradients ---------------------------------------------------------------------------
 
 
@@ -415,6 +515,14 @@ def table(measurements: dict[str, Measurement], iterations: int) -> str:
     return "\n".join(lines)
 
 
+def train_row(trained: dict[str, float], ours: dict[str, float]) -> str:
+    """The train command's seconds, and their ratio to this program's own of MixGRPO."""
+    columns = (*PHASES, "total")
+    seconds = "".join(f"{trained[c]:>9.3f}" for c in columns)
+    over = "".join(f"{f'{trained[c] / ours[c]:.2f}x':>9}" for c in columns)
+    return f"{'train command':<24}{seconds}\n{'train command/MixGRPO':<24}{over}"
+
+
 def _row(name: str, *groups: Sequence[str]) -> str:
     widths = (9, 10, 10)
     cells = [f"{c:>{w}}" for g, w in zip(groups, widths, strict=True) for c in g]
@@ -457,11 +565,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--gradient-checkpointing", action="store_true")
     add("--seed", type=int, default=0)
+    add("--train", action="store_true", help="also time the train command on the same task")
     chosen = parser.parse_args(arguments)
     if chosen.model is None and SHAPES_FLUX.is_dir() and not chosen.random_small:
         chosen.model = str(SHAPES_FLUX)
     for complaint in task_complaints(chosen):
         parser.error(complaint)
+    if chosen.train and not chosen.model:
+        parser.error("--train needs a model folder: name one with --model")
     return chosen
 
 
@@ -517,11 +628,15 @@ def load_policy(chosen: argparse.Namespace) -> Flux:
     return Flux(pipeline, config, device)
 
 
+def captions(count: int) -> list[str]:
+    kinds = itertools.product(("red", "blue", "green", "yellow"), ("circle", "square", "cross"))
+    endless = itertools.cycle(f"a {c} {s} on a gray background" for c, s in kinds)
+    return list(itertools.islice(endless, count))
+
+
 def make_task(chosen: argparse.Namespace) -> Task:
     policy = load_policy(chosen)
-    kinds = itertools.product(("red", "blue", "green", "yellow"), ("circle", "square", "cross"))
-    captions = itertools.cycle(f"a {c} {s} on a gray background" for c, s in kinds)
-    text = policy.encode(list(itertools.islice(captions, chosen.prompts)))
+    text = policy.encode(captions(chosen.prompts))
     count = chosen.prompts * chosen.samples
     advantages = torch.randn(count, generator=torch.Generator().manual_seed(chosen.seed))
     return Task(
@@ -563,12 +678,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     found = {name: measure(task, make, chosen.iterations) for name, make in VARIANTS.items()}
     print(table(found, chosen.iterations))
+    trained = train_seconds(chosen) if chosen.train else {}
+    if trained:
+        print(train_row(trained, found["MixGRPO"].seconds))
     if chosen.json:
         results = {
             **about,
             "gradient_difference": differences,
             "variants": {name: vars(each) for name, each in found.items()},
             "ratios": ratios(found),
+            "train": trained,
         }
         chosen.json.write_text(json.dumps(plain(results), indent=1) + "\n")
     return 0 if is_equal else 1
