@@ -37,6 +37,7 @@ from mixgrpo.planning.plan import (
 )
 from mixgrpo.planning.spread import Spread, spreads
 
+README = Path(__file__).parent.parent / "mixgrpo" / "engines" / "README.md"
 DEV = FluxSize()
 P = 11_901_408_320  # FLUX.1-dev's parameters
 SMALL = {
@@ -349,7 +350,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_readmes_command(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = README.read_text()
     (command,) = (line for line in readme.splitlines() if line.startswith("python -m mixgrpo plan"))
     assert main(command.split()[3:]) == 0
     assert "| full | 32 | fsdp |" in capsys.readouterr().out

@@ -29,6 +29,7 @@ from mixgrpo.rewards.vlm import PATTERN, JudgeError, Vlm, read_score
 from . import tiny
 from .judge_server import Asked, JudgeServer, Reply, says
 
+README = Path(__file__).parents[2] / "mixgrpo" / "rewards" / "README.md"
 KEY = "sk-secret-0123456789"
 IMAGES = tiny.images(4, 6, 8)
 TEXTS = ["a zebra", "a {max} of {prompt}", "'quoted' \"text\"", "日本"]
@@ -143,8 +144,7 @@ def test_from_a_recipes_options(serve: Any) -> None:
 
 def test_the_readmes_recipe_builds(tmp_path: Path) -> None:
     """As the train command reads it: the knobs and the options are the rewards' own."""
-    readme = Path(__file__).parents[2] / "README.md"
-    (block,) = re.findall(r"```yaml\n(rewards:\n.*?)```", readme.read_text(), re.DOTALL)
+    (block,) = re.findall(r"```yaml\n(rewards:\n.*?)```", README.read_text(), re.DOTALL)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(block)
     rewards = make_rewards(parse(["--recipe", str(recipe)]), torch.device("cpu"))
@@ -156,8 +156,7 @@ def test_the_readmes_recipe_builds(tmp_path: Path) -> None:
 
 
 def test_the_readme_lists_every_option_and_its_default() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    table = readme.split("| option of `vlm` |")[1].split("\n\n")[0]
+    table = README.read_text().split("| option of `vlm` |")[1].split("\n\n")[0]
     for name, parameter in inspect.signature(Vlm).parameters.items():
         if name == "model":
             continue  # a knob of every reward
