@@ -19,12 +19,15 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")
 PATH = re.compile(r"(?<![\w/.-])((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|slurm|yaml))(?![\w/-])")
 
 
-def repository_files() -> Iterator[Path]:
+def repository_files(folder: Path = ROOT) -> Iterator[Path]:
     """Files of the repository, without hidden folders and those that are ignored."""
-    for path in ROOT.rglob("*"):
-        place = path.relative_to(ROOT)
-        hidden = any(part.startswith(".") for part in place.parts)
-        if not hidden and not place.as_posix().startswith(ELSEWHERE) and path.is_file():
+    for path in folder.iterdir():
+        place = path.relative_to(ROOT).as_posix()
+        if path.name.startswith(".") or place.startswith(ELSEWHERE):
+            continue
+        if path.is_dir():
+            yield from repository_files(path)
+        else:
             yield path
 
 
