@@ -710,8 +710,8 @@ def test_what_a_command_line_means(base, tuned, tmp_path, monkeypatch):
 
 
 def shown_command(script: str) -> list[str]:
-    """The README's command that holds these words."""
-    text = (ROOT / "README.md").read_text()
+    """The command of scripts/README.md that holds these words."""
+    text = (ROOT / "scripts" / "README.md").read_text()
     (line,) = re.findall(rf"^(?:python|bash) .*{re.escape(script)}.*$", text, re.MULTILINE)
     return line.split(" #")[0].split()
 

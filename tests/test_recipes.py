@@ -275,7 +275,7 @@ def test_flux_recipes_run(world: World, small_model: Path, folder: Path, name: s
     assert all(record["update/ratio_error_on_policy"] < 1e-6 for record in found)
 
 
-# ---- verl-omni's windows, as the README maps them
+# ---- verl-omni's windows, as scripts/README.md maps them
 
 TO_OURS = {
     "sde_type": "sampling.transition",
@@ -330,12 +330,12 @@ def test_progressive_windows_move_through_the_range_and_stay_at_its_end() -> Non
 
 
 def test_the_readme_maps_every_key() -> None:
-    readme = (RECIPES.parent.parent / "README.md").read_text()
+    readme = (RECIPES.parent / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)`", readme, re.MULTILINE))
     assert TO_OURS.items() <= rows.items()
     assert set(TO_OURS.values()) <= flatten(Config()).keys()
 
 
 def test_the_readme_names_every_recipe() -> None:
-    readme = (RECIPES.parent.parent / "README.md").read_text()
+    readme = (RECIPES.parent / "README.md").read_text()
     assert all(f"\n| `{method}` |" in readme for method in METHODS)
