@@ -22,14 +22,16 @@ def main(folder: Path, *behaviours: str) -> int:
     if "deaf" in told:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print(f"words {' | '.join(behaviours)}, key {len(os.environ.get('WANDB_API_KEY', ''))}")
-    (folder / f"started_{rank}_{attempt}").write_text(str(os.getpid()))
-    if "fail" in told:
-        return _fail()
     if "stay" in told:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_save(folder, rank)))
     if "unsaved" in told:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_fail()))
+    print(f"words {' | '.join(behaviours)}, key {len(os.environ.get('WANDB_API_KEY', ''))}")
+    # Whoever sees the file may read it, and may send a signal.
+    (folder / f"starting_{rank}").write_text(str(os.getpid()))
+    (folder / f"starting_{rank}").rename(folder / f"started_{rank}_{attempt}")
+    if "fail" in told:
+        return _fail()
     if {"stay", "unsaved", "deaf"} & set(told):
         time.sleep(600)
     return 0

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 from mixgrpo.hosts.job import MARK, Node, take
 from mixgrpo.hosts.link import HostEnded, HostLost, Link, NotMet, open_link
@@ -150,12 +150,40 @@ def environment(node: Node, own: Mapping[str, str], interface: str | None) -> di
 
 
 def kill_marked(mark: str) -> None:
-    """Kills every process of this user that has the mark in its environment."""
+    """Kills every process of this user that has the mark in its environment, and sees them end.
+
+    Until then a killed process holds its ports and its GPU's memory. One that the system cannot
+    end, because its disk does not answer, say, is not waited for beyond ``FAILED_PATIENCE``.
+    """
     wanted = f"{MARK}={mark}".encode()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if wanted in (process / "environ").read_bytes().split(b"\0"):
+    deadline, killed = monotonic() + FAILED_PATIENCE, set[Path]()
+    while True:
+        found = {process for process in Path("/proc").glob("[0-9]*") if _has(process, wanted)}
+        for process in found:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
                 os.kill(int(process.name), signal.SIGKILL)
+        killed |= found  # one that is ending has no environment any more
+        if all(has_ended(process) for process in killed) or monotonic() > deadline:
+            return
+        sleep(0.02)
+
+
+def _has(process: Path, variable: bytes) -> bool:
+    """Whether a process, by its folder in /proc, has it in its environment."""
+    try:
+        return variable in (process / "environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended, or is another user's
+        return False
+
+
+def has_ended(process: Path) -> bool:
+    """Whether a process, by its folder in /proc, is gone or only waits for its parent to hear."""
+    try:
+        after_name = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    state, threads = after_name[0], int(after_name[17])
+    return state in "ZX" and threads <= 1  # else the first thread has ended before others
 
 
 def say(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from environment import ROOT
 
 PRELOADED = ["mixgrpo.trainer", "mixgrpo.report.summary", "mixgrpo.engines.zero"]
+_claims: list[socket.socket] = []
 
 
 def prepare() -> None:
@@ -41,10 +43,26 @@ def start(words: Sequence[str], count: int, log: Path) -> list[BaseProcess]:
     return processes
 
 
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
+def free_port(count: int = 1) -> int:
+    """The first of ``count`` ports in a row that are this process's until it ends.
+
+    Another that calls this gets others, a job on several hosts takes some from 20000 on, and what
+    the system gives to the next connection begins, on Linux, at 32768.
+    """
+    while True:
+        ports = range(first := random.SystemRandom().randrange(10_000, 19_990), first + count)
+        claims = [socket.socket(socket.AF_UNIX) for _ in ports]
+        try:
+            for port, claim in zip(ports, claims, strict=True):
+                claim.bind(f"\0mixgrpo-port-{port}")  # a name for one process at a time, no file
+                with socket.create_server(("", port)):
+                    pass
+        except OSError:
+            for claim in claims:
+                claim.close()
+            continue
+        _claims.extend(claims)
+        return first
 
 
 def become_rank(rank: int, count: int, port: int) -> None:
