@@ -152,12 +152,13 @@ def _serve(namespace: str, root: Path, number: int) -> subprocess.Popen[bytes]:
 
 def _await(hosts: Hosts, name: str) -> None:
     command = hosts.inside("ssh", "-F", str(hosts.root / "ssh_config"), name, "true")
-    for _ in range(50):
+    deadline = time.monotonic() + 120
+    while True:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return
+        assert time.monotonic() < deadline, f"{name}: {done.stderr}"
         time.sleep(0.1)
-    raise AssertionError(f"{name}: {done.stderr}")
 
 
 def _ip(*words: str) -> None:

@@ -252,7 +252,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         torch.save((own, advantages), tmp_path / f"given_{rank}.pt")
     words = python(str(Path(two_updates.__file__)), str(tmp_path))
     running = [subprocess.Popen([*words, str(rank)], env=environment()) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
     found = [torch.load(tmp_path / f"updated_{rank}.pt") for rank in range(2)]
     (first, forwards), (second, others) = found
     expected, alone = two_updates.updated(trajectory, advantages)

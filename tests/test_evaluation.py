@@ -762,7 +762,7 @@ def test_two_processes_find_what_one_does(base, tuned, tmp_path):
     launch = [sys.executable, "-m", "mixgrpo", "launch", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, "evaluate", *words, "--output", str(tmp_path / "two")],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with mock.patch("torch.cuda.is_available", return_value=False):
@@ -779,7 +779,7 @@ def test_the_launcher_tells_of_a_bad_manifest_once(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mixgrpo", "launch", "--nproc_per_node", "2", "evaluate", "nowhere",
          "--rewards.r.kind", "jpeg_size", "--output", str(tmp_path)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

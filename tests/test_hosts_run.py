@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hosts_world
@@ -85,6 +86,15 @@ def files_with(text: str, *folders: Path) -> list[Path]:
     return [path for path in files if text.encode() in path.read_bytes()]
 
 
+def parts_left(place: Path) -> list[Path]:
+    """Files in which a host is told its part of a job of this place."""
+    left = []
+    for path in Path("/tmp").glob("mixgrpo-*.json"):
+        with suppress(FileNotFoundError):  # another test's, which has been taken
+            left += [path] if str(place) in path.read_text() else []
+    return left
+
+
 def test_a_host_cut_off_ends_the_run_which_goes_on_when_it_is_back(
     world: World, place: Path, hosts: Hosts
 ) -> None:
@@ -107,7 +117,7 @@ def test_a_host_cut_off_ends_the_run_which_goes_on_when_it_is_back(
         told += read_until(running, "waiting up to 300 s for second")
         hosts.bring_back(1)
         rest = running.stdout.read()
-        assert running.wait(timeout=60) == 0, rest
+        assert running.wait(timeout=600) == 0, rest
     finally:
         running.kill()
         hosts.bring_back(1)
@@ -119,4 +129,4 @@ def test_a_host_cut_off_ends_the_run_which_goes_on_when_it_is_back(
     for name in hosts_world.NAMES:
         assert "attempt 2" in (folder / "logs" / f"{name}.log").read_text()
     assert not files_with(CANARY, place, hosts.root)
-    assert not list(Path("/tmp").glob("mixgrpo-*.json"))
+    assert not parts_left(place)

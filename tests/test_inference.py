@@ -375,7 +375,7 @@ def test_two_processes_draw_the_same(knobs, tmp_path):
              if isinstance(v, bool) else str(v))]  # fmt: skip
     done = subprocess.run(
         python("-m", "mixgrpo", "launch", "--nproc_per_node", "2", "sample", *words),
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        env=environment(), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"pictures: {tmp_path / 'two'}"]

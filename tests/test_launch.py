@@ -28,7 +28,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
@@ -136,7 +136,7 @@ def test_a_process_that_was_killed_is_told_of_and_takes_a_hung_one_along(tmp_pat
         [*LAUNCH, "train", "--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path / "run"),
          "--rewards.mine.kind", "deadly:reward", "--validation.prompts", "2"],
         cwd=ROOT, env=environment(PYTHONPATH=f"{tmp_path}:{ROOT}"),
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 128 + signal.SIGKILL
     assert "was killed by SIGKILL" in done.stderr
@@ -155,11 +155,13 @@ def test_a_signal_saves_and_ends_all_processes(tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 200
-    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    deadline = time.monotonic() + 600
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None, "it ended before the signal"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + number
     assert "continue with --run.resume true" in errors
     assert "Traceback" not in errors

@@ -229,7 +229,7 @@ def test_a_signal_saves_and_ends(straight, world, folder, number, call, saved_af
             gate.wait_until_reached(running)
             running.send_signal(number)
             gate.open()
-            code = running.wait(timeout=120)
+            code = running.wait(timeout=600)
         finally:
             running.kill()
             running.wait()
@@ -302,7 +302,7 @@ def test_two_processes_equal_one(straight, world, folder):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

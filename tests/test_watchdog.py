@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,12 +26,36 @@ from mixgrpo.run.watchdog import Watchdog
 TIMEOUT = timedelta(seconds=20)
 
 
-def a_reward_that_hangs(seconds: float) -> None:
-    time.sleep(seconds)
+class Clock:
+    """The watchdog's, which goes only as far as it is told: no slow machine runs out of patience.
+
+    In a process that was forked it goes on alone.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.looks = 0
+
+    def __call__(self) -> float:
+        self.looks += threading.current_thread().name == "watchdog"
+        return self.seconds
+
+    def let_pass(self, seconds: float) -> None:
+        """Returns once the watchdog has looked at what time it is then."""
+        self.seconds += seconds
+        seen = self.looks + 1  # it may be at one look already
+        while self.looks <= seen:
+            time.sleep(0.01)
 
 
-def a_collective_that_waits(seconds: float) -> None:
-    time.sleep(seconds)
+def a_reward_that_hangs(clock: Clock) -> None:
+    clock.seconds += 100
+    time.sleep(600)
+
+
+def a_collective_that_waits(begun: Path) -> None:
+    begun.touch()
+    time.sleep(600)
 
 
 def forked(told: Path, act: Callable[[], None]) -> int:
@@ -52,21 +77,24 @@ def exit_code(pid: int) -> int:
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr(watchdog, "PERIOD", 0.1)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.02)
     monkeypatch.setattr(watchdog, "TELLING", 1.0)
+    clock = Clock()
+    monkeypatch.setattr(watchdog, "monotonic", clock)
+    return clock
 
 
 def test_a_process_that_hangs_tells_where(tmp_path, hasty):
     def act() -> None:
-        with Watchdog(0.4, Process(0, 1, CPU)) as dog:
+        with Watchdog(4, Process(0, 1, CPU)) as dog:
             dog.progress("reward")
-            a_reward_that_hangs(60)
+            a_reward_that_hangs(hasty)
 
     assert exit_code(forked(tmp_path / "told", act)) == 1
     told = (tmp_path / "told").read_text()
     assert re.match(
-        r"error \(rank 0\): no progress for 0 s \(run.patience\); this process has been in phase "
-        r"'reward' for \d+ s, its threads at\n",
+        r"error \(rank 0\): no progress for 4 s \(run.patience\); this process has been in phase "
+        r"'reward' for 100 s, its threads at\n",
         told,
     )
     assert "in a_reward_that_hangs" in told
@@ -79,14 +107,16 @@ def test_every_process_tells_its_place(tmp_path, hasty, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(store.port))
 
     def waits() -> None:
-        with Watchdog(60, Process(0, 2, CPU)) as dog:
+        with Watchdog(600, Process(0, 2, CPU)) as dog:
             dog.progress("update")
-            a_collective_that_waits(60)
+            a_collective_that_waits(tmp_path / "waiting")
 
     def hangs() -> None:
-        with Watchdog(0.8, Process(1, 2, CPU)) as dog:
+        with Watchdog(8, Process(1, 2, CPU)) as dog:
             dog.progress("reward")
-            a_reward_that_hangs(60)
+            while not (tmp_path / "waiting").exists():
+                time.sleep(0.01)
+            a_reward_that_hangs(hasty)
 
     processes = [forked(tmp_path / "0", waits), forked(tmp_path / "1", hangs)]
     assert [exit_code(process) for process in processes] == [1, 1]
@@ -100,10 +130,12 @@ def test_every_process_tells_its_place(tmp_path, hasty, monkeypatch):
 def test_progress_or_no_limit_keeps_it_still(tmp_path, hasty, patience):
     def act() -> None:
         with Watchdog(patience, Process(0, 1, CPU)) as dog:
-            for _ in range(8 if patience else 1):
+            assert dog._thread.is_alive() == bool(patience)
+            for _ in range(8 if patience else 0):
                 dog.progress("rollout")
-                time.sleep(0.2)
-        time.sleep(1)  # it is over
+                hasty.let_pass(0.2)
+        hasty.seconds += 100  # it is over
+        time.sleep(0.5)
 
     assert exit_code(forked(tmp_path / "told", act)) == 0
     assert (tmp_path / "told").read_text() == ""
@@ -123,7 +155,7 @@ def test_a_hung_reward_ends_a_training(world: World, folder: Path):
     words = world.arguments(folder, **QUICK, run__patience=15, rewards=rewards)
     done = subprocess.run(
         python("-m", "mixgrpo", *words),
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        env=environment(), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "no progress for 15 s (run.patience); this process has been in phase" in done.stderr

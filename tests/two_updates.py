@@ -66,7 +66,7 @@ def _plain(parameters: list[nn.Parameter]) -> tuple[SGD, LambdaLR]:
 def main(folder: Path, rank: int) -> None:
     store = f"file://{folder / 'store'}"
     dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=300)
     )
     given = torch.load(folder / f"given_{rank}.pt", weights_only=False)
     torch.save(updated(*given), folder / f"updated_{rank}.pt")
