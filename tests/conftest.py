@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 from tiny_world import World, train_here
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -18,8 +21,18 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shuffle",
+        metavar="SEED",
+        help="run the tests in an order drawn with this seed: none may depend on another's",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """All tests together take a quarter of an hour on two cores, those that are not slow half."""
+    if config.getoption("shuffle") is not None:
+        random.Random(config.getoption("shuffle")).shuffle(items)
     if os.environ.get("MIXGRPO_SLOW"):
         # First, so that at the end no core waits for another's.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -27,6 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="takes long; MIXGRPO_SLOW=1 runs it"))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """What a test draws without a seed of its own is the same whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
