@@ -17,6 +17,9 @@ from tiny_world import World, train_here
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
+# What a test starts imports some ten thousand files: it compiles them once, not every time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,6 +1,6 @@
 """What tests/test_engines.py runs in several processes, which are started once: starting is slow.
 
-torchrun ... engine_processes.py FOLDER [SOURCE], with jobs.json in FOLDER: command lines of
+engine_processes.py FOLDER [SOURCE], with jobs.json in FOLDER: command lines of
 trainings; SOURCE is the folder of an earlier call, whose states are resumed instead of the own.
 """
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from processes import Command
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,12 +33,9 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_prints_the_table(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), *TINY, "--json", str(tmp_path / "results.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = [*TINY, "--json", str(tmp_path / "results.json")]
+    done = Command(words, tmp_path / "said", script=SCRIPT)
+    assert done.wait() == [0], done.stdout + done.stderr
     for line in ("hardware:", "software:", "revision:", "command:", "task:", "gradients: equal"):
         assert line in done.stdout
     rows = [line.split()[0] for line in done.stdout.splitlines()[-7:]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import two_updates
+from processes import together
 from small import SHAPE, Counted, Recording, SmallNet, relative_error
 from test_update import (
     drawn_advantages,
@@ -23,8 +23,6 @@ from tiny_world import (
     QUICK,
     World,
     checkpoint_folder,
-    environment,
-    python,
     same,
     saved_tensors,
     train_here,
@@ -250,9 +248,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for rank in range(2):
         own = of_one_process(trajectory, rank, 8)
         torch.save((own, advantages), tmp_path / f"given_{rank}.pt")
-    words = python(str(Path(two_updates.__file__)), str(tmp_path))
-    running = [subprocess.Popen([*words, str(rank)], env=environment()) for rank in range(2)]
-    assert [process.wait(timeout=600) for process in running] == [0, 0]
+    together(2, two_updates.main, tmp_path)
     found = [torch.load(tmp_path / f"updated_{rank}.pt") for rank in range(2)]
     (first, forwards), (second, others) = found
     expected, alone = two_updates.updated(trajectory, advantages)

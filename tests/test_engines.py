@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from engine_processes import (
     learn,
     make_engine,
 )
+from processes import Command
 from safetensors.torch import load_file
 from tiny_world import (
     ROOT,
     World,
     checkpoint_folder,
     copy_run,
-    environment,
-    python,
     same,
     saved_tensors,
     train_here,
@@ -101,17 +99,9 @@ def two(
 
 
 def in_processes(count: int, root: Path, *source: str) -> dict[str, Any]:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
-    script = str(ROOT / "tests" / "engine_processes.py")
-    done = subprocess.run(
-        python(*torchrun, script, str(root), *source),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    script = ROOT / "tests" / "engine_processes.py"
+    done = Command([str(root), *source], root / "said", count, script)
+    assert done.wait() == [0] * count, done.stderr[-4000:]
     return torch.load(root / "found.pt", weights_only=True)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Command
 from tiny_world import ROOT, environment
 from torch import Tensor
 
@@ -759,12 +760,9 @@ def test_two_processes_find_what_one_does(base, tuned, tmp_path):
         *("--rewards.c.kind", "test_evaluation:Colours", "--rewards.j.kind", "jpeg_size"),
         *("--rewards.s.kind", "test_evaluation:only_squares", "--log.progress", "false"),
     ]
-    launch = [sys.executable, "-m", "mixgrpo", "launch", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "evaluate", *words, "--output", str(tmp_path / "two")],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words_of_two = ["evaluate", *words, "--output", str(tmp_path / "two")]
+    done = Command(words_of_two, tmp_path / "said", count=2)
+    assert done.wait() == [0, 0], done.stderr
     with mock.patch("torch.cuda.is_available", return_value=False):
         assert main(["evaluate", *words, "--output", str(tmp_path / "one")]) == 0
     for name in ("table.md", "summary.json", "gallery.html"):

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -19,15 +18,14 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from processes import Command
 from safetensors.torch import load_file, save_file
 from tiny_world import (
     CPU,
     QUICK,
     ROOT,
     checkpoint_folder,
-    environment,
     files_of,
-    python,
     saved_tensors,
     train_here,
 )
@@ -373,11 +371,8 @@ def test_two_processes_draw_the_same(knobs, tmp_path):
     config = flatten(knobs(folder=str(tmp_path / "two"), micro_batch=1, samples=2))
     words = [w for k, v in config.items() if v is not None for w in (f"--{k}", str(v).lower()
              if isinstance(v, bool) else str(v))]  # fmt: skip
-    done = subprocess.run(
-        python("-m", "mixgrpo", "launch", "--nproc_per_node", "2", "sample", *words),
-        env=environment(), capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = Command(["sample", *words], tmp_path / "said", count=2)
+    assert done.wait() == [0, 0], done.stderr
     assert done.stdout.splitlines() == [f"pictures: {tmp_path / 'two'}"]
     together = tmp_path / "two"
     assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from processes import Command
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "scripts" / "benchmark"
 ABOUT = ("hardware:", "software:", "revision:", "command:")
 
 
-def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(FOLDER / script), *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(folder: Path, script: str, *options: str, count: int = 1) -> tuple[list[int | None], str]:
+    """Exit codes and what was printed, in which a failure's reason is."""
+    done = Command(options, folder / "said", count, FOLDER / script)
+    return done.wait(), done.stdout + done.stderr
 
 
 def test_scoring_prints_the_table(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     options = ("--device", "cpu", "--images", "4", "--repeats", "1", "--json", str(path))
-    done = run("scoring.py", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all(line in done.stdout for line in ABOUT)
-    assert "4 images of 64 pixels, models of data/shapes, float32" in done.stdout
+    codes, said = run(tmp_path, "scoring.py", *options)
+    assert codes == [0], said
+    assert all(line in said for line in ABOUT)
+    assert "4 images of 64 pixels, models of data/shapes, float32" in said
     results = json.loads(path.read_text())["results"]
     assert [found["reward"] for found in results] == [
         *("hpsv2", "clip_score", "pickscore", "imagereward")
@@ -46,16 +40,9 @@ def test_scoring_prints_the_table(tmp_path: Path) -> None:
 def test_bytes_are_counted_in_two_processes(tmp_path: Path) -> None:
     """DDP gathers nothing and all-reduces every weight's gradient, float32, in each step."""
     path = tmp_path / "results.json"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--engines", "ddp", "fsdp", "--steps", "4", "--json", str(path)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(FOLDER / "gathering.py"), *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    codes, said = run(tmp_path, "gathering.py", *options, count=2)
+    assert codes == [0, 0], said
     found = {(r["engine"], r["gather"]): r for r in json.loads(path.read_text())["results"]}
     ddp, once = found["ddp", "-"], found["fsdp", "once"]
     assert ddp["rollout_gathered"] == ddp["update_gathered"] == 0
@@ -68,9 +55,10 @@ def test_bytes_are_counted_in_two_processes(tmp_path: Path) -> None:
 def test_parity_prints_the_table(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     rewards = ("--rewards", "hpsv2", "clip_score", "pickscore")
-    done = run("reward_parity.py", "--small", "--device", "cpu", *rewards, "--json", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all(line in done.stdout for line in ABOUT)
+    words = ("--small", "--device", "cpu", *rewards, "--json", str(path))
+    codes, said = run(tmp_path, "reward_parity.py", *words)
+    assert codes == [0], said
+    assert all(line in said for line in ABOUT)
     for found in json.loads(path.read_text())["results"]:
         assert found["same_pixels"] < 1e-4 < found["resized"]
         assert 1e-4 < found["bfloat16"] < found["spread"]
@@ -136,9 +124,9 @@ def test_sampling_prints_the_table(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     options = ("--small", "--device", "cpu", "--dtype", "float32", "--sizes", "32", "64")
     few = ("--steps", "2", "--repeats", "1", "--batch", "2", "--peak", "1e-3")
-    done = run("sampling.py", *options, *few, "--json", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all(line in done.stdout for line in ABOUT)
+    codes, said = run(tmp_path, "sampling.py", *options, *few, "--json", str(path))
+    assert codes == [0], said
+    assert all(line in said for line in ABOUT)
     results = json.loads(path.read_text())["results"]
     assert [found["size"] for found in results] == [32, 64]
     for found in results:
@@ -153,10 +141,10 @@ def test_evaluations_are_counted_at_flux_devs_size(sampling: ModuleType) -> None
     assert sampling.count_tflop(False, 4096) == pytest.approx(74, rel=0.02)
 
 
-def test_flux_devs_size_on_a_cpu_is_refused() -> None:
-    done = run("sampling.py", "--device", "cpu")
-    assert done.returncode == 2
-    assert "takes a GPU with 40 GB" in done.stderr
+def test_flux_devs_size_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    codes, said = run(tmp_path, "sampling.py", "--device", "cpu")
+    assert codes == [2]
+    assert "takes a GPU with 40 GB" in said
 
 
 # ---- an iteration at FLUX.1-dev's size

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from PIL import Image
-from processes import ALONE
+from processes import ALONE, Command
 from tiny_world import (
     CPU,
     QUICK,
@@ -218,23 +218,13 @@ def test_a_signal_saves_and_ends(straight, world, folder, number, call, saved_af
     folder.mkdir()
     gate = Gate(folder, call)
     knobs = {"checkpoint__every": 1, "checkpoint__keep": 0}
-    with (folder / "output").open("w") as output:
-        running = subprocess.Popen(
-            python("-m", "mixgrpo", *world.arguments(folder, **knobs)),
-            env=environment(**gate.environment),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            gate.wait_until_reached(running)
-            running.send_signal(number)
-            gate.open()
-            code = running.wait(timeout=600)
-        finally:
-            running.kill()
-            running.wait()
-    said = (folder / "output").read_text()
-    assert code == 128 + number, said
+    running = Command(world.arguments(folder, **knobs), folder, **gate.environment)
+    gate.wait_until_reached(running)
+    running.send_signal(number)
+    gate.open()
+    codes = running.wait()
+    said = running.stdout + running.stderr
+    assert codes == [128 + number], said
     complaints = [line for line in said.splitlines() if line.startswith("error")]
     assert len(complaints) == 1
     assert signal.Signals(number).name in complaints[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_world import CPU, QUICK, World, environment, python
+from processes import Command
+from tiny_world import CPU, QUICK, World
 
 from mixgrpo.config import RewardConfig
 from mixgrpo.engines.distributed import Process
@@ -153,11 +153,8 @@ def test_phases_say_where_a_process_is():
 def test_a_hung_reward_ends_a_training(world: World, folder: Path):
     rewards = {"stuck": RewardConfig(kind="tiny_world:stuck")}
     words = world.arguments(folder, **QUICK, run__patience=15, rewards=rewards)
-    done = subprocess.run(
-        python("-m", "mixgrpo", *words),
-        env=environment(), capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
+    done = Command(words, folder)
+    assert done.wait() == [1]
     assert "no progress for 15 s (run.patience); this process has been in phase" in done.stderr
     assert "in stuck" in done.stderr  # the rewards' thread
     assert "trainer.py" in done.stderr  # the one that waits for it

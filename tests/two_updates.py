@@ -1,8 +1,7 @@
-"""The update in two processes: python two_updates.py FOLDER RANK. Imports little, to start fast."""
+"""The update in two processes."""
 
 from __future__ import annotations
 
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -63,15 +62,10 @@ def _plain(parameters: list[nn.Parameter]) -> tuple[SGD, LambdaLR]:
     return optimizer, LambdaLR(optimizer, lambda _: 1.0)
 
 
-def main(folder: Path, rank: int) -> None:
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=300)
-    )
+def main(folder: Path) -> None:
+    """As a process that torchrun has started."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    rank = dist.get_rank()
     given = torch.load(folder / f"given_{rank}.pt", weights_only=False)
     torch.save(updated(*given), folder / f"updated_{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
