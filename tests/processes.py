@@ -18,7 +18,10 @@ from trainings import become_rank, free_port
 from mixgrpo.engines.distributed import Process
 
 ALONE = Process(0, 1, torch.device("cpu"))
-PRELOADED = ["processes", "mixgrpo.trainer", "mixgrpo.report.summary", "torch.distributed.fsdp"]
+PRELOADED = [
+    *("processes", "mixgrpo.trainer", "mixgrpo.report.summary", "mixgrpo.models.flux_export"),
+    *("torch.distributed.fsdp", "mixgrpo.engines.zero"),
+]
 ENVIRONMENT = environment()  # before a test changes something
 
 

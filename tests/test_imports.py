@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
@@ -171,6 +172,14 @@ def test_imports_go_down(path: Path) -> None:
         allowed = (package, *MAY_IMPORT[package])
         above |= {name for name in ours if not any(is_in(name, each) for each in allowed)}
     assert not above, f"{module} must not import {', '.join(sorted(above))}"
+
+
+def test_what_loads_no_model_does_not_wait_for_diffusers() -> None:
+    look = "import mixgrpo.planning.coverage_report, sys; print('diffusers' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", look], cwd=PACKAGE.parent, check=True, capture_output=True, text=True
+    )
+    assert found.stdout == "False\n"
 
 
 def test_the_rules_name_what_is_there() -> None:

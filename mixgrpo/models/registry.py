@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from mixgrpo.models.flux import Flux
-from mixgrpo.models.flux_export import export_flux
-from mixgrpo.models.flux_text import FluxText
+import importlib
+from typing import Any
 
-FAMILIES = {"flux": Flux}
-ENCODERS = {"flux": FluxText}
-EXPORTERS = {"flux": export_flux}
+
+class _OnDemand(dict[str, Any]):
+    """Name -> what is at ``module:name``, imported when it is asked for: it takes seconds, and
+    commands that load no model do without."""
+
+    def __init__(self, **places: str) -> None:
+        super().__init__()
+        self._places = places
+
+    def __missing__(self, family: str) -> Any:
+        module, _, name = self._places[family].partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+FAMILIES = _OnDemand(flux="mixgrpo.models.flux:Flux")
+ENCODERS = _OnDemand(flux="mixgrpo.models.flux_text:FluxText")
+EXPORTERS = _OnDemand(flux="mixgrpo.models.flux_export:export_flux")

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from environment import ROOT
 
-PRELOADED = ["mixgrpo.trainer", "mixgrpo.report.summary", "mixgrpo.engines.zero"]
+PRELOADED = [
+    *("mixgrpo.trainer", "mixgrpo.report.summary", "mixgrpo.models.flux_export"),
+    "mixgrpo.engines.zero",
+]
 _claims: list[socket.socket] = []
 
 
