@@ -1,8 +1,9 @@
 """Mixed ODE-SDE sampling (MixGRPO, arXiv 2507.21802, algorithm 1).
 
-Deterministic steps before the window, stochastic steps inside it, deterministic steps behind it,
-there optionally with DPM-Solver++ on a shortened schedule (Flash). Samples of a prompt that share
-their initial noise are one trajectory until the first stochastic step, and are sampled as one.
+Steps inside the window are stochastic (SDE); steps before and after it are deterministic (ODE).
+With MixGRPO-Flash, the steps after the window follow a shortened schedule and may be solved with
+DPM-Solver++. Samples of a prompt that share their initial noise follow the same trajectory up to
+the first stochastic step, so that part is computed only once.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from mixgrpo.types import TextEmbedding, Trajectory, Velocity, Window
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How the pictures of one iteration are sampled.
+    """How the images of one iteration are sampled.
 
     Attributes:
-        sigmas: [T+1] float32 on the CPU, from 1 to exactly 0, the Flash tail already in place.
+        sigmas: [T+1] float32 on the CPU, from 1 to exactly 0, including the compressed tail of
+            MixGRPO-Flash, if any.
         window: the stochastic steps.
         transition: the stochastic step.
-        solver: makes the solver of the steps behind the window, a fresh one per micro-batch.
-        prefix: makes that of the steps before the window.
+        solver: creates the solver for the steps after the window; called once per micro-batch.
+        prefix: creates the solver for the steps before the window.
     """
 
     sigmas: Tensor
@@ -52,16 +54,17 @@ def rollout(
     micro_batch: int,
     finished: Callable[[Tensor, range], None] | None = None,
 ) -> Trajectory:
-    """Samples G pictures for each of P prompts.
+    """Samples G images for each of P prompts.
 
     Args:
         velocity: the policy.
         text: the P prompts.
-        plan: schedule, window, transition, tail.
-        noise: initial noise and the noise of every stochastic step.
-        micro_batch: samples in one model evaluation.
-        finished: called with final latents [b, S, C] and their rows, in order, as soon as they are
-            sampled: they can be decoded and scored while the next ones are on their way.
+        plan: the schedule, the window, the transition and the solvers.
+        noise: the initial noise and the noise of every stochastic step.
+        micro_batch: number of samples per model evaluation.
+        finished: called in order with the final latents [b, S, C] of each micro-batch and their
+            rows, as soon as they are sampled, so that they can be decoded and scored while the
+            next micro-batch is being sampled.
     """
     x = noise.initial()  # [P, S, C] if shared, else [B, S, C]
     spread = noise.samples if noise.shared else 1
@@ -106,9 +109,10 @@ def _branch(
     noise: Noise,
     rows: range,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the first window step, whose velocity is given, to sigma 0, for some of the samples.
+    """Samples one micro-batch from the start of the window to sigma 0.
 
-    Returns their window states [b, w+1, S, C], window means [b, w, S, C] and final latents.
+    ``v`` is the velocity at the first window step, which has already been evaluated. Returns the
+    window states [b, w+1, S, C], the window means [b, w, S, C] and the final latents [b, S, C].
     """
     states, means = [x], []
     solver = plan.solver()
@@ -116,7 +120,7 @@ def _branch(
         step = step_at(plan.sigmas, i)
         if i > plan.window.start:
             v = velocity(x, _per_sample(plan.sigmas[i], x), text)
-        # A multistep tail continues from the predictions made inside the window.
+        # A multistep solver continues after the window from the predictions made inside it.
         solver.observe(predict_data(x, v, step), step.sigma)
         normal = plan.transition(x, v, step)
         x = sample(normal, noise.at(i, rows))
@@ -142,7 +146,10 @@ def sample_ode(
 def in_batches(
     velocity: Velocity, micro_batch: int
 ) -> Callable[[Tensor, Tensor, TextEmbedding], Tensor]:
-    """The velocity of any number of samples at one sigma, evaluated ``micro_batch`` at a time."""
+    """Returns a function that evaluates the velocity of any number of samples at one sigma.
+
+    It evaluates ``micro_batch`` samples at a time.
+    """
 
     def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
         parts = [slice(rows.start, rows.stop) for rows in _chunks(len(x), micro_batch)]
@@ -152,7 +159,7 @@ def in_batches(
 
 
 def _per_sample(sigma: Tensor, x: Tensor) -> Tensor:
-    # Filled on x's device from a CPU scalar: copying it there would make the host wait.
+    # Filled on x's device from a CPU scalar: copying the scalar would synchronise with the device.
     return x.new_full((len(x),), float(sigma))
 
 

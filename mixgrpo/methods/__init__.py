@@ -1,1 +1,1 @@
-"""How a rollout is learned from: one file per family of methods."""
+"""The policy update: how the policy is trained on a rollout, one file per family of methods."""

@@ -1,4 +1,4 @@
-"""What of a rollout the update trains on, and how much of the loss each transition is."""
+"""Selects the transitions of a rollout that the update trains on, and weights their losses."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from mixgrpo.types import Trajectory, Window
 
 @dataclass(frozen=True)
 class Emphasis:
-    """The transitions that are trained, and their weights in the loss.
+    """The transitions that are trained on, and their weights in the loss.
 
     Attributes:
-        trained: [world*B, w] bool on the CPU: every process knows what all of them evaluate, and
-            makes as many evaluations as the one with most. Each sample trains equally many steps.
-        weights: [B, w] factors of this process's losses.
+        trained: [world*B, w] bool on the CPU, True for each transition that is trained on. The
+            number of trained steps is the same for every sample. The mask covers the samples of
+            all processes because every process must make as many model evaluations as the one
+            that needs the most.
+        weights: [B, w] factors of the losses of this process's transitions.
     """
 
     trained: Tensor
@@ -34,7 +36,10 @@ class Emphasis:
 
 
 def whole(trajectory: Trajectory, world_size: int = 1) -> Emphasis:
-    """Every transition of this process's trajectory and of the others' equal ones, all alike."""
+    """Selects every transition of every process, all with weight 1.
+
+    All processes have trajectories of the same size.
+    """
     count, size = len(trajectory), trajectory.window.size
     weights = torch.ones(count, size, device=trajectory.states.device)
     return Emphasis(torch.ones(world_size * count, size, dtype=torch.bool), weights)
@@ -49,13 +54,14 @@ def emphasize(
     rank: int,
     world_size: int,
 ) -> tuple[Trajectory, Tensor, Emphasis]:
-    """What the update gets: the trajectory of the samples that are trained, advantages, emphasis.
+    """Returns the inputs of the update: trajectory and advantages of the trained samples, emphasis.
 
     Args:
-        window: the iteration's, in the whole schedule; the trajectory's lies at earlier steps
-            where those before it were compressed.
-        trajectory: this process's, of B samples.
-        advantages: [world*B], of all samples; returned are those of this process's trained ones.
+        window: the window of this iteration in the uncompressed schedule. ``trajectory.window``
+            starts earlier if the steps before the window were compressed.
+        trajectory: this process's trajectory, of B samples.
+        advantages: [world*B], the advantages of the samples of all processes. The returned ones
+            are those of this process's trained samples.
     """
     samples = config.batch.samples
     trained = _drawn(config, iteration, trajectory.window.size)
@@ -78,7 +84,7 @@ def emphasize(
 
 
 def _drawn(config: Config, iteration: int, size: int) -> Tensor:
-    """[world*B, w] bool: the same on every process."""
+    """Draws the steps that each sample trains on: [world*B, w] bool, the same on every process."""
     prompts, samples = config.batch.prompts, config.batch.samples
     count = trained_steps(size, config.update.step_fraction)
     if count == size:

@@ -1,8 +1,8 @@
-"""The policy update: clipped ratios of the window's transitions (MixGRPO, arXiv 2507.21802, eq. 9).
+"""The policy update: the clipped objective over the window (MixGRPO, arXiv 2507.21802, eq. 9).
 
-Each optimizer step takes an equal part of every group. What it evaluates are distinct (state,
-step) pairs: where samples of a group still share their state, at the first window step, one
-forward and one backward serve them all.
+Each optimizer step uses an equal share of every group and evaluates each distinct (state, step)
+pair once. At the first window step, samples of a group that were drawn from the same initial noise
+still have the same state, so one forward and one backward pass serve all of them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from mixgrpo.types import Trajectory, Velocity
 
 @dataclass(frozen=True)
 class Objective:
-    """What is optimised.
+    """The training objective.
 
     Attributes:
         transition: the stochastic step that the rollout used.
-        log_ratio: log-ratio of two transitions from their means.
+        log_ratio: computes the log-ratio of two transitions from their means.
         clip: the ratio is clipped to 1 +- clip.
-        kl: weight of the KL to the reference.
-        reference: the reference policy's velocity; needed only if kl > 0.
-        kl_form: the KL of two policies' predictions.
+        kl: weight of the KL divergence from the reference policy.
+        reference: the reference policy's velocity; required only if kl > 0.
+        kl_form: computes the KL divergence from the predictions of the two policies.
     """
 
     transition: Transition
@@ -47,15 +47,15 @@ class Objective:
 class Evaluations:
     """Distinct model evaluations, and the transitions that each of them serves.
 
-    Planned on the CPU, where choosing rows makes no device wait.
+    They are planned on the CPU, where selecting rows does not synchronise with the device.
 
     Attributes:
         sample: [E] the sample whose state is evaluated.
-        prompt: [E] position of its prompt in the trajectory's text.
-        step: [E] its step, counted from the window's first.
-        row_sample: [R] sample of each transition.
-        row_evaluation: [R] index into the E evaluations, non-decreasing. An evaluation may serve
-            none: it is there to keep this process in step with the others.
+        prompt: [E] the position of its prompt in the trajectory's text.
+        step: [E] the step, counted from the first step of the window.
+        row_sample: [R] the sample of each transition.
+        row_evaluation: [R] indices into the E evaluations, non-decreasing. An evaluation may serve
+            no transition: such padding keeps the number of evaluations equal on all processes.
     """
 
     sample: Tensor
@@ -68,7 +68,7 @@ class Evaluations:
         return len(self.sample)
 
     def chunk(self, start: int, size: int) -> Evaluations:
-        """``size`` evaluations from ``start``, with the transitions that they serve."""
+        """Returns ``size`` evaluations from ``start`` on, with the transitions that they serve."""
         inside = (self.row_evaluation >= start) & (self.row_evaluation < start + size)
         return Evaluations(
             self.sample[start : start + size],
@@ -79,7 +79,7 @@ class Evaluations:
         )
 
     def padded(self, count: int) -> Evaluations:
-        """``count`` evaluations, the last ones serving no transition."""
+        """Pads to ``count`` evaluations; the added ones serve no transition."""
         rows = torch.arange(count).clamp(max=len(self) - 1)
         return Evaluations(
             self.sample[rows],
@@ -95,10 +95,10 @@ class Evaluations:
 
 
 class NonFiniteUpdate(RuntimeError):
-    """A loss or gradient is not finite; the optimizer step was not taken.
+    """Raised if a loss or gradient is not finite; the optimizer step has not been taken.
 
     Attributes:
-        optimizer_step: which of the iteration's it would have been, from 0.
+        optimizer_step: 0-based index within the iteration of the step that was not taken.
     """
 
     def __init__(self, message: str, optimizer_step: int) -> None:
@@ -115,17 +115,20 @@ def update(
     knobs: UpdateConfig,
     emphasis: Emphasis | None = None,
 ) -> dict[str, Tensor]:
-    """Takes ``knobs.optimizer_steps`` steps on the trajectory; returns this rank's metrics.
+    """Takes ``knobs.optimizer_steps`` steps on the trajectory and returns this rank's metrics.
 
     Args:
-        velocity: the policy, through ``engine.module``.
-        advantages: [B]; a NaN marks a failed sample, which gets no gradient. The loss is averaged
-            over all samples, failed ones counting as zero, so the others' gradients do not grow.
-        knobs: optimizer steps, micro-batch (model evaluations in one pass), gradient norm.
-        emphasis: which transitions are trained, and their weights; None for all, alike.
+        velocity: the policy's velocity, evaluated through ``engine.module``.
+        advantages: [B]; NaN marks a failed sample, which contributes no gradient. The loss is
+            averaged over all samples, with zero for the failed ones, so that failures do not scale
+            up the gradients of the other samples.
+        knobs: number of optimizer steps, micro-batch (model evaluations per forward pass) and
+            maximum gradient norm.
+        emphasis: the transitions to train on, and their weights; None trains on all of them, with
+            equal weights.
 
     Raises:
-        NonFiniteUpdate: on every rank alike, before the optimizer step concerned.
+        NonFiniteUpdate: on every rank, before the optimizer step is taken.
     """
     collected: list[dict[str, Tensor]] = []
     norms: list[Tensor] = []
@@ -167,9 +170,9 @@ def update(
 
 
 def parts_of_groups(trajectory: Trajectory, parts: int) -> Iterator[Tensor]:
-    """The samples [B/parts] of each optimizer step: an equal share of every group.
+    """Yields the samples [B/parts] of each optimizer step: an equal share of every group.
 
-    Samples stay in prompt-major order; ``parts`` must divide the group size.
+    Samples stay in prompt-major order. ``parts`` must divide the group size.
     """
     prompts = len(trajectory.text)
     indices = torch.arange(len(trajectory))
@@ -180,13 +183,15 @@ def parts_of_groups(trajectory: Trajectory, parts: int) -> Iterator[Tensor]:
 def evaluations_of_all(
     trajectory: Trajectory, samples: Tensor, trained: Tensor
 ) -> list[Evaluations]:
-    """Of every process for its samples at the same rows, equally many: collectives must match.
+    """Returns the evaluations of every process, padded to equal number so that collectives match.
 
-    Which steps are trained decides how many samples' first step is shared, and that differs between
-    processes; the others make up for it, at no cost in time, while they would wait.
+    How many samples share the evaluation of the first window step depends on which steps are
+    trained, which differs between processes. Processes that need fewer evaluations than others are
+    padded; this costs no time, because they would otherwise wait.
 
     Args:
-        trained: [world, B, w].
+        samples: the rows of the samples, which are the same on every process.
+        trained: [world, B, w] bool, the trained transitions of every process.
     """
     all_needed = [evaluations_for(trajectory, samples, mine) for mine in trained]
     most = max(len(needed) for needed in all_needed)
@@ -194,13 +199,13 @@ def evaluations_of_all(
 
 
 def evaluations_for(trajectory: Trajectory, samples: Tensor, trained: Tensor) -> Evaluations:
-    """The model evaluations that the ``trained`` [B, w] transitions of these samples need.
+    """Returns the model evaluations that the ``trained`` [B, w] transitions of these samples need.
 
-    Of the whole window ``1 + G'*(w-1)`` for G' samples of a group that share their initial noise,
-    else ``G'*w``.
+    If the whole window is trained, G' samples of a group need ``1 + G'*(w-1)`` evaluations if they
+    share their initial noise, and ``G'*w`` otherwise.
     """
     chosen = trained[samples]
-    starting = samples[chosen[:, 0]]  # whose first window step is trained
+    starting = samples[chosen[:, 0]]  # the samples whose first window step is trained
     served_by = torch.arange(len(starting))
     first = starting
     if trajectory.shared:
@@ -227,7 +232,7 @@ def _losses(
     needed: Evaluations,
     weights: Tensor,
 ) -> dict[str, Tensor]:
-    """Loss and statistics [R] of the transitions that these evaluations serve."""
+    """Returns the loss and statistics [R] of the transitions that these evaluations serve."""
     needed = needed.to(trajectory.states.device)
     all_failed = advantages.isnan()
     policy = _predict(velocity, trajectory, objective.transition, needed, all_failed)
@@ -245,7 +250,7 @@ def _losses(
         "clip_fraction": is_clipped(log_ratio, advantage, objective.clip).float(),
     }
     if objective.kl > 0:
-        assert objective.reference is not None, "a KL needs a reference policy"
+        assert objective.reference is not None, "the KL term needs a reference policy"
         with torch.no_grad():
             reference = _predict(
                 objective.reference, trajectory, objective.transition, needed, all_failed
@@ -274,8 +279,9 @@ def _predict(
 
 
 def _finite_if_failed(latents: Tensor, failed: Tensor) -> Tensor:
-    # A sample that diverged has no score, hence no gradient; but 0 * NaN would reach the others.
-    # In a sample that has a score it is an error, and must show in the loss.
+    # A sample that diverged has no score, hence no gradient; but 0 * NaN is NaN and would spread to
+    # the other samples. In a sample that has a score, a non-finite latent is an error and must show
+    # up in the loss.
     return torch.where(failed[:, None, None], latents.nan_to_num(0.0, 0.0, 0.0), latents)
 
 
@@ -290,10 +296,11 @@ def _require_finite(
     if not engine.any(bool(bad.any()) or not bool(norm.isfinite())):
         return
     groups = trajectory.group[rows["sample"][bad].cpu()].unique().tolist()
-    place = f"in the prompts at positions {groups} of this process" if groups else "elsewhere"
+    place = f" (prompts at positions {groups})" if groups else ""
     raise NonFiniteUpdate(
-        f"loss or gradient is not finite at optimizer step {index} of the iteration: "
-        f"{int(bad.sum())} of {len(bad)} transitions {place}, gradient norm {norm.item():.4g}, "
+        f"the loss or gradient is not finite at optimizer step {index} of the iteration: on this "
+        f"process, {int(bad.sum())} of {len(bad)} transitions have a non-finite loss{place}; "
+        f"gradient norm {norm.item():.4g}, "
         f"largest |log ratio| {rows['log_ratio'].abs().max().item():.4g}",
         index,
     )
