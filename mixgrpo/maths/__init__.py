@@ -8,11 +8,11 @@ Time runs as in FLUX: sigma 1 is pure noise, sigma 0 is data.
 | u_i = 1 - i/T    | `u`                     | uniform time                                        |
 | sigma            | `sigma`                 | noise level, the shifted time u                     |
 | s'               | `sigma_next`            | noise level after the step; dt = s' - sigma < 0     |
-| sigma~           | `sigma_after_one`       | sigmas[1], stands in where 1 - sigma would be zero  |
+| sigma~           | `sigma_after_one`       | sigmas[1], replaces sigma where 1 - sigma is zero   |
 | x                | `x`                     | latent (1 - sigma) x0 + sigma x1, [N, S, C]         |
 | x'               | `x_next`                | latent after the step                               |
 | v                | `v`                     | velocity x1 - x0, the model's output                |
-| x0_hat, x1_hat   | `predict_data`, `_noise`| data and noise that v predicts                      |
+| x0_hat, x1_hat   | `predict_data`, `_noise`| data and noise predicted from v                     |
 | eta              | `eta`                   | noise level of a stochastic step                    |
 | g                | `diffusion`             | diffusion coefficient of the SDE                    |
 | mean, std        | `Normal`                | one stochastic step: x' ~ N(mean, std^2)            |
@@ -22,6 +22,6 @@ Time runs as in FLUX: sigma 1 is pure noise, sigma 0 is data.
 | l, w             | `Window.start`, `.size` | first step and number of steps of the window        |
 | lambda, h        | `_log_snr`, `h`         | log((1-sigma)/sigma) and its increment over a step  |
 
-Shapes: N samples in one call, S tokens, C channels, B samples of an iteration, P prompts. A step is
-computed in float32 whatever the model's dtype; float64 inputs stay float64.
+Shapes: N samples per call, S tokens, C channels, B samples per iteration, P prompts. A step is
+computed in float32 regardless of the model's dtype; float64 inputs stay float64.
 """

@@ -1,4 +1,4 @@
-"""Rewards of a batch turned into advantages within each prompt's group."""
+"""Group-relative advantages, computed from the rewards of a batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A group whose spread is below this share of its rewards' size holds float32 noise, not a signal.
+# A group whose spread is below this fraction of the rewards' magnitude differs only by float32
+# rounding: it carries no signal.
 _EQUAL = 4 * torch.finfo(torch.float32).eps
 _GROUP_EPS = 1e-8
 _GLOBAL_EPS = 1e-4
@@ -35,38 +36,39 @@ def group_advantages(
     advantage_sum is MixGRPO's (arXiv 2507.21802), global_std Flow-GRPO's (arXiv 2505.05470). "The
     batch" is what is passed in: with several processes, gather the scores first.
 
-    With ``trim`` a group's means and standard deviations are trimmed (Tukey's robust statistics):
-    taken without the lowest and the highest floor(trim*n) of its n valid rewards, so that one
-    outlier moves neither. Those left out get advantages like the others; a group that is equal
-    without them gets 0.
+    With ``trim``, the means and standard deviations of a group are trimmed (Tukey's robust
+    statistics): the lowest and the highest floor(trim*n) of its n valid rewards are left out, so
+    that a single outlier affects neither. The samples left out still get advantages like the
+    others. If the remaining rewards of a group are equal, all of its advantages are 0.
 
-    A sample whose reward is NaN or infinite, in any reward with a weight, failed: it leaves every
-    statistic and its advantage is NaN; the update must give it no gradient (`torch.nan_to_num` to
-    0 before the loss). A group of fewer than two valid samples or of equal rewards, up to float32
-    rounding (a standard deviation below 5e-7 of their size), gets exactly 0.
+    A sample has failed if any reward with a positive weight is NaN or infinite. It is excluded from
+    all statistics and its advantage is NaN; the update must give it no gradient (`torch.nan_to_num`
+    to 0 before the loss). The advantages of a group are exactly 0 if it has fewer than two valid
+    samples, or if its rewards are equal up to float32 rounding (a standard deviation below 5e-7 of
+    their magnitude).
 
     Args:
         scores: reward name -> [B]; rewards without a positive weight are ignored.
         group: [B] int64 in 0..P-1, each sample's prompt, in any order.
-        weights: reward name -> weight >= 0; normalised here to sum to 1.
-        kind: one of the table's.
+        weights: reward name -> weight >= 0; normalised to sum to 1.
+        kind: one of the kinds in the table above.
         clip: positive; 5 in the papers.
-        trim: in [0, 0.5); 0 uses all.
+        trim: in [0, 0.5); 0 uses all rewards.
 
     Returns:
-        [B] float32 (float64 if a score is).
+        [B] float32, or float64 if any of the scores is float64.
 
     Raises:
-        ValueError: for an unknown kind, a weight that is negative, not finite or without scores,
-            weights that are all zero, scores of another shape than ``group``, clip <= 0, or a trim
-            outside [0, 0.5).
+        ValueError: if ``kind`` is unknown; if a weight is negative, not finite or has no scores; if
+            all weights are zero; if the shape of a reward's scores differs from that of ``group``;
+            if ``clip`` <= 0; or if ``trim`` is outside [0, 0.5).
     """
     if kind not in _KINDS:
         raise ValueError(f"unknown advantage kind {kind!r}; known: {', '.join(_KINDS)}")
     if not clip > 0:
         raise ValueError(f"the advantage clip must be positive, got {clip}; 5 is usual")
     if not 0 <= trim < 0.5:
-        raise ValueError(f"the trimmed share must be in [0, 0.5), got {trim}; 0 trims nothing")
+        raise ValueError(f"the trim fraction must be in [0, 0.5), got {trim}; 0 trims nothing")
     used = _used_weights(weights)
     rewards = _stack(scores, list(used), group)
     valid = torch.isfinite(rewards).all(0)
@@ -84,8 +86,10 @@ def group_advantages(
 
 
 class _Batch(NamedTuple):
-    """R rewards of B samples, failed samples' set to 0; float64, so that sums of scores are exact
-    enough for equal rewards to stay equal."""
+    """R rewards of B samples, with those of failed samples set to 0.
+
+    They are float64, so that sums of scores are exact enough for equal rewards to stay equal.
+    """
 
     rewards: Tensor  # [R, B]
     share: Tensor  # [R], sums to 1
@@ -95,7 +99,7 @@ class _Batch(NamedTuple):
     trim: float
 
     def counted(self, values: Tensor) -> Tensor:
-        """[R, B] bool: the valid samples whose values are not among their group's extremes."""
+        """[R, B] bool: the valid samples whose values are not trimmed from their group."""
         counted = self.valid.repeat(len(values), 1)
         if not self.trim:
             return counted
@@ -108,16 +112,16 @@ class _Batch(NamedTuple):
         return counted
 
     def group_sum(self, values: Tensor, counted: Tensor) -> Tensor:
-        """[R, B] -> [R, B]: each sample's group's sum over the ``counted`` samples."""
+        """[R, B] -> [R, B]: for each sample, the sum over its group's ``counted`` samples."""
         sums = values.new_zeros(values.shape[0], self.prompts)
         return sums.index_add(1, self.group, values * counted)[:, self.group]
 
     def group_size(self, counted: Tensor) -> Tensor:
-        """[R, B]: how many counted samples each sample's group has, at least 1 to divide by."""
+        """[R, B]: for each sample, the number of its group's counted samples, at least 1."""
         return self.group_sum(counted.to(self.rewards.dtype), counted).clamp(min=1)
 
     def centred(self, values: Tensor) -> Tensor:
-        """[R, B]: minus the group's mean; exactly 0 for failed samples and equal groups."""
+        """[R, B]: the values minus their group's mean; 0 for failed samples and equal groups."""
         counted = self.counted(values)
         size = self.group_size(counted)
         deviation = values - self.group_sum(values, counted) / size
@@ -130,7 +134,7 @@ class _Batch(NamedTuple):
         return self.centred(self.rewards)
 
     def z_scores(self, deviation: Tensor) -> Tensor:
-        """[R, B] deviations over their group's standard deviation (ddof 1)."""
+        """[R, B] deviations divided by their group's standard deviation (ddof 1)."""
         counted = self.counted(deviation)
         freedom = (self.group_size(counted) - 1).clamp(min=1)
         return deviation / ((self.group_sum(deviation**2, counted) / freedom).sqrt() + _GROUP_EPS)
@@ -138,8 +142,8 @@ class _Batch(NamedTuple):
     def total_deviation(self) -> Tensor:
         """[1, B]: the weighted sum of rewards minus its group's mean.
 
-        Summed as deviations, whose equal groups are exactly 0 already; a sum of trimmed deviations
-        is centred on its own trimmed mean.
+        The deviations are summed, not the rewards, because the deviations of equal groups are
+        already exactly 0. A sum of trimmed deviations is centred again, on its own trimmed mean.
         """
         total = (self.share @ self.deviations())[None]
         return self.centred(total) if self.trim else total
@@ -155,7 +159,7 @@ def _reward_sum(batch: _Batch) -> Tensor:
 
 def _gdpo(batch: _Batch) -> Tensor:
     advantages = _advantage_sum(batch)
-    # Its batch mean is zero, since every group's is: subtracting it would only add rounding.
+    # The batch mean is zero because every group's mean is: subtracting it would only add rounding.
     freedom = (batch.valid.sum() - 1).clamp(min=1)
     return advantages / ((advantages**2).sum().div(freedom).sqrt() + _GROUP_EPS)
 
@@ -183,7 +187,10 @@ def _used_weights(weights: Mapping[str, float]) -> dict[str, float]:
             raise ValueError(f"reward {name!r} has weight {weight}; weights are finite and >= 0")
     used = {name: weight for name, weight in weights.items() if weight > 0}
     if not used:
-        raise ValueError(f"no reward has a positive weight in {dict(weights)}; give one at least")
+        raise ValueError(
+            f"no reward has a positive weight in {dict(weights)}; give at least one a positive "
+            "weight"
+        )
     return used
 
 
@@ -192,7 +199,7 @@ def _stack(scores: Mapping[str, Tensor], names: list[str], group: Tensor) -> Ten
     for name in names:
         if name not in scores:
             raise ValueError(
-                f"reward {name!r} has a weight but no scores; there are scores for "
+                f"reward {name!r} has a positive weight but no scores; there are scores for "
                 f"{', '.join(scores) or 'no reward'}"
             )
         if scores[name].shape != group.shape:

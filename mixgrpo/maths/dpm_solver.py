@@ -1,8 +1,8 @@
 """Deterministic solvers of the probability-flow ODE: Euler and multistep DPM-Solver++.
 
-A solver remembers the predictions of one batch: make a fresh one for each rollout. Its
-coefficients are computed in Python floats (float64), so keep the schedule on the CPU: reading a
-sigma there is no device synchronisation, and CPU scalars mix with latents on any device.
+A solver stores the predictions of one batch: create a new one for each batch. Its coefficients are
+computed as Python floats (float64). Keep the schedule on the CPU, where reading a sigma does not
+synchronise with the device; CPU scalars can be combined with latents on any device.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from mixgrpo.maths.schedule import Step
 from mixgrpo.maths.transitions import euler, predict_data, upcast
 
 VARIANTS = ("midpoint", "heun")
-# As diffusers: below this many steps the last ones are too coarse for three predictions.
+# As in diffusers: with fewer steps than this, the last ones are too coarse for third order.
 SHORT_SCHEDULE = 15
 
 
 class Prediction(NamedTuple):
-    """What the model said at one noise level: ``x0_hat`` [N, S, C], ``sigma`` in (0, 1]."""
+    """The data prediction ``x0_hat`` [N, S, C] at one noise level ``sigma`` in (0, 1]."""
 
     x0_hat: Tensor
     sigma: float
 
 
 class Solver(Protocol):
-    """Takes the ODE steps of one batch, told of the other steps."""
+    """Takes the ODE steps of one batch, and observes the predictions at its other steps."""
 
     def observe(self, x0_hat: Tensor, sigma: float | Tensor) -> None:
-        """Note the data prediction [N, S, C] of a step that another sampler (the SDE) takes."""
+        """Store the data prediction [N, S, C] of a step that another sampler (the SDE) takes."""
         ...
 
     def step(self, x: Tensor, v: Tensor, step: Step) -> Tensor:
@@ -41,7 +41,7 @@ class Solver(Protocol):
 
 
 def make_solver(kind: str, sigmas: Tensor, order: int = 2, variant: str = "midpoint") -> Solver:
-    """Return a fresh solver for one batch that follows the schedule ``sigmas`` [T+1].
+    """Return a new solver for one batch that follows the schedule ``sigmas`` [T+1].
 
     Args:
         kind: "euler", or "dpm" for multistep DPM-Solver++.
@@ -49,7 +49,7 @@ def make_solver(kind: str, sigmas: Tensor, order: int = 2, variant: str = "midpo
         variant: "midpoint" or "heun", the second-order correction of "dpm".
 
     Raises:
-        ValueError: for a kind, order or variant that is not listed.
+        ValueError: for a kind, order or variant that is not listed above.
     """
     if kind == "euler":
         return Euler()
@@ -59,25 +59,25 @@ def make_solver(kind: str, sigmas: Tensor, order: int = 2, variant: str = "midpo
 
 
 class Euler:
-    """First-order solver; has no memory."""
+    """First-order solver; it stores no predictions."""
 
     def observe(self, x0_hat: Tensor, sigma: float | Tensor) -> None:
-        """Nothing to remember."""
+        """Do nothing: the Euler step uses no earlier predictions."""
 
     def step(self, x: Tensor, v: Tensor, step: Step) -> Tensor:
         return euler(x, v, step)
 
 
 class DPMSolver:
-    """Multistep DPM-Solver++ (arXiv 2211.01095), remembering the last ``order`` predictions.
+    """Multistep DPM-Solver++ (arXiv 2211.01095), which stores the last ``order`` predictions.
 
-    In a schedule of fewer than 15 steps the step before the last is at most of second order, as in
-    diffusers (``lower_order_final``); the last step, to sigma 0, is x0_hat itself in any schedule.
+    In a schedule of fewer than 15 steps, the second-to-last step is at most of second order, as in
+    diffusers (``lower_order_final``). In any schedule the last step, to sigma 0, returns x0_hat.
     """
 
     def __init__(self, sigmas: Tensor, order: int = 2, variant: str = "midpoint") -> None:
         if order not in (1, 2, 3):
-            raise ValueError(f"DPM-Solver++ has orders 1, 2 and 3, got {order}")
+            raise ValueError(f"the order of DPM-Solver++ must be 1, 2 or 3, got {order}")
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
         self.order = order
@@ -101,18 +101,18 @@ class DPMSolver:
 def dpm_step(
     history: Sequence[Prediction], x: Tensor, step: Step, order: int, variant: str = "midpoint"
 ) -> Tensor:
-    """Return x' [N, S, C] by one multistep step of DPM-Solver++ in data prediction.
+    """Return x' [N, S, C] after one multistep step of DPM-Solver++ with data prediction.
 
     x' = (s'/sigma)*x - alpha'*(e^-h - 1)*D0 + correction(order), with alpha = 1-sigma,
     lambda = log(alpha/sigma), h = lambda' - lambda and D0 the newest prediction; order 1 is the
-    Euler step of a flow. The order is lowered to the history that there is. A prediction at
-    sigma = 1, where lambda is -inf, is infinitely far away and weighs nothing: order 2 then becomes
-    order 1, and order 3 becomes order 2 (in its "heun" form, the limit of the formula). A step to
+    Euler step of a flow. The order is limited by the length of the history. A prediction at
+    sigma = 1, where lambda is -inf, is infinitely far away and has weight 0: order 2 then reduces
+    to order 1, and order 3 to order 2 (in its "heun" form, the limit of the formula). A step to
     sigma 0 returns D0.
 
     Args:
         history: oldest first; the last entry is the prediction at ``step.sigma``.
-        step: scalars; read as Python floats.
+        step: scalar sigmas, which are read as Python floats.
     """
     sigma, after = float(step.sigma), float(step.sigma_next)
     assert history and history[-1].sigma == sigma, "the newest prediction is the step's own"
@@ -140,9 +140,9 @@ def _second_order(history: Sequence[Prediction], h: float, variant: str) -> Tens
 def _third_order(history: Sequence[Prediction], h: float) -> Tensor:
     """((e^-h - 1)/h + 1) * D1 - ((e^-h - 1 + h)/h^2 - 1/2) * D2, in the paper's D1 and D2.
 
-    D1 is h*m' to second order, but D2 is (h^2/2)*m'' where the Taylor expansion asks for h^2*m'':
-    the authors' code and diffusers have it so, and we agree with them. The global error is
-    therefore of second order, with a smaller constant than order 2 has.
+    D1 is h*m' to second order, but D2 is (h^2/2)*m'' where the Taylor expansion requires h^2*m''.
+    We follow the authors' code and diffusers, which both use this D2. The global error is therefore
+    of second order, with a smaller constant than that of order 2.
     """
     (m2, s2), (m1, s1), (m0, s0) = history[-3:]
     r0 = (_log_snr(s0) - _log_snr(s1)) / h

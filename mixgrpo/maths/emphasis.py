@@ -1,6 +1,6 @@
-"""Which of an iteration's transitions are trained, and how much each counts: pure functions.
+"""Selection and weighting of the transitions that an iteration trains on: pure functions.
 
-Samples are in prompt-major order, G of each group; advantages are those of all processes together.
+Samples are in prompt-major order, G per group. Advantages are those of all processes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from mixgrpo.types import Window
 def best_and_worst(advantages: Tensor, samples: int, count: int) -> Tensor:
     """Return the rows of the ``count``/2 best and ``count``/2 worst of each group: [P*count].
 
-    DanceGRPO's best-of-N (arXiv 2505.07818): the extremes teach most, and the update gets cheaper.
-    Every group keeps as many, so processes stay in step; a failed sample (NaN) is kept only where
-    valid ones do not suffice. Rows ascend.
+    This is DanceGRPO's best-of-N (arXiv 2505.07818): the extremes carry most of the signal, and the
+    update becomes cheaper. Every group keeps the same number of samples, so all processes do the
+    same amount of work. A failed sample (NaN) is kept only if its group has too few valid ones. The
+    rows are in ascending order.
 
     Args:
         advantages: [P*G].
@@ -41,11 +42,13 @@ def _extremes(values: Tensor, count: int) -> Tensor:
 
 
 def without_equal_groups(advantages: Tensor, samples: int) -> Tensor:
-    """Return loss weights [P*G]: 0 in groups without any advantage, P / (groups with some) else.
+    """Return loss weights [P*G] that leave out the groups whose advantages are all zero.
 
-    The loss then is the average over the groups that have something to say, as in DAPO's dynamic
-    sampling (arXiv 2503.14476), which draws others in their place. Masked, not dropped: every
-    process evaluates as before. Failed samples (NaN) say nothing. All 0 if no group does.
+    The weight is 0 in such groups and P / (number of other groups) elsewhere, so the loss is the
+    average over the groups with a signal. DAPO's dynamic sampling (arXiv 2503.14476) draws new
+    groups in place of those without one. The groups are masked, not dropped, so that every process
+    makes the same number of model evaluations as before. The advantages of failed samples (NaN)
+    count as zero. If no group has a signal, all weights are 0.
     """
     useful = (advantages.nan_to_num(0.0).view(-1, samples) != 0).any(1, keepdim=True)
     weights = useful * (len(useful) / useful.sum().clamp(min=1))
@@ -53,11 +56,12 @@ def without_equal_groups(advantages: Tensor, samples: int) -> Tensor:
 
 
 def balanced(advantages: Tensor) -> Tensor:
-    """Return advantages whose positive and negative ones have equal sums, of unchanged total: [B].
+    """Return [B] advantages scaled so that the positive and negative ones have equal absolute sums.
 
-    Both signs are scaled, each by one factor for the whole batch. The clamp and a trimmed mean
-    leave one sign with the larger say; BAPO (arXiv 2510.18927) adapts its clip ranges to that,
-    here it is scaled away. With one sign alone, unchanged.
+    Each sign is scaled by one factor for the whole batch, and the sum of the absolute values stays
+    the same. Clamping and trimmed means let one sign outweigh the other; BAPO (arXiv 2510.18927)
+    compensates by adapting its clip ranges, whereas this function rescales the advantages. If all
+    advantages have the same sign, they are returned unchanged.
     """
     up, down = (side.nan_to_num(0.0).clamp(min=0).sum() for side in (advantages, -advantages))
     half = (up + down) / 2
@@ -68,14 +72,14 @@ def balanced(advantages: Tensor) -> Tensor:
 def step_weights(
     kind: str | Sequence[float], sigmas: Tensor, window: Window, transition: Transition
 ) -> Tensor:
-    """Return the weight of each window step's loss: [w].
+    """Return the loss weight of each window step: [w].
 
     | kind       | weight                                                                       |
     |------------|------------------------------------------------------------------------------|
     | equal      | 1                                                                            |
     | inverse_dt | 1 / (sigma - s'), GRPO-Guard's (arXiv 2510.22319)                            |
-    | noise      | std over its mean in the window, TempFlow-GRPO's (arXiv 2508.04324)          |
-    | a sequence | its entries, one for each of the window's steps                              |
+    | noise      | std / (mean std of the window), TempFlow-GRPO's (arXiv 2508.04324)           |
+    | a sequence | its entries, one per step of the window                                      |
 
     Args:
         sigmas: [T+1] on the CPU.
@@ -99,9 +103,9 @@ def step_weights(
 
 
 def trained_steps(steps: int, fraction: float) -> int:
-    """Return how many of a window's ``steps`` are trained: the whole part of the share, at least 1.
+    """Return how many of a window's ``steps`` are trained: max(1, floor(steps*fraction)).
 
-    DanceGRPO's 0.6 makes 14 of 24 and 9 of 15.
+    DanceGRPO's fraction of 0.6 gives 14 of 24 steps and 9 of 15.
     """
-    # The share may fall just short of a whole number: 0.29 * 100 is 28.999999999999996.
+    # The product may fall just short of an integer: 0.29 * 100 is 28.999999999999996.
     return max(1, int(steps * fraction + 1e-9))

@@ -1,8 +1,8 @@
 """The clipped policy objective and the KL penalty, per sample and step.
 
-The log-ratios come from `mixgrpo.maths.transitions`, averaged over latent elements; that is why
-clip ranges are as small as 1e-4, and why everything here compares logarithms: near 1 a float32
-ratio has steps of 1e-7, its logarithm has not.
+The log-ratios come from `mixgrpo.maths.transitions` and are averaged over the latent elements,
+which is why clip ranges are as small as 1e-4. Comparisons are made between logarithms: near 1 a
+float32 ratio has a resolution of 1e-7, whereas its logarithm resolves far smaller differences.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ def clipped_loss(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
         ValueError: if ``clip`` is outside (0, 1).
     """
     clipped = log_ratio.clamp(*_log_bounds(clip))
-    # Choosing the branch by logarithm: two exponentials that round to the same float32 would tie in
-    # torch.maximum, and a clipped sample would keep half of its gradient.
+    # The branch is chosen by comparing logarithms: two exponentials that round to the same float32
+    # would tie in torch.maximum, and a clipped sample would keep half of its gradient.
     active = torch.where(is_clipped(log_ratio, advantages, clip), clipped, log_ratio)
     return -advantages * active.exp()
 
 
 def is_clipped(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Return where the clip bites, [N] bool: the sample moved beyond it, and gets no gradient.
+    """Return where clipping is active, [N] bool: there the gradient is zero.
 
-    That is rho > 1+clip for a positive advantage and rho < 1-clip for a negative one; on the other
-    side the unclipped branch is the larger loss, and advantage 0 has no gradient to lose.
+    It is active at rho > 1+clip for a positive advantage and at rho < 1-clip for a negative one. On
+    the other side the unclipped branch has the larger loss, and at advantage 0 the gradient is zero
+    anyway.
     """
     low, high = _log_bounds(clip)
     return ((advantages > 0) & (log_ratio > high)) | ((advantages < 0) & (log_ratio < low))
 
 
 def kl_to_reference(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
-    """Return KL(policy | reference) of two normals of one ``std``, averaged over D: [N], nats.
+    """Return KL(policy | reference) of two normals with equal ``std``, averaged over D: [N], nats.
 
-    mean_D[(mean - mean_ref)^2] / (2 std^2), as Flow-GRPO (arXiv 2505.05470); means [N, S, C].
+    mean_D[(mean - mean_ref)^2] / (2 std^2), as in Flow-GRPO (arXiv 2505.05470); means [N, S, C].
     """
     return mean_per_sample((upcast(mean) - upcast(mean_ref)) ** 2 / (2 * std**2))
 
 
 class Prediction(NamedTuple):
-    """A policy at N states: velocity ``v`` and the step's ``mean`` [N, S, C], ``std`` [N, 1, 1]."""
+    """A policy's predictions at N states: ``v`` and ``mean`` [N, S, C], ``std`` [N, 1, 1]."""
 
     v: Tensor
     mean: Tensor
@@ -70,17 +71,17 @@ def kl_in_mean(policy: Prediction, reference: Prediction) -> Tensor:
 def kl_in_velocity(policy: Prediction, reference: Prediction) -> Tensor:
     """Return mean_D[(v - v_ref)^2]: [N].
 
-    The KL in the mean up to a factor that depends on the step alone; without it every step is held
-    to the reference equally, those of little noise not more than others.
+    This equals the KL in the mean up to a factor that depends only on the step. Without that factor
+    all steps are penalised equally, rather than those with little noise more than the others.
     """
     return mean_per_sample((upcast(policy.v) - upcast(reference.v)) ** 2)
 
 
 def make_kl(kind: str) -> KL:
-    """Return the penalty of the kind "mean" or "velocity", else ValueError."""
+    """Return the KL penalty of kind "mean" or "velocity"; raise ValueError for any other kind."""
     known: dict[str, KL] = {"mean": kl_in_mean, "velocity": kl_in_velocity}
     if kind not in known:
-        raise ValueError(f"unknown form of the KL {kind!r}; known: {', '.join(known)}")
+        raise ValueError(f"unknown KL form {kind!r}; known: {', '.join(known)}")
     return known[kind]
 
 
@@ -88,11 +89,11 @@ _FARTHEST = 2.0**10
 
 
 def adapted_kl_weight(weight: float, kl: float, target: float, first: float) -> float:
-    """Return the weight for the next iteration, from the KL of this one (PPO, arXiv 1707.06347).
+    """Return the next iteration's KL weight, given this iteration's KL (PPO, arXiv 1707.06347).
 
-    Doubled where the KL is above 1.5 times its target, halved where it is below the 1.5th part; at
-    a KL of exactly 0, where the policy is the reference still, it stays. It goes no farther than
-    1024 times up or down from the ``first`` one: from there it is ten iterations back.
+    The weight is doubled if the KL is above 1.5 * target and halved if it is below target / 1.5. It
+    is unchanged at a KL of exactly 0, where the policy still equals the reference. It stays within
+    a factor of 1024 of the ``first`` weight, so that it can return to it in ten iterations.
     """
     if kl > 1.5 * target:
         return min(2 * weight, first * _FARTHEST)

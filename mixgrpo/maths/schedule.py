@@ -15,8 +15,8 @@ def uniform_times(steps: int) -> Tensor:
     """Return u_i = 1 - i/T for i = 0..T: [T+1] float64, exactly 1 first and exactly 0 last.
 
     Raises:
-        ValueError: if ``steps`` is below 2. The last step is never stochastic, so one step alone
-            leaves nothing to train.
+        ValueError: if ``steps`` is below 2. The last step is never stochastic, so a single step
+            would leave nothing to train.
     """
     if steps < 2:
         raise ValueError(f"a schedule needs at least 2 steps, got {steps}")
@@ -32,8 +32,8 @@ def shift_time(u: Tensor, shift: float) -> Tensor:
         ValueError: if ``shift`` is not a positive finite number.
     """
     if not 0 < shift < math.inf:
-        raise ValueError(f"shift must be a positive number (1 leaves time as it is), got {shift}")
-    # The denominator is 1 + (shift-1)*u in a form that keeps u = 1 at exactly 1 for every shift.
+        raise ValueError(f"shift must be a positive number (1 means no shift), got {shift}")
+    # The denominator is 1 + (shift-1)*u, in a form that maps u = 1 to exactly 1 for every shift.
     return shift * u / (shift * u + (1 - u))
 
 
@@ -47,7 +47,7 @@ def dynamic_shift(
     """Return the FLUX pipeline's resolution-dependent shift, exp(mu) with mu linear in the tokens.
 
     mu is ``base_mu`` at ``base_tokens`` (256x256 pixels) and ``max_mu`` at ``max_tokens``
-    (1024x1024), and goes on along the same line outside: 4096 tokens give a shift of 3.16.
+    (1024x1024), and is extrapolated linearly outside: 4096 tokens give a shift of 3.16.
 
     Raises:
         ValueError: if ``image_tokens`` is not positive or the two token counts are equal.
@@ -55,7 +55,7 @@ def dynamic_shift(
     if image_tokens < 1:
         raise ValueError(f"image_tokens must be at least 1, got {image_tokens}")
     if base_tokens == max_tokens:
-        raise ValueError(f"base_tokens and max_tokens must differ, both are {base_tokens}")
+        raise ValueError(f"base_tokens and max_tokens must differ, but both are {base_tokens}")
     slope = (max_mu - base_mu) / (max_tokens - base_tokens)
     return math.exp(base_mu + slope * (image_tokens - base_tokens))
 
@@ -76,22 +76,21 @@ def flash_sigmas(
     """Return MixGRPO-Flash's schedule: the base up to ``window.stop``, then a compressed tail.
 
     The T-l-w steps after the window become n = max(1, round((T-l-w)*ratio)), equally spaced in u
-    and then shifted. A ratio of 1 is the base schedule. The l steps before the window keep the base
-    schedule, since accelerating them collapses quality (arXiv 2507.21802); with ``before`` below 1
-    they become `compressed_steps` (l, before) equal parts of u too, and the window moves up.
+    and then shifted. A ratio of 1 gives the base schedule. By default the l steps before the window
+    keep the base schedule, since accelerating them collapses quality (arXiv 2507.21802). With
+    ``before`` below 1 they too become `compressed_steps` (l, before) steps equally spaced in u, and
+    the window starts at an earlier index.
 
     Returns:
         [l+w+n+1] float32, ending at exactly 0. A rollout makes l + w + n model evaluations.
 
     Raises:
-        ValueError: as `make_sigmas`; if ``ratio`` or ``before`` is outside (0, 1]; or if the window
-            contains the last step, which is never stochastic.
+        ValueError: as in `make_sigmas`; if ``ratio`` or ``before`` is outside (0, 1]; or if the
+            window contains the last step, which is never stochastic.
     """
     for name, share in (("tail", ratio), ("prefix", before)):
         if not 0 < share <= 1:
-            raise ValueError(
-                f"the {name}'s ratio must be in (0, 1], got {share}; 1 keeps every step"
-            )
+            raise ValueError(f"the {name} ratio must be in (0, 1], got {share}; 1 keeps every step")
     u = uniform_times(steps)
     if window.stop > steps - 1:
         raise ValueError(
@@ -106,12 +105,12 @@ def flash_sigmas(
 
 
 def compressed_steps(count: int, ratio: float) -> int:
-    """Return how many steps stand for ``count``: max(1, round(count*ratio)), and 0 for none."""
+    """Return how many steps replace ``count`` steps: max(1, round(count*ratio)), or 0 for 0."""
     return max(1, round(count * ratio)) if count else 0
 
 
 def _shifted(u: Tensor, shift: float) -> Tensor:
-    """Shift ``u`` and round to float32, refusing schedules that float32 cannot tell apart."""
+    """Shift ``u`` and round to float32; raise ValueError if neighbouring sigmas become equal."""
     sigmas = shift_time(u, shift).float()
     if not bool((sigmas.diff() < 0).all()):
         raise ValueError(
@@ -126,18 +125,18 @@ class Step(NamedTuple):
 
     sigma: Tensor
     sigma_next: Tensor
-    # sigmas[1]: where sigma is exactly 1, Flow-SDE's sqrt(sigma/(1-sigma)) uses this one instead.
+    # sigmas[1]: replaces sigma in the denominator of Flow-SDE's sqrt(sigma/(1-sigma)) at sigma = 1.
     sigma_after_one: Tensor
 
 
 def step_at(sigmas: Tensor, index: int | Tensor) -> Step:
-    """Return step ``index`` of the schedule ``sigmas`` [T+1], without a host synchronisation.
+    """Return step ``index`` of the schedule ``sigmas`` [T+1], without host synchronisation.
 
     Args:
-        sigmas: on the device of ``index`` if that is a tensor. For an int, sigmas on the CPU serve
-            latents on any device: scalars on the CPU mix with everything.
-        index: an int, for one step that all samples take (scalars, shape []), or int64 [N], each
-            sample's own step (shapes [N, 1, 1]).
+        sigmas: on the device of ``index`` if that is a tensor. For an int, keep them on the CPU:
+            CPU scalars can be combined with latents on any device.
+        index: an int if all samples take the same step (the results are scalars, shape []), or
+            int64 [N] with the step of each sample (the sigmas have shape [N, 1, 1]).
     """
     if isinstance(index, Tensor):
         index = index.reshape(-1, 1, 1)

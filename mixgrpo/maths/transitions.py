@@ -1,8 +1,8 @@
-"""One denoising step as a pure function, deterministic or stochastic, and its log-probability.
+"""Denoising steps, deterministic and stochastic, and their log-probabilities: pure functions.
 
-Every stochastic step returns the same `Normal`; sampling from it, its density and the ratio of two
-densities are separate functions, which rollout and update both use. x and v are [N, S, C] in any
-float dtype; results are float32 (float64 if x is).
+Every stochastic step returns a `Normal`. Sampling from it, its density and the ratio of two
+densities are separate functions, which the rollout and the update share. x and v are [N, S, C] in
+any float dtype; results are float32, or float64 if x is float64.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def dance_sde(x: Tensor, v: Tensor, step: Step, eta: float) -> Normal:
 def cps(x: Tensor, v: Tensor, step: Step, eta: float) -> Normal:
     """Coefficient-preserving sampling (arXiv 2509.05952): std = s'*sin(eta*pi/2), eta in [0, 1].
 
-    The noise does not shrink with the step: eta is the share of s' that is drawn anew each time.
+    The noise does not shrink with the step size: eta controls how much of the noise at level s' is
+    redrawn at each step.
     """
     angle = eta * math.pi / 2
     kept, std = step.sigma_next * math.cos(angle), step.sigma_next * math.sin(angle)
@@ -77,11 +78,12 @@ def cps(x: Tensor, v: Tensor, step: Step, eta: float) -> Normal:
 def precise(x: Tensor, v: Tensor, step: Step, eta: float) -> Normal:
     """Coefficient-preserving step (arXiv 2605.23522): std = s'*sqrt(1 - rho^(eta^2)).
 
-    rho = s'(1-sigma) / (sigma(1-s')). Flow-SDE's noise to first order in dt, without its excess
-    variance at finite dt. At sigma = 1 rho is 0: all noise is drawn anew, mean = (1-s')*x0_hat.
+    rho = s'(1-sigma) / (sigma(1-s')). The noise equals Flow-SDE's to first order in dt, without the
+    excess variance at finite dt. At sigma = 1, rho is 0: all noise is redrawn and
+    mean = (1-s')*x0_hat.
     """
     sigma, after = step.sigma, step.sigma_next
-    # In logarithms rho near 1 loses no digits, and rho = 0 gives exp(-inf) = 0 without a branch.
+    # Logarithms keep the precision of rho near 1, and rho = 0 gives exp(-inf) = 0 without a branch.
     log_rho = torch.log(after * (1 - sigma)) - torch.log(sigma * (1 - after))
     kept = after * torch.exp(0.5 * eta**2 * log_rho)
     std = after * torch.sqrt(-torch.expm1(eta**2 * log_rho))
@@ -91,8 +93,8 @@ def precise(x: Tensor, v: Tensor, step: Step, eta: float) -> Normal:
 def _euler_maruyama(x: Tensor, v: Tensor, step: Step, diffusion: Tensor) -> Normal:
     """mean = x + (v + g^2/(2 sigma) * x1_hat) * dt, std = g*sqrt(-dt).
 
-    The drift's second term undoes, in distribution, what the noise adds: -x1_hat/sigma is the
-    score, so the marginals stay those of the ODE (Song et al., arXiv 2011.13456).
+    The second term of the drift compensates, in distribution, for the added noise: -x1_hat/sigma is
+    the score, so the marginals remain those of the ODE (Song et al., arXiv 2011.13456).
     """
     dt = step.sigma_next - step.sigma
     correction = diffusion**2 / (2 * step.sigma) * predict_noise(x, v, step)
@@ -100,9 +102,9 @@ def _euler_maruyama(x: Tensor, v: Tensor, step: Step, diffusion: Tensor) -> Norm
 
 
 def _coefficient_preserving(x: Tensor, v: Tensor, step: Step, kept: Tensor, std: Tensor) -> Normal:
-    """mean = (1-s')*x0_hat + kept*x1_hat with kept^2 + std^2 = s'^2, so s' stays the noise level.
+    """mean = (1-s')*x0_hat + kept*x1_hat with kept^2 + std^2 = s'^2, so the noise level is s'.
 
-    ``kept`` is passed, not computed as sqrt(s'^2 - std^2), which cancels for small std.
+    ``kept`` is passed in rather than computed as sqrt(s'^2 - std^2), to avoid cancellation.
     """
     data, noise = predict_data(x, v, step), predict_noise(x, v, step)
     return Normal((1 - step.sigma_next) * data + kept * noise, std)
@@ -126,23 +128,23 @@ def make_transition(kind: str, eta: float) -> Transition:
         raise ValueError(f"unknown transition {kind!r}; known: {', '.join(_TRANSITIONS)}")
     if not 0 < eta < math.inf:
         raise ValueError(
-            f"eta must be a positive number, got {eta}: at eta 0 the step is deterministic and has "
-            "no log-probability to train on; use the ODE for steps without noise"
+            f"eta must be a positive number, got {eta}; at eta 0 the step is deterministic and has "
+            "no log-probability to train on: use the ODE for steps without noise"
         )
     if kind == "cps" and eta > 1:
-        raise ValueError(f"cps needs eta in (0, 1], got {eta}; at 1 all noise is drawn anew")
+        raise ValueError(f"cps needs eta in (0, 1], got {eta}; at 1 all noise is redrawn")
     return partial(_TRANSITIONS[kind], eta=eta)
 
 
 def sample(normal: Normal, noise: Tensor) -> Tensor:
-    """Return mean + std*noise for injected standard ``noise`` of the mean's shape."""
+    """Return mean + std*noise for standard normal ``noise`` of the mean's shape."""
     return normal.mean + normal.std * upcast(noise)
 
 
 def log_prob(x_next: Tensor, normal: Normal) -> Tensor:
     """Return the log-density of ``x_next`` averaged over the D elements of a sample: [N], nats.
 
-    mean_D[-(x'-mean)^2/(2 std^2) - log std - log sqrt(2 pi)]. The average makes exp(difference) the
+    mean_D[-(x'-mean)^2/(2 std^2) - log std - log sqrt(2 pi)]. Averaging makes exp(difference) the
     true ratio to the power 1/D, which is why published clip ranges are 1e-6..1e-4.
     """
     deviation = (upcast(x_next) - normal.mean) / normal.std
@@ -151,9 +153,9 @@ def log_prob(x_next: Tensor, normal: Normal) -> Tensor:
 
 
 def unscaled_log_prob(x_next: Tensor, normal: Normal) -> Tensor:
-    """Return mean_D[-(x'-mean)^2], [N]: the stand-in for a log-density in published CPS code.
+    """Return mean_D[-(x'-mean)^2], [N]: used in place of a log-density in published CPS code.
 
-    It lacks 1/(2 std^2) and the constants, so its clip ranges do not compare with `log_prob`'s.
+    It lacks 1/(2 std^2) and the constants, so its clip ranges are not comparable to `log_prob`'s.
     """
     return mean_per_sample(-((upcast(x_next) - normal.mean) ** 2))
 
@@ -162,29 +164,29 @@ def log_ratio(x_next: Tensor, new_mean: Tensor, old_mean: Tensor, std: Tensor) -
     """Return log_prob(x', new) - log_prob(x', old) for a common ``std``, from the means: [N].
 
     mean_D[(mean_new - mean_old) * (2x' - mean_new - mean_old)] / (2 std^2), which is exactly zero
-    for equal means and, unlike the difference of two densities, keeps its digits near zero.
+    for equal means and, unlike the difference of two log-densities, stays precise near zero.
     """
     return mean_per_sample(_square_difference(x_next, new_mean, old_mean) / (2 * std**2))
 
 
 def unscaled_log_ratio(x_next: Tensor, new_mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
-    """Return the difference of two `unscaled_log_prob`, from the means: [N]; ``std`` is ignored."""
+    """Return the difference of two `unscaled_log_prob` values: [N]; ``std`` is ignored."""
     return mean_per_sample(_square_difference(x_next, new_mean, old_mean))
 
 
 def guarded_log_ratio(x_next: Tensor, new_mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
     """Return (log rho + mean_D[(new-old)^2]/(2 std^2)) * std, GRPO-Guard's (arXiv 2510.22319): [N].
 
-    Which is mean_D[(new - old) * (x' - old)] / std. The square's mean, by which log rho lies below
-    zero, is gone, and the spread no longer grows as std shrinks: one clip range then bites alike on
-    both sides and at every step. Its clip range is about std times `log_ratio`'s.
+    This equals mean_D[(new - old) * (x' - old)] / std. It removes the quadratic term, which biases
+    log rho below zero, and the spread no longer grows as std shrinks: a single clip range then acts
+    equally on both sides and at every step. That range is about std times the one for `log_ratio`.
     """
     new, old = upcast(new_mean), upcast(old_mean)
     return mean_per_sample((new - old) * (upcast(x_next) - old) / std)
 
 
 def make_log_ratio(kind: str) -> LogRatio:
-    """Return the log-ratio of the kind "normal", "unscaled" or "guard", else ValueError."""
+    """Return the log-ratio function "normal", "unscaled" or "guard"; else raise ValueError."""
     known: dict[str, LogRatio] = {
         "normal": log_ratio,
         "unscaled": unscaled_log_ratio,
@@ -201,6 +203,6 @@ def mean_per_sample(values: Tensor) -> Tensor:
 
 
 def _square_difference(x_next: Tensor, new_mean: Tensor, old_mean: Tensor) -> Tensor:
-    """(x' - old)^2 - (x' - new)^2, factored so that it does not cancel."""
+    """(x' - old)^2 - (x' - new)^2, factored to avoid cancellation."""
     new, old = upcast(new_mean), upcast(old_mean)
     return (new - old) * (2 * upcast(x_next) - new - old)

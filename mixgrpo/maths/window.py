@@ -1,4 +1,4 @@
-"""Where the stochastic, trained window lies at each iteration (MixGRPO, arXiv 2507.21802)."""
+"""The schedule of the stochastic window over the iterations (MixGRPO, arXiv 2507.21802)."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ STRATEGIES = ("progressive", "random", "decay", "exp_decay", "frozen", "all")
 
 @dataclass(frozen=True)
 class WindowSchedule:
-    """The window as a pure function of the 0-based iteration: no state, equal on every rank.
+    """The window as a pure function of the 0-based iteration: stateless and equal on every rank.
 
     Steps 0..T-2 can be stochastic (the last one never is), so a window of size w starts in
-    0..T-1-w. Every window is full-size.
+    0..T-1-w. Windows are never truncated.
 
     Attributes:
         steps: T, the denoising steps of a rollout.
         strategy: "progressive" moves by ``stride`` every ``iters_per_window`` iterations; "decay"
-            does so with fewer iterations the further the window is, linearly from ``max_iters`` at
-            ``start`` to ``min_iters`` at the last valid start; "exp_decay" with
+            does the same but spends fewer iterations on later windows, decreasing linearly from
+            ``max_iters`` at ``start`` to ``min_iters`` at the last valid start; "exp_decay" spends
             ceil(iters_per_window * exp(-decay_rate * max(0, l - decay_threshold))) iterations at
             start l; "random" draws each iteration's start uniformly; "frozen" stays at ``start``;
-            "all" trains every step of the envelope, whatever ``size`` and ``start`` say.
-        size: w, steps in a window.
-        start: the first window's start.
-        stride: steps that the window moves by; 0 stays.
+            "all" trains every step of the envelope, regardless of ``size`` and ``start``.
+        size: w, the number of steps in a window.
+        start: the start of the first window.
+        stride: steps by which the window moves; at 0 it does not move.
         iters_per_window: iterations spent on one window.
-        at_end: past the last valid start, "clamp" stays there, "wrap" goes back to ``start``.
-        min_iters: "decay" only.
-        max_iters: "decay" only.
+        at_end: after the last valid start, "clamp" stays there and "wrap" returns to ``start``.
+        min_iters: used by "decay" only.
+        max_iters: used by "decay" only.
         decay_rate: k of "exp_decay".
-        decay_threshold: "exp_decay" shortens windows that start after this step.
-        envelope: [first, end) steps that windows must lie in; None: all that can be stochastic.
-        seed: of "random".
+        decay_threshold: "exp_decay" spends fewer iterations on windows that start after this step.
+        envelope: [first, end), the steps within which windows must lie; None for all steps that
+            can be stochastic.
+        seed: used by "random" only.
 
     Raises:
-        ValueError: where a field is out of range or the windows do not fit; it names the numbers.
+        ValueError: if a field is out of range or the windows do not fit; the message states the
+            numbers.
     """
 
     steps: int
@@ -63,7 +65,7 @@ class WindowSchedule:
         self._check_fit()
 
     def at(self, iteration: int) -> Window:
-        """Return the window of the 0-based ``iteration``, in any order of calls the same.
+        """Return the window of the 0-based ``iteration``, independently of earlier calls.
 
         Raises:
             ValueError: if ``iteration`` is negative.
@@ -88,7 +90,7 @@ class WindowSchedule:
 
     @property
     def iterations_to_the_end(self) -> int | None:
-        """How many it takes until every window of one pass has had its own; None without passes."""
+        """Iterations of one pass over all windows; None for strategies that make no such pass."""
         if self.strategy in ("frozen", "random", "all") or self.stride == 0:
             return None
         return sum(map(self._iterations_at, self._route()))
@@ -111,7 +113,7 @@ class WindowSchedule:
             return [self.start]
         if self.at_end == "wrap":
             return list(range(self.start, last + 1, self.stride))
-        # The clamped route ends on the last valid start even where the stride would jump over it.
+        # The clamped route ends at the last valid start even if the stride would skip it.
         return [*range(self.start, last, self.stride), last]
 
     def _iterations_at(self, start: int) -> int:
@@ -136,7 +138,9 @@ class WindowSchedule:
 
     def _check_pace(self) -> None:
         if self.stride < 0:
-            raise ValueError(f"window stride must be at least 0, got {self.stride}; 0 stays")
+            raise ValueError(
+                f"window stride must be at least 0, got {self.stride}; 0 keeps the window in place"
+            )
         if self.iters_per_window < 1:
             raise ValueError(f"iters_per_window must be at least 1, got {self.iters_per_window}")
         if not 1 <= self.min_iters <= self.max_iters:
@@ -172,7 +176,7 @@ class WindowSchedule:
 
 
 def _uniform(seed: int, iteration: int, count: int) -> int:
-    """A number in 0..count-1 that depends on nothing but the arguments, on every platform."""
+    """A number in 0..count-1 that depends only on the arguments, on every platform."""
     digest = hashlib.sha256(f"window/{seed}/{iteration}".encode()).digest()
-    # 64 bits leave a bias of count/2^64, far below what a run could show.
+    # The modulo bias of 64 bits is count/2^64, far too small to matter.
     return int.from_bytes(digest[:8], "big") % count

@@ -98,7 +98,7 @@ def test_a_trim_below_one_sample_changes_nothing(kind):
 
 @pytest.mark.parametrize("trim", [-0.1, 0.5, math.nan])
 def test_a_trim_that_leaves_nothing_is_an_error(trim):
-    with pytest.raises(ValueError, match=r"trimmed share must be in \[0, 0.5\), got"):
+    with pytest.raises(ValueError, match=r"trim fraction must be in \[0, 0.5\), got"):
         group_advantages({"a": _double(1, 2)}, torch.tensor([0, 0]), {"a": 1.0}, KINDS[0], 5, trim)
 
 
@@ -260,7 +260,10 @@ def test_dtype_follows_the_scores():
         ({"weights": {"a": math.nan}}, "'a' has weight nan"),
         ({"weights": {"a": 0.0}}, "no reward has a positive weight"),
         ({"weights": {}}, "no reward has a positive weight"),
-        ({"weights": {"hps": 1.0}}, "'hps' has a weight but no scores; there are scores for a"),
+        (
+            {"weights": {"hps": 1.0}},
+            "'hps' has a positive weight but no scores; there are scores for a",
+        ),
         ({"scores": {"a": torch.zeros(3)}}, r"shape \(3,\) for \(2,\) samples"),
         ({"clip": 0.0}, "clip must be positive, got 0.0"),
     ],

@@ -205,7 +205,7 @@ def test_make_solver_by_name():
     ("arguments", "message"),
     [
         (("ddim",), "'ddim'; known: euler, dpm"),
-        (("dpm", 4), "1, 2 and 3, got 4"),
+        (("dpm", 4), "must be 1, 2 or 3, got 4"),
         (("dpm", 0), "got 0"),
         (("dpm", 2, "bh2"), "'bh2'; known: midpoint, heun"),
     ],
