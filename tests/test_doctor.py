@@ -342,7 +342,7 @@ def test_pytorch_checkpoints_are_seen_without_loading(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(whole[: len(whole) // 2])
     assert "truncated" in only(rewards(tmp_path, **knobs), "error").text
     torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    assert "old format" in only(rewards(tmp_path, **knobs), "warning").text
+    assert "the format used before PyTorch 1.6" in only(rewards(tmp_path, **knobs), "warning").text
     torch.save({"epoch": 3}, tmp_path / "a.pt")
     assert "no state dict" in only(rewards(tmp_path, **knobs), "error").text
 

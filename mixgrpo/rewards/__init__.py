@@ -1,8 +1,8 @@
-"""Rewards: one file per reward, a registry by name, and ``score`` to run them all.
+"""Rewards: one file per reward, a registry by name, and ``score``, which evaluates them all.
 
-The published rewards run on batched tensors on the device, without a round trip through PIL:
-``hpsv2``, ``clip_score``, ``pickscore``, ``imagereward``, ``jpeg_size``; so does ``ocr``, on the
-CPU; ``vlm`` asks a server; a user's own is named ``package.module:callable``.
+``hpsv2``, ``clip_score``, ``pickscore`` and ``imagereward`` run on batched tensors on the device,
+without a round trip through PIL. ``jpeg_size`` and ``ocr`` run on the CPU, and ``vlm`` queries a
+server. A custom reward is named ``package.module:callable``.
 """
 
 from mixgrpo.rewards.protocol import Reward

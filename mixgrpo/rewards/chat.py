@@ -1,4 +1,7 @@
-"""Questions about pictures to OpenAI-compatible servers: many at once, retried, never hanging."""
+"""Client that sends questions about images to OpenAI-compatible servers.
+
+Requests are concurrent and retried, and a batch always returns within its deadline.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MAX_BACKOFF = 30.0
-# What the event loop may need beyond the deadline to cancel what is still under way.
+# Seconds that the event loop may need after the deadline to cancel pending requests.
 _GRACE = 5.0
 _SHOWN = 200
-# Not the global one: waiting must not change what a seeded run draws.
+# Not the global generator: retries must not change the random numbers of a seeded run.
 _JITTER = random.Random()
 
 
 class Question(NamedTuple):
-    """A text and the picture [H, W, 3] uint8 that it asks about."""
+    """A text and the image [H, W, 3] uint8 that it asks about."""
 
     text: str
     picture: NDArray[np.uint8]
 
 
 class Failure(Exception):
-    """Why a question has no answer: a ``cause`` that can be counted, and a ``detail``."""
+    """Why a question has no answer: a ``cause``, which is counted, and a ``detail``."""
 
     def __init__(self, cause: str, detail: str = "") -> None:
         super().__init__(f"{cause}: {detail}" if detail else cause)
@@ -43,7 +46,7 @@ class Failure(Exception):
 
 
 class PassingFailure(Failure):
-    """One that may be gone at the next try, not before ``wait`` seconds if the server says so."""
+    """A failure that a retry may resolve, after at least ``wait`` seconds."""
 
     def __init__(self, cause: str, detail: str = "", wait: float = 0.0) -> None:
         super().__init__(cause, detail)
@@ -52,17 +55,17 @@ class PassingFailure(Failure):
 
 @dataclass(frozen=True)
 class Server:
-    """Where questions go, and how patiently.
+    """The servers to which questions are sent, and the limits of each request.
 
     Attributes:
-        urls: of ``/v1/chat/completions`` on each machine; a question and its retries take turns.
-        body: the fields of every request beside its messages.
+        urls: the URL of ``/v1/chat/completions`` on each host; requests use them in turn.
+        body: the fields of every request apart from its messages.
         image_format: png or jpeg.
-        key: sent as bearer token; None sends none.
-        concurrency: questions under way at once.
-        timeout: seconds for one try, from connecting to the last byte.
-        retries: further tries after a PassingFailure.
-        backoff: seconds before the first of them; doubles each time, up to 30, and is jittered.
+        key: sent as a bearer token; None sends none.
+        concurrency: maximum number of concurrent requests.
+        timeout: seconds per attempt, from connecting to the last byte.
+        retries: number of retries after a PassingFailure.
+        backoff: seconds before the first retry; it doubles with each retry, up to 30, with jitter.
         deadline: seconds for all questions of one ``ask_all``.
     """
 
@@ -78,10 +81,10 @@ class Server:
 
 
 def ask_all(server: Server, questions: Sequence[Question], turn: int) -> list[str | Failure]:
-    """The answers in the order of the questions, a Failure in place of each that is missing.
+    """Returns the answers in the order of the questions, with a Failure for each missing one.
 
-    ``turn`` says which url the first question takes; the others follow in turn. Returns within
-    the server's deadline, whatever the servers do.
+    ``turn`` is the index of the URL that the first question uses; the other questions use the URLs
+    in turn. Returns by the deadline, whatever the servers do.
     """
     late = Failure("no answer within the batch's deadline", f"{server.deadline:g} s")
     answers: list[str | Failure] = [late] * len(questions)
@@ -96,8 +99,8 @@ def ask_all(server: Server, questions: Sequence[Question], turn: int) -> list[st
         finally:
             finished.set()
 
-    # A thread of its own, since the caller may be in an event loop (a notebook); a daemon, since a
-    # name server that hangs must keep neither the batch nor the program's end waiting.
+    # In a separate thread, because the caller may be inside an event loop (a notebook); a daemon
+    # thread, so that a hanging name server blocks neither the batch nor the end of the program.
     threading.Thread(target=lambda: asyncio.run(run()), daemon=True).start()
     finished.wait(server.deadline + _GRACE)
     return list(answers)
@@ -136,14 +139,14 @@ async def _fill(
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Read once: it takes longer than a request."""
+    """The TLS context, created once: reading the certificates takes longer than a request."""
     return httpx.create_ssl_context()
 
 
 async def _ask(
     client: httpx.AsyncClient, server: Server, question: Question, turn: int, until: float
 ) -> str:
-    """One answer, tried again while that may help and the deadline allows it."""
+    """Returns one answer; retries as long as that may help and the deadline allows it."""
     body = await asyncio.to_thread(_body, server, question)
     attempt = 0
     while True:
@@ -159,7 +162,7 @@ async def _ask(
 
 
 def _backoff(server: Server, attempt: int) -> float:
-    """Between half and all of the doubled backoff: clients must not come back all at once."""
+    """The exponential backoff times a factor in [0.5, 1], so that clients do not retry in step."""
     return min(_MAX_BACKOFF, server.backoff * 2**attempt) * _JITTER.uniform(0.5, 1.0)
 
 
@@ -167,7 +170,8 @@ def _body(server: Server, question: Question) -> dict[str, Any]:
     from PIL import Image
 
     buffer = io.BytesIO()
-    # Level 1 halves the time and adds a tenth to the size; quality 95 is as good as lossless here.
+    # Compression level 1 halves the time and adds a tenth to the size; JPEG quality 95 is as good
+    # as lossless here.
     settings = {"compress_level": 1} if server.image_format == "png" else {"quality": 95}
     Image.fromarray(question.picture).save(buffer, format=server.image_format, **settings)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -181,7 +185,7 @@ def _body(server: Server, question: Question) -> dict[str, Any]:
 
 async def _try(client: httpx.AsyncClient, server: Server, url: str, body: Mapping[str, Any]) -> str:
     try:
-        # httpx's own timeouts start anew with every byte: this one does not.
+        # httpx's own timeouts restart with every byte; this one does not.
         async with asyncio.timeout(server.timeout):
             response = await client.post(url, json=body)
     except TimeoutError as error:
@@ -204,7 +208,7 @@ def _refusal(server: Server, url: str, response: httpx.Response) -> Failure:
 
 
 def _retry_after(value: str) -> float:
-    """Seconds from now, of either form of the header (RFC 9110, 10.2.3); 0 if it is neither."""
+    """Seconds to wait from either form of the header (RFC 9110, 10.2.3); 0 if it is neither."""
     if value.strip().isdecimal():
         return float(value)
     try:
@@ -219,18 +223,18 @@ def _text(server: Server, response: httpx.Response) -> str:
         text = response.json()["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
         detail = _shown(response.text, server)
-        raise Failure("the reply is no chat completion", detail) from error
+        raise Failure("the reply is not a chat completion", detail) from error
     if not isinstance(text, str) or not text.strip():
         raise Failure("the reply is empty", _shown(response.text, server))
     return _without_key(text, server)
 
 
 def _shown(text: str, server: Server) -> str:
-    """The beginning of a text in one line."""
+    """The beginning of a text, on one line and without the key."""
     text = " ".join(_without_key(text, server).split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _without_key(text: str, server: Server) -> str:
-    """Servers like to repeat the key that they refuse."""
+    """Masks the key, because servers often repeat a key that they reject."""
     return text.replace(server.key, "***") if server.key else text

@@ -1,6 +1,6 @@
-"""CLIP score: how well an image fits its text, by the cosine of a CLIP (arXiv 2104.08718).
+"""CLIP score: image-text alignment as the cosine similarity of a CLIP model (arXiv 2104.08718).
 
-The field reports it with ``apple/DFN5B-CLIP-ViT-H-14-384`` (arXiv 2309.17425).
+Publications report it with ``apple/DFN5B-CLIP-ViT-H-14-384`` (arXiv 2309.17425).
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from mixgrpo.rewards.open_clip_models import CosineReward
 
 
 class ClipScore(CosineReward):
-    """The plain cosine in [-1, 1], neither clipped at 0 nor times 100; about 0.4 for a good fit.
+    """The plain cosine in [-1, 1], neither clipped at 0 nor multiplied by 100.
 
-    The checkpoint of the model above is ``open_clip_pytorch_model.bin``.
+    Images that match their text well score about 0.4. The checkpoint of the model above is
+    ``open_clip_pytorch_model.bin``.
     """
 
     kind = "clip_score"
     architecture = "ViT-H-14-378-quickgelu"
 
     def pixels(self, images: Tensor) -> Tensor:
-        """open_clip's evaluation preprocessing, as the model's settings ask."""
+        """open_clip's evaluation preprocessing, according to the model's settings."""
         settings = self.clip.preprocess
         height, width = settings["size"]
         filter_name = settings["interpolation"]
@@ -55,6 +56,6 @@ class ClipScore(CosineReward):
             )
         if height != width and settings["resize_mode"] != "squash":
             raise ValueError(
-                f"clip_score: a model of {height}x{width} pixels needs resize_mode squash, got "
+                f"clip_score: an input size of {height}x{width} requires resize_mode squash, got "
                 f"{settings['resize_mode']!r}: correct preprocess_cfg in open_clip_config.json"
             )

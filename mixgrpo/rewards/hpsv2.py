@@ -9,7 +9,7 @@ from mixgrpo.rewards.open_clip_models import CosineReward
 
 
 class HPSv2(CosineReward):
-    """Cosine of CLIP features fine-tuned on human choices; good images score 0.25 to 0.35.
+    """Cosine of a CLIP fine-tuned on human preferences; good images score 0.25 to 0.35.
 
     The published checkpoint is ``HPS_v2.1_compressed.pt``.
     """
@@ -18,9 +18,10 @@ class HPSv2(CosineReward):
     architecture = "ViT-H-14"
 
     def pixels(self, images: Tensor) -> Tensor:
-        """HPSv2's preprocessing: the longer edge resized, the rest padded with black.
+        """HPSv2's preprocessing: the longer edge is resized and the rest is padded with black.
 
-        open_clip's own resizes the shorter edge and crops instead; square images are the same.
+        open_clip's own preprocessing resizes the shorter edge and crops instead; the results are
+        the same for square images.
         """
         settings = self.clip.preprocess
         images = resize_longest_and_pad(images, settings["size"][0])

@@ -1,4 +1,4 @@
-"""ImageReward, a BLIP trained on experts' rankings (arXiv 2304.05977)."""
+"""ImageReward, a BLIP model trained on expert rankings (arXiv 2304.05977)."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ _WEIGHTS = ("ImageReward.safetensors", "ImageReward.pt")
 
 
 class ImageReward:
-    """The standardised score: about zero mean and unit variance on the paper's images.
+    """The standardised score, with about zero mean and unit variance on the paper's images.
 
     Args:
-        model: folder with ``med_config.json`` (BERT's configuration), ``vision_config.json``
-            (the fields of ``VisionSize``; absent: the published ViT-L/16 at 224 pixels), and,
-            unless given elsewhere, weights and tokenizer.
+        model: folder with ``med_config.json`` (BERT's configuration), optionally
+            ``vision_config.json`` (the fields of ``VisionSize``; default: the published ViT-L/16
+            at 224 pixels) and, unless given below, the weights and the tokenizer.
         checkpoint: ``ImageReward.pt`` or safetensors with the same names; default: the folder's
             ``ImageReward.safetensors`` or ``ImageReward.pt``.
         tokenizer: folder of ``bert-base-uncased`` (``vocab.txt`` or ``tokenizer.json``); default:
             the model's folder.
-        dtype: of the two transformers' weights; the head is float32 always.
+        dtype: dtype of the two transformers' weights; the head is always float32.
         device: where the model runs.
     """
 
@@ -88,9 +88,9 @@ class ImageReward:
         tokenizer: str | None = None,
         dtype: str = "float32",
     ) -> Path:
-        """Compares the names and sizes in the file of the weights with the model's; returns it.
+        """Compares the names and sizes in the weight file with the model's; returns its path.
 
-        Neither is loaded. Raises as the constructor, and NotReadable.
+        Neither is loaded. Raises the constructor's errors, and NotReadable.
         """
         parse_dtype(dtype)
         folder = require_folder(model, "imagereward", "model")
@@ -105,7 +105,7 @@ class ImageReward:
 
     @staticmethod
     def weights_file(*, model: str, checkpoint: str | None = None, **others: Any) -> Path:
-        """The file that these options name; raises as the constructor."""
+        """The weight file that these options name; raises the constructor's errors."""
         if checkpoint is not None:
             return require_file(checkpoint, "imagereward", "checkpoint")
         folder = require_folder(model, "imagereward", "model")
@@ -130,7 +130,7 @@ class ImageReward:
         self.device, self.model = device, self.model.to(device)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Shorter edge resized by bicubic, centre cropped, normalised as for CLIP."""
+        """Preprocessing: shorter edge resized (bicubic), centre cropped, normalised as for CLIP."""
         size = self.vision.image_size
         images = resize_shortest(images.to(self.device), size)
         return normalise(center_crop(images, size, size), OPENAI_MEAN, OPENAI_STD)
@@ -163,5 +163,5 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _tokenizer_file(folder: Path) -> Path:
-    # Without these files transformers makes an empty tokenizer and says nothing.
+    # Without these files transformers silently creates an empty tokenizer.
     return find_file(folder, ("tokenizer.json", "vocab.txt"), "imagereward", "tokenizer")

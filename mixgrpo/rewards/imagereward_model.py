@@ -1,8 +1,8 @@
-"""ImageReward's network (arXiv 2304.05977) on transformers' BLIP modules.
+"""ImageReward's network (arXiv 2304.05977), built on transformers' BLIP modules.
 
-A vision transformer reads the image; a BERT reads the text and looks at the image by
-cross-attention in every layer; five linear layers turn its [CLS] state into one number. The state
-dict is translated to and from the key names of the published ``ImageReward.pt``.
+A vision transformer encodes the image; a BERT encodes the text and attends to the image by
+cross-attention in every layer; five linear layers map its [CLS] state to the score. The state dict
+is translated to and from the key names of the published ``ImageReward.pt``.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class VisionSize:
 
 
 class ImageRewardModel(nn.Module):
-    """Normalised pixels and a tokenised text -> the raw score, before it is standardised.
+    """Maps normalised pixels and a tokenised text to the raw score, before standardisation.
 
     Args:
         vision: sizes of the vision transformer.
         text: the BERT configuration, with the key names of ``med_config.json``. Its
-            ``encoder_width`` is ignored: it is always the width of the vision transformer (the
-            published file says 768 beside a ViT-L of 1024).
+            ``encoder_width`` is ignored in favour of the width of the vision transformer (the
+            published file states 768 although its ViT-L has a width of 1024).
     """
 
     def __init__(self, vision: VisionSize, text: Mapping[str, Any]) -> None:
@@ -72,8 +72,8 @@ class ImageRewardModel(nn.Module):
             attention_mask=attention_mask,
             encoder_hidden_states=patches,
         ).last_hidden_state  # [B, L, hidden]
-        # The head is float32 whatever the towers are, as published: it has no activations, so
-        # rounding adds up layer by layer.
+        # As published, the head is float32 whatever the dtype of the towers: it has no activations,
+        # so rounding errors would accumulate from layer to layer.
         return self.head(states[:, 0].to(self.head[0].weight.dtype)).squeeze(-1).float()
 
 
@@ -120,7 +120,7 @@ def _text_config(vision: VisionSize, text: Mapping[str, Any]) -> Any:
         pad_token_id=int(text.get("pad_token_id", 0)),
         bos_token_id=None,
         sep_token_id=None,
-        is_decoder=True,  # transformers' name for "has cross-attention"; the mask stays two-sided
+        is_decoder=True,  # transformers' name for "has cross-attention"; attention is not causal
         use_cache=False,
     )
 
@@ -139,7 +139,7 @@ def _head(width: int) -> nn.Sequential:
     )
 
 
-# Pieces of key names, ImageReward.pt's and this module's, replaced in this order.
+# Parts of key names in ImageReward.pt and in this module, replaced in this order.
 _NAMES = (
     ("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
     ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
@@ -154,22 +154,22 @@ _NAMES = (
     ("mlp.layers.", "head."),
 )
 
-# In the published file, but no part of the score: BLIP's contrastive projections and a buffer.
+# In the published file, but unused by the score: BLIP's contrastive projections and a buffer.
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
 def used_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the score needs of a state dict with the names of ``ImageReward.pt``."""
+    """The entries of a state dict with the names of ``ImageReward.pt`` that the score uses."""
     return {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
 
 
 def from_imagereward_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the names of ``ImageReward.pt`` -> one for ``ImageRewardModel``."""
+    """Converts a state dict with the names of ``ImageReward.pt`` to one of ``ImageRewardModel``."""
     return {_renamed(key, _NAMES): value for key, value in used_keys(state).items()}
 
 
 def to_imagereward_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: ``ImageRewardModel.state_dict()`` -> the names of ``ImageReward.pt``."""
+    """Converts ``ImageRewardModel.state_dict()`` to the names of ``ImageReward.pt``."""
     backwards = tuple((ours, theirs) for theirs, ours in _NAMES)
     return {_renamed(key, backwards): value for key, value in state.items()}
 

@@ -1,9 +1,9 @@
-"""The rewards' image preprocessing, on batched tensors wherever they live.
+"""Image preprocessing for the rewards, on batched tensors on any device.
 
-All functions take [B, 3, H, W] float images in [0, 1] (``normalise`` aside). ``to_uint8`` is for
-the rewards that look at files or arrays. Resizing is
-antialiased and clipped as in the published PIL pipelines, but for their rounding to 8 bits:
-pixels differ by 0.3/255 on average and 1.1/255 at most (tests/rewards/test_images.py).
+All functions except ``normalise`` take [B, 3, H, W] float images in [0, 1]. ``to_uint8`` serves the
+rewards that need files or arrays. Resizing is antialiased and clipped as in the published PIL
+pipelines, except for their rounding to 8 bits: pixels differ by 0.3/255 on average and by at most
+1.1/255 (tests/rewards/test_images.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ _INTERPOLATION = {"bicubic": InterpolationMode.BICUBIC, "bilinear": Interpolatio
 def resize(images: Tensor, height: int, width: int, interpolation: str = "bicubic") -> Tensor:
     """[B, 3, H, W] -> [B, 3, height, width] float32, aspect ratio ignored."""
     images, mode = images.float().clamp(0, 1), _INTERPOLATION[interpolation]
-    # Bicubic filters overshoot at edges and 8-bit images cannot, so PIL clips after each of its
-    # two passes: along the rows first, always so before Pillow 13, with which no published score
-    # was made. Pillow 13 turns the passes round where the height shrinks much more than the width.
+    # Bicubic filters overshoot at edges, which 8-bit images cannot represent, so PIL clips after
+    # each of its two passes. Before Pillow 13, which no published score has used, the horizontal
+    # pass always comes first; Pillow 13 swaps the passes if the height shrinks much more than the
+    # width.
     for size in ([images.shape[-2], width], [height, width]):
         if list(images.shape[-2:]) != size:
             images = F.resize(images, size, mode, antialias=True).clamp(0, 1)
@@ -37,7 +38,7 @@ def resize(images: Tensor, height: int, width: int, interpolation: str = "bicubi
 
 
 def resize_shortest(images: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
-    """The shorter edge becomes ``size``, the longer one follows, rounded down."""
+    """Resizes the shorter edge to ``size`` and the longer one in proportion, rounded down."""
     height, width = images.shape[-2:]
     short = min(height, width)
     return resize(images, size * height // short, size * width // short, interpolation)
@@ -46,7 +47,7 @@ def resize_shortest(images: Tensor, size: int, interpolation: str = "bicubic") -
 def resize_longest_and_pad(
     images: Tensor, size: int, interpolation: str = "bicubic", fill: float = 0.0
 ) -> Tensor:
-    """The longer edge becomes ``size``; the shorter one is centred on a square filled with fill."""
+    """Resizes the longer edge to ``size`` and centres the image on a square of colour ``fill``."""
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     new_height, new_width = (max(1, round(edge * scale)) for edge in (height, width))
@@ -59,10 +60,10 @@ def resize_longest_and_pad(
 def center_crop(
     images: Tensor, height: int, width: int, rounding: Callable[[float], int] = round
 ) -> Tensor:
-    """The central [B, 3, height, width]; images must be at least as large.
+    """Crops the central [B, 3, height, width]; images must be at least as large.
 
-    ``rounding`` of an odd margin's half: torchvision and open_clip ``round`` it (to even),
-    transformers' processors take the ``math.floor``.
+    ``rounding`` is applied to half the margin, if that is odd: torchvision and open_clip use
+    ``round`` (to even), transformers' processors ``math.floor``.
     """
     top = rounding((images.shape[-2] - height) / 2)
     left = rounding((images.shape[-1] - width) / 2)
@@ -75,6 +76,6 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """[B, H, W, 3], RGB from 0 to 255, on the CPU; a pixel that is no number becomes 0."""
+    """[B, 3, H, W] -> [B, H, W, 3], RGB from 0 to 255, on the CPU; NaN becomes 0."""
     pixels = images.float().nan_to_num(0.0).mul(255).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Compressibility, the reward that needs no model (DDPO, arXiv 2305.13301)."""
+"""JPEG compressibility, a reward that needs no model (DDPO, arXiv 2305.13301)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mixgrpo.rewards.images import to_uint8
 
 
 class JpegSize:
-    """Minus the size of the image as JPEG, in kB (1000 bytes); the text is not looked at.
+    """The negative size of the image as a JPEG file, in kB (1000 bytes); the text is ignored.
 
     Args:
-        compressible: True rewards small files; False turns the sign and rewards large ones.
-        quality: of the JPEG, 1 to 95.
+        compressible: True rewards small files; False flips the sign and rewards large ones.
+        quality: JPEG quality, 1 to 95.
     """
 
     def __init__(self, *, compressible: bool = True, quality: int = 95) -> None:

@@ -1,7 +1,7 @@
-"""Text rendering: is the text that the prompt quotes legible in the picture?
+"""Text rendering: is the text that the prompt quotes legible in the image?
 
-The score is the one of Flow-GRPO's text-rendering task (arXiv 2505.05470), in the variant in which
-further text beside the wanted one costs nothing.
+The score is that of Flow-GRPO's text-rendering task (arXiv 2505.05470), in the variant that does
+not penalise additional text.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ _ELISION = re.compile(r"'(?:\d0s|n)\b")
 
 
 class Ocr:
-    """How legibly the picture shows the text in the prompt's quotation marks: from 0 to 1.
+    """How legibly the image shows the text in the prompt's quotation marks: from 0 to 1.
 
-    1 if the text is read in the picture, maybe among other text; else 1 - min(d, n) / n, where n
-    is its length and d the edit distance to all that is read. White space and capitals do not
-    count. A prompt without quoted text is NaN (and told about once).
+    The score is 1 if the text that is read from the image contains the quoted text, and otherwise
+    1 - min(d, n) / n, where n is the length of the quoted text and d its edit distance to the text
+    that is read. White space and case are ignored. The score of a prompt without quoted text is
+    NaN; the first such prompt is logged as a warning.
 
-    Text is read by RapidOCR (PP-OCRv6 models that are part of its package) on the CPU.
+    Text is read by RapidOCR (with the PP-OCRv6 models in its package) on the CPU.
 
     Args:
-        threads: pictures read at once, each on one thread; 0 takes as many as torch does.
+        threads: images read concurrently, each on one thread; 0 uses torch's number of threads.
     """
 
     def __init__(self, *, threads: int = 0) -> None:
@@ -50,7 +51,7 @@ class Ocr:
         self.warned = False
 
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B texts -> [B] float32, NaN without quoted text."""
+        """images [B, 3, H, W] in [0, 1], B texts -> [B] float32, NaN if no text is quoted."""
         targets = [quoted_text(text) for text in texts]
         self._warn_of_missing(texts, targets)
         pictures = to_uint8(images)
@@ -63,8 +64,8 @@ class Ocr:
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _read(self, picture: NDArray[np.uint8]) -> str:
-        """All text in the picture [H, W, 3], from top to bottom."""
-        reader = self.readers.get()  # one for each thread: a reader keeps state while it reads
+        """All text in the image [H, W, 3], from top to bottom."""
+        reader = self.readers.get()  # one per thread: a reader holds state while it reads
         try:
             bgr = np.ascontiguousarray(picture[:, :, ::-1])
             return " ".join(reader(bgr).txts or ())
@@ -76,7 +77,7 @@ class Ocr:
         if missing and not self.warned:
             self.warned = True
             logger.warning(
-                "ocr: %r quotes no text to be drawn: pictures of such prompts have no score (NaN)",
+                "ocr: the prompt %r quotes no text; images of such prompts have no score (NaN)",
                 missing[0],
             )
 
@@ -84,7 +85,8 @@ class Ocr:
 def _make_reader() -> Any:
     from rapidocr import RapidOCR
 
-    # As many readers work at once as there are threads; that a picture holds no text is no event.
+    # Each reader uses one thread, because readers run concurrently. The log level suppresses
+    # RapidOCR's warning about images without text.
     one_thread = {
         f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")
     }
@@ -94,7 +96,8 @@ def _make_reader() -> Any:
 def legibility(transcription: str, target: str) -> float:
     """1 if ``transcription`` contains ``target``, else 1 - min(edit distance, n) / n.
 
-    Both without white space, in lower case; n is the length of the target, which is not empty.
+    Both are compared without white space and in lower case; n is the length of the target, which
+    must not be empty.
     """
     read, wanted = _plain(transcription), _plain(target)
     if wanted in read:
@@ -107,8 +110,8 @@ def _plain(text: str) -> str:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Fewest insertions, deletions and substitutions of characters that make ``b`` of ``a``."""
-    row = list(range(len(b) + 1))  # distances of a's beginning to each beginning of b
+    """Levenshtein distance: fewest insertions, deletions and substitutions that turn a into b."""
+    row = list(range(len(b) + 1))  # distances from the current prefix of a to each prefix of b
     for i, from_a in enumerate(a, 1):
         diagonal, row[0] = row[0], i
         for j, from_b in enumerate(b, 1):
@@ -119,10 +122,10 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def quoted_text(prompt: str) -> str:
-    """What a prompt quotes, in order, joined by spaces; empty if it quotes nothing.
+    """The texts that a prompt quotes, in order, joined by spaces; empty if it quotes nothing.
 
-    Double quotation marks count, straight or typographic. Single ones count in a prompt without
-    double ones, and only where they cannot be apostrophes (``_single_quoted``).
+    Double quotation marks are used, straight or typographic. Single ones are used only if the
+    prompt has no double ones, and only where they cannot be apostrophes (``_single_quoted``).
     """
     parts = _double_quoted(prompt) or _single_quoted(prompt)
     return " ".join(part.strip() for part in parts if part.strip())
@@ -139,10 +142,10 @@ def _double_quoted(prompt: str) -> list[str]:
 
 
 def _single_quoted(prompt: str) -> list[str]:
-    """Nothing, unless the marks open and close in turn: 'open' and 'open'.
+    """The texts in single quotation marks; none unless marks open and close alternately.
 
-    A mark within a word is an apostrophe, and so are those of 'n' and '80s and, before the first
-    mark that opens, one behind a word (the dogs' sign).
+    A mark within a word is an apostrophe, as are those of 'n' and '80s and, before the first
+    opening mark, one at the end of a word (the dogs' sign).
     """
     typographic = [match[1] for match in _SINGLE.finditer(prompt)]
     if typographic:
@@ -161,7 +164,7 @@ def _single_quoted(prompt: str) -> list[str]:
 
 
 def _between(prompt: str, marks: list[int]) -> list[tuple[int, str]]:
-    """(position, text) between each pair of marks; an odd number of them quotes nothing."""
+    """(position, text) between each pair of marks; none if the number of marks is odd."""
     if len(marks) % 2:
         return []
     pairs = zip(marks[::2], marks[1::2], strict=True)

@@ -1,8 +1,9 @@
-"""The rewards that are a cosine between an image and its text: open_clip models, their loading.
+"""Loading of open_clip models, and the base class of the rewards that use their cosine similarity.
 
-``model`` is an architecture of open_clip's own list, its weights the ``checkpoint``; or a folder:
-``open_clip_config.json`` (``model_cfg`` and ``preprocess_cfg``, as open_clip writes it), the
-weights, and, if ``text_cfg`` has an ``hf_tokenizer_name``, the files of that tokenizer.
+``model`` is either an architecture in open_clip's list, with its weights in ``checkpoint``, or a
+folder that holds ``open_clip_config.json`` (with ``model_cfg`` and ``preprocess_cfg``, as open_clip
+writes it), the weights and, if ``text_cfg`` has an ``hf_tokenizer_name``, the files of that
+tokenizer.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class OpenClip:
 
     Attributes:
         model: open_clip's module.
-        tokenize: texts -> token ids [B, L], padded and truncated to the model's context.
+        tokenize: texts -> token ids [B, L], padded and truncated to the model's context length.
         preprocess: open_clip's settings: size (height, width), mean, std, interpolation,
             resize_mode, fill_color.
-        device: where the model lives.
-        dtype: of its weights.
+        device: where the model is.
+        dtype: dtype of its weights.
     """
 
     model: nn.Module
@@ -62,7 +63,7 @@ class OpenClip:
 
     @torch.no_grad()
     def cosine(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """Normalised pixels [B, 3, S, S], B texts -> [B] float32, cosine of the two features."""
+        """Normalised pixels [B, 3, S, S], B texts -> [B] float32, cosine of their features."""
         model: Any = self.model
         tokens = self.tokenize(list(texts)).to(self.device)
         text = model.encode_text(tokens).float()  # [B, C]
@@ -76,11 +77,11 @@ class OpenClip:
 
 
 class CosineReward:
-    """A reward that is such a cosine; each kind has its own preprocessing.
+    """A reward that is the cosine of image and text features; subclasses define the preprocessing.
 
     Attributes:
         kind: the reward's name in messages.
-        architecture: of the published weights, taken where ``model`` names none.
+        architecture: the architecture of the published weights, used if ``model`` is not given.
     """
 
     kind: str
@@ -98,9 +99,9 @@ class CosineReward:
         """
         Args:
             model: open_clip architecture, or a folder (see this module).
-            checkpoint: the weights, needed with an architecture.
+            checkpoint: the weight file; required with an architecture.
             tokenizer: folder of a Hugging Face tokenizer; default: the model's own.
-            dtype: of the weights; the cosine is float32 always.
+            dtype: dtype of the weights; the cosine is always float32.
             device: where the model runs.
         """
         self.clip = load_open_clip(
@@ -122,9 +123,9 @@ class CosineReward:
         tokenizer: str | None = None,
         dtype: str = "float32",
     ) -> Path:
-        """Compares the names and sizes in the file of the weights with the model's; returns it.
+        """Compares the names and sizes in the weight file with the model's; returns its path.
 
-        Neither is loaded. Raises as the constructor, and NotReadable.
+        Neither is loaded. Raises the constructor's errors, and NotReadable.
         """
         parse_dtype(dtype)
         path = cls.weights_file(model=model, checkpoint=checkpoint)
@@ -141,7 +142,7 @@ class CosineReward:
     def weights_file(
         cls, *, model: str | None = None, checkpoint: str | None = None, **others: Any
     ) -> Path:
-        """The file that these options name; raises as the constructor."""
+        """The weight file that these options name; raises the constructor's errors."""
         name = model or cls.architecture
         return _checkpoint(cls.kind, _folder(cls.kind, name), name, checkpoint)
 
@@ -150,7 +151,7 @@ class CosineReward:
         return self.clip.cosine(self.pixels(images.to(self.clip.device)), texts)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B, C] float32, of any length: the image's side."""
+        """images [B, 3, H, W] in [0, 1] -> [B, C] float32 image features, not normalised."""
         return self.clip.image_features(self.pixels(images.to(self.clip.device)))
 
     def to(self, device: torch.device) -> None:
@@ -162,7 +163,7 @@ class CosineReward:
         raise NotImplementedError
 
     def check_preprocess(self) -> None:
-        """Raises ValueError for settings of the model that ``pixels`` does not know."""
+        """Raises ValueError for model settings that ``pixels`` does not support."""
 
 
 def load_open_clip(
@@ -174,11 +175,11 @@ def load_open_clip(
     dtype: str,
     device: torch.device,
 ) -> OpenClip:
-    """The model that a reward's options name, its weights loaded exactly.
+    """Loads the model that a reward's options name; the checkpoint must fit it exactly.
 
     Raises:
-        FileNotFoundError: the folder, checkpoint or tokenizer is missing.
-        ValueError: unknown architecture, or a checkpoint that does not fit.
+        FileNotFoundError: if the folder, checkpoint or tokenizer is missing.
+        ValueError: if the architecture is unknown or the checkpoint does not fit.
     """
     import open_clip
 
@@ -200,7 +201,7 @@ def load_open_clip(
 
 
 def _folder(reward: str, model: str) -> Path | None:
-    """The folder that ``model`` is, or None if it is an architecture that open_clip knows."""
+    """The folder that ``model`` names, or None if it names an architecture of open_clip."""
     import open_clip
 
     known = open_clip.list_models()
@@ -213,8 +214,8 @@ def _folder(reward: str, model: str) -> Path | None:
     nearest = difflib.get_close_matches(model, known, n=3)
     hint = f" (nearest: {', '.join(nearest)})" if nearest else ""
     raise ValueError(
-        f"{reward}: {model!r} is neither an architecture of open_clip{hint} nor a folder: "
-        "set the reward's `model` to one of them"
+        f"{reward}: {model!r} is neither an architecture of open_clip{hint} nor an existing "
+        "folder; set the reward's `model` to one of these"
     )
 
 
@@ -224,17 +225,19 @@ def _checkpoint(reward: str, folder: Path | None, model: str, checkpoint: str | 
     if folder is not None:
         return find_file(folder, _WEIGHTS, reward, "checkpoint")
     raise FileNotFoundError(
-        f"{reward}: the architecture {model!r} comes without weights: set the reward's "
-        "`checkpoint` to their path"
+        f"{reward}: the architecture {model!r} comes without weights; set the reward's "
+        "`checkpoint` to the path of the weight file"
     )
 
 
 def _create(name: str, folder: Path | None, device: str = "cpu") -> nn.Module:
-    """The architecture with random weights; ``pretrained_text=False`` keeps it off the network."""
+    """Creates the model with random weights; ``pretrained_text=False`` prevents downloads."""
     import open_clip
 
     if folder is not None and "model_cfg" not in read_json(folder / _CONFIG):
-        raise ValueError(f"{folder / _CONFIG} lacks `model_cfg`: write it as open_clip does")
+        raise ValueError(
+            f"{folder / _CONFIG} lacks `model_cfg`; it must have the format that open_clip writes"
+        )
     with _quiet():
         return open_clip.create_model(
             name, device=device, load_weights=False, pretrained_text=False
@@ -243,7 +246,7 @@ def _create(name: str, folder: Path | None, device: str = "cpu") -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without open_clip's warning that the weights are random: they are loaded right after."""
+    """Suppresses open_clip's warning about random weights, which are loaded right afterwards."""
 
     def weights_come_later(record: logging.LogRecord) -> bool:
         return record.levelno > logging.WARNING
@@ -258,10 +261,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _preprocess(module: Any, folder: Path | None, model: str) -> dict[str, Any]:
-    """The folder's settings; for an architecture those of its published weights.
+    """The preprocessing settings of the folder, or of an architecture's published weights.
 
-    open_clip keeps the latter with the weights' tags. Where the tags of an architecture differ,
-    its defaults hold, which are OpenAI's.
+    open_clip stores the latter with the tags of the weights. Where the tags of an architecture
+    disagree, open_clip's defaults are used, which are OpenAI's.
     """
     import open_clip
 
@@ -279,13 +282,17 @@ def _preprocess(module: Any, folder: Path | None, model: str) -> dict[str, Any]:
 
 
 def _check_vocabulary(reward: str, name: str, tokenize: Any) -> None:
-    """A folder that forgets its tokenizer would get CLIP's, and fail far from the cause."""
+    """Raises ValueError if the tokenizer has more tokens than the model's embedding.
+
+    A folder whose configuration names no tokenizer would get CLIP's, and fail far from the cause.
+    """
     import open_clip
 
     rows = open_clip.get_model_config(name)["text_cfg"].get("vocab_size", 49408)
     words = len(tokenize.tokenizer) if hasattr(tokenize, "tokenizer") else tokenize.vocab_size
     if words > rows:
         raise ValueError(
-            f"{reward}: the tokenizer has {words} tokens, the model's embedding {rows}: set "
-            "`hf_tokenizer_name` in open_clip_config.json's text_cfg, or the reward's `tokenizer`"
+            f"{reward}: the tokenizer has {words} tokens, but the model's embedding has {rows}; "
+            "set `hf_tokenizer_name` in text_cfg of open_clip_config.json, or set the reward's "
+            "`tokenizer`"
         )

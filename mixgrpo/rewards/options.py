@@ -1,4 +1,4 @@
-"""Checks of the options that rewards take from a recipe, where every type of value can arrive."""
+"""Checks of the options of rewards, which come from recipes and may be of any type."""
 
 from __future__ import annotations
 
@@ -7,37 +7,40 @@ from typing import Any
 
 
 def number(reward: str, option: str, value: Any) -> float:
-    """A finite number. These functions raise ValueError naming reward, option and value."""
+    """Requires a finite number.
+
+    Each function here raises a ValueError that names the reward, the option and the value.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{reward}: {option} must be a number, got {value!r}: correct it")
+        raise ValueError(f"{reward}: {option} must be a finite number, got {value!r}")
     return float(value)
 
 
 def positive(reward: str, option: str, value: Any) -> float:
-    """A number above 0."""
+    """Requires a number above 0."""
     if not number(reward, option, value) > 0:
-        raise ValueError(f"{reward}: {option} must be positive, got {value!r}: raise it")
+        raise ValueError(f"{reward}: {option} must be positive, got {value!r}")
     return float(value)
 
 
 def whole(reward: str, option: str, value: Any, least: int) -> int:
-    """A whole number from ``least`` up."""
+    """Requires an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
-            f"{reward}: {option} must be a whole number from {least} up, got {value!r}: correct it"
+            f"{reward}: {option} must be an integer of at least {least}, got {value!r}"
         )
     return value
 
 
 def text(reward: str, option: str, value: Any) -> str:
-    """A text that is not blank."""
+    """Requires a string that is not blank."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{reward}: {option} must be a text, got {value!r}: set it")
+        raise ValueError(f"{reward}: {option} must be a non-empty string, got {value!r}")
     return value
 
 
 def flag(reward: str, option: str, value: Any) -> bool:
-    """True or False: a quoted "false" in a recipe would be true."""
+    """Requires a bool, because a quoted "false" in a recipe would be truthy."""
     if not isinstance(value, bool):
-        raise ValueError(f"{reward}: {option} must be true or false, got {value!r}: correct it")
+        raise ValueError(f"{reward}: {option} must be true or false, got {value!r}")
     return value

@@ -1,4 +1,4 @@
-"""PickScore, a CLIP fine-tuned on users' choices between two images (arXiv 2305.01569)."""
+"""PickScore, a CLIP model fine-tuned on users' choices between two images (arXiv 2305.01569)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 class PickScore:
     """exp(logit_scale) * cosine: about 18 to 24 with the published weights.
 
-    Returned is (score - shift) / scale. MixGRPO's mix of raw rewards uses shift 18 and scale 8;
-    where every reward is normalised in its group they change nothing.
+    The returned value is (score - shift) / scale. MixGRPO's sum of raw rewards uses shift 18 and
+    scale 8; if each reward is normalised within its group, they have no effect.
 
     Args:
         model: folder of a transformers CLIPModel (``yuvalkirstain/PickScore_v1``).
@@ -44,7 +44,7 @@ class PickScore:
             (``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``); default: the model's folder.
         shift: subtracted from the score.
         scale: the shifted score is divided by it.
-        dtype: of the weights; the cosine is float32 always.
+        dtype: dtype of the weights; the cosine is always float32.
         device: where the model runs.
     """
 
@@ -59,12 +59,12 @@ class PickScore:
         device: torch.device | str = "cpu",
     ) -> None:
         if scale == 0:
-            raise ValueError("pickscore: scale divides the score, it cannot be 0: set it to 1")
+            raise ValueError("pickscore: scale divides the score and cannot be 0; set it to 1")
         self.shift, self.scale = shift, scale
         self.device, self.dtype = torch.device(device), parse_dtype(dtype)
         folder = require_folder(model, "pickscore", "model")
         network = _load_model(folder)
-        # Taken before the cast: a bfloat16 logarithm would be wrong by a percent.
+        # Computed before the cast: a bfloat16 logarithm would make the scale wrong by a percent.
         self.logit_scale = network.logit_scale.exp().item()
         self.model = network.to(self.device, self.dtype)
         source = require_folder(processor or folder, "pickscore", "processor")
@@ -80,9 +80,9 @@ class PickScore:
         scale: float = 1.0,
         dtype: str = "float32",
     ) -> Path:
-        """Compares the names and sizes in the file of the weights with the model's; returns it.
+        """Compares the names and sizes in the weight file with the model's; returns its path.
 
-        Neither is loaded. Raises as the constructor, and NotReadable.
+        Neither is loaded. Raises the constructor's errors, and NotReadable.
         """
         from transformers import CLIPConfig, CLIPModel
 
@@ -93,7 +93,7 @@ class PickScore:
         with torch.device("meta"):
             network = CLIPModel(CLIPConfig.from_dict(read_json(settings)))
         if path.name.startswith("pytorch_model") and path.suffix == ".json":
-            raise NotReadable(f"{path} names several PyTorch files")
+            raise NotReadable(f"{path} is an index of several PyTorch files")
         heads = {k: v for k, v in read_heads(path).items() if not k.endswith("position_ids")}
         check_fits(network.state_dict(), heads, path)
         _find_processor(require_folder(processor or folder, "pickscore", "processor"))
@@ -101,7 +101,10 @@ class PickScore:
 
     @staticmethod
     def weights_file(*, model: str, **others: Any) -> Path:
-        """The file that these options name, or the index of several; raises as the constructor."""
+        """The weight file, or index of several, that these options name.
+
+        Raises the constructor's errors.
+        """
         folder = require_folder(model, "pickscore", "model")
         return find_file(folder, _WEIGHTS, "pickscore", "model")
 
@@ -130,7 +133,7 @@ class PickScore:
         self.device, self.model = device, self.model.to(device)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """The processor's own steps: shorter edge resized, centre cropped, normalised."""
+        """The processor's preprocessing: shorter edge resized, centre cropped, normalised."""
         size, crop = dict(self.settings.size), dict(self.settings.crop_size)
         images = images.to(self.device)
         if "shortest_edge" in size:
@@ -157,13 +160,13 @@ def _load_model(folder: Path) -> Any:
             folder,
             dtype=torch.float32,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported, and refused below with its key
+            ignore_mismatched_sizes=True,  # they are reported, and raise an error below
             output_loading_info=True,
         )
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
-            f"pickscore: the weights in {folder} cannot be read ({reason}): fetch them again"
+            f"pickscore: the weights in {folder} cannot be read ({reason}); fetch them again"
         ) from error
     model, report = loaded
     _check_complete(folder, report)
@@ -171,14 +174,14 @@ def _load_model(folder: Path) -> Any:
 
 
 def _check_complete(folder: Path, report: dict[str, Any]) -> None:
-    """transformers fills missing weights with random numbers: here that is an error."""
+    """Raises ValueError if keys do not match; transformers would draw missing weights at random."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # A mismatch is the key and both shapes.
+        # A mismatch is a tuple of the key and both shapes.
         keys = sorted(
             key if isinstance(key, str) else f"{key[0]} {list(key[1])} instead of {list(key[2])}"
             for key in report.get(kind) or ()
         )
-        # Older files carry this buffer.
+        # Older files contain this buffer.
         keys = [key for key in keys if not key.endswith("position_ids")]
         if keys:
             raise ValueError(

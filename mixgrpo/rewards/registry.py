@@ -1,4 +1,4 @@
-"""From a reward's name and options to the reward itself."""
+"""The registry of rewards: builds a reward from its name and options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from mixgrpo.rewards.protocol import Reward
 
-# Name -> class. The modules are imported on demand: a run pays only for the rewards it uses.
+# Name -> class. The modules are imported on demand, so that a run imports only what it uses.
 KNOWN = {
     "hpsv2": "mixgrpo.rewards.hpsv2:HPSv2",
     "clip_score": "mixgrpo.rewards.clip_score:ClipScore",
@@ -27,17 +27,18 @@ KNOWN = {
 def build_reward(
     kind: str, options: Mapping[str, Any], device: torch.device | str = "cpu"
 ) -> Reward:
-    """The reward that ``kind`` names, on ``device``.
+    """Builds the reward that ``kind`` names, on ``device``.
 
     Args:
-        kind: a name of ``KNOWN``, or ``package.module:callable`` for a reward of the user's own:
-            a function is the reward itself; a class is instantiated with the options (and with
-            ``device``, if it has a parameter of that name).
-        options: the reward's own options, see the constructor of each reward.
+        kind: a name in ``KNOWN``, or ``package.module:callable`` for a custom reward. A function
+            is the reward itself; a class is instantiated with the options (and with ``device``, if
+            it has a parameter of that name).
+        options: the reward's own options; see the constructor of each reward.
 
     Raises:
-        ValueError: unknown name, unknown or missing option, nothing importable at the path.
-        FileNotFoundError: a model folder or checkpoint is missing.
+        ValueError: if the name or an option is unknown, an option is missing, or the path cannot
+            be imported.
+        FileNotFoundError: if a model folder or checkpoint is missing.
     """
     target = find_reward(kind)
     if not inspect.isclass(target):
@@ -56,10 +57,13 @@ def build_reward(
 
 
 def check_call(kind: str, options: Mapping[str, Any]) -> Any:
-    """The class or function that ``kind`` names, which takes these options; not called.
+    """Returns the class or function that ``kind`` names, and checks that it takes these options.
+
+    It is not called.
 
     Raises:
-        ValueError: unknown name, unknown or missing option, nothing importable at the path.
+        ValueError: if the name or an option is unknown, an option is missing, or the path cannot
+            be imported.
     """
     target = find_reward(kind)
     if inspect.isclass(target):
@@ -71,7 +75,7 @@ def check_call(kind: str, options: Mapping[str, Any]) -> Any:
 
 
 def find_reward(kind: str) -> Any:
-    """The class or function that ``kind`` names, imported. Raises ValueError if there is none."""
+    """Imports the class or function that ``kind`` names; raises ValueError if there is none."""
     if kind not in KNOWN and ":" not in kind:
         raise ValueError(_unknown_name(kind))
     return _import(KNOWN.get(kind, kind), kind)
@@ -81,8 +85,8 @@ def _unknown_name(kind: str) -> str:
     nearest = difflib.get_close_matches(kind, KNOWN, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     return (
-        f"unknown reward {kind!r}{hint}: known are {', '.join(KNOWN)}; "
-        "a reward of your own is written package.module:callable"
+        f"unknown reward {kind!r}{hint}; the known rewards are {', '.join(KNOWN)}, and a custom "
+        "reward is written package.module:callable"
     )
 
 

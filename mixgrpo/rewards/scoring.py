@@ -1,4 +1,4 @@
-"""Run every reward over a batch of images, a micro-batch at a time."""
+"""Scoring: evaluates every reward on a batch of images, one micro-batch at a time."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from mixgrpo.rewards.protocol import Reward
 
 logger = logging.getLogger(__name__)
 
-# The rewards that have returned a score before, by id (a reward need not be hashable). One that
-# has worked may fail for a while (a remote service, memory); one that never has is a mistake.
+# The rewards that have returned a score before, by id (a reward need not be hashable). A reward
+# that has worked before may fail temporarily (a remote service, memory); one that has never worked
+# is misconfigured.
 _PROVEN: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class RewardError(RuntimeError):
-    """A reward does not work: its configuration, code or service is at fault, not a sample."""
+    """A reward does not work because of its configuration, code or service, not of a sample."""
 
 
 class Failure(NamedTuple):
-    """The samples of one micro-batch, and what the reward raised on them."""
+    """The samples of one micro-batch, and the exception that the reward raised on them."""
 
     samples: slice
     cause: Exception
 
 
 class Scoring(NamedTuple):
-    """Scores by reward, [B] each, and for rewards that raised, the first thing they raised."""
+    """The scores of each reward, [B], and the first exception of each reward that raised one."""
 
     scores: dict[str, Tensor]
     causes: dict[str, str]
@@ -41,15 +42,17 @@ class Scoring(NamedTuple):
 def score(
     rewards: Mapping[str, Reward], images: Tensor, texts: Sequence[str], micro_batch: int
 ) -> dict[str, Tensor]:
-    """Reward name -> [B] float32 on the images' device, in the mapping's order.
+    """Returns reward name -> [B] float32 on the images' device, in the order of the mapping.
 
-    images [B, 3, H, W] in [0, 1], B texts. A micro-batch whose reward raises becomes NaN and the
-    first cause is logged; so does a sample whose image or score is not finite.
+    images [B, 3, H, W] in [0, 1], B texts. If a reward raises an exception, the scores of that
+    micro-batch are NaN and the first exception is logged. The score of a sample is also NaN if its
+    image or score is not finite.
 
     Raises:
-        RewardError: a reward failed on every sample and has never worked before.
-        torch.OutOfMemoryError: the GPU is too small.
-        ValueError: inputs that do not fit, or a reward that does not return [B] numbers.
+        RewardError: if a reward failed on every sample and has never worked before.
+        torch.OutOfMemoryError: if the GPU has too little memory.
+        ValueError: if the shapes of the inputs do not match, or a reward does not return a tensor
+            of shape [B].
     """
     return score_and_tell(rewards, images, texts, micro_batch).scores
 
@@ -58,7 +61,7 @@ def score(
 def score_and_tell(
     rewards: Mapping[str, Reward], images: Tensor, texts: Sequence[str], micro_batch: int
 ) -> Scoring:
-    """As ``score``, with the causes of failures."""
+    """Same as ``score``, but also returns the causes of failures."""
     _check_inputs(images, texts, micro_batch)
     finite = images.isfinite().flatten(1).all(1)
     scored = Scoring({}, {})
@@ -74,7 +77,7 @@ def score_and_tell(
 def _score_one(
     name: str, reward: Reward, images: Tensor, texts: list[str], micro_batch: int
 ) -> tuple[Tensor, list[Failure]]:
-    """[B] float32, NaN where the reward raised; and where it raised what."""
+    """[B] float32, NaN where the reward raised an exception; and the failures."""
     values = torch.full([len(texts)], float("nan"), device=images.device)
     failures: list[Failure] = []
     starts = range(0, len(texts), micro_batch)
@@ -83,13 +86,13 @@ def _score_one(
         try:
             result = reward(images[part], texts[part])
         except torch.OutOfMemoryError:
-            raise  # no sample's fault
+            raise  # not caused by a sample
         except Exception as error:
             failures.append(Failure(part, error))
             continue
         values[part] = _checked(name, result, part.stop - part.start).to(values)
     if len(failures) < len(starts):
-        # An object that allows no weak reference stays unproven: stricter, never wrong.
+        # An object without support for weak references stays unproven, which is merely stricter.
         with contextlib.suppress(TypeError):
             _PROVEN[id(reward)] = reward
     if failures:
@@ -98,14 +101,14 @@ def _score_one(
 
 
 def check_failures(scoring: Scoring, most: float) -> None:
-    """Raises RewardError if a reward gave no score for more than this share of the samples."""
+    """Raises RewardError if a reward gave no score for more than the fraction ``most``."""
     for name, values in scoring.scores.items():
         failed, count = int(values.isnan().sum()), values.numel()
         if failed > most * count:
-            cause = scoring.causes.get(name, "the log above or another process's says why")
+            cause = scoring.causes.get(name, "see the log above or that of another process")
             raise RewardError(
-                f"reward {name!r} gave no score for {failed} of {count} pictures, more than "
-                f"scoring.max_failed ({most:g}) of them: {cause}"
+                f"reward {name!r} gave no score for {failed} of {count} images, more than the "
+                f"fraction allowed by scoring.max_failed ({most:g}): {cause}"
             )
 
 
@@ -117,8 +120,8 @@ def _report(name: str, reward: Reward, failures: list[Failure], micro_batches: i
             f"{type(cause).__name__}: {cause}"
         ) from cause
     logger.warning(
-        "reward %s failed on %d of %d micro-batches (their scores are NaN); the first, samples "
-        "%d-%d, by %s: %s",
+        "reward %s failed on %d of %d micro-batches (their scores are NaN); the first failure, on "
+        "samples %d-%d, was %s: %s",
         *(name, len(failures), micro_batches, part.start, part.stop - 1),
         *(type(cause).__name__, cause),
     )
@@ -129,7 +132,7 @@ def _check_inputs(images: Tensor, texts: Sequence[str], micro_batch: int) -> Non
         raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
     if isinstance(texts, str) or len(texts) != len(images):
         count = "one string" if isinstance(texts, str) else len(texts)
-        raise ValueError(f"{len(images)} images need as many texts, got {count}")
+        raise ValueError(f"{len(images)} images need the same number of texts, got {count}")
     if micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
 

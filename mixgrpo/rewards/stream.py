@@ -1,4 +1,4 @@
-"""Rewards on a thread of their own, which score pictures while the next ones are sampled."""
+"""Scoring in a separate thread, which scores images while the next ones are being sampled."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mixgrpo.rewards.scoring import Scoring, score_and_tell
 
 
 class ScoreStream:
-    """Takes pictures as they are finished; gives all scores at the end.
+    """Accepts images as they are finished, and returns all scores at the end.
 
-    What a reward is called on depends on the order of submission and ``micro_batch`` alone, never
-    on timing, so that the scores are those of ``score`` on all pictures at once. One thread scores
-    one micro-batch after another, and speaks to no other process: processes that share a device
-    cannot wait for each other here.
+    The batches on which a reward is called depend only on the order of submission and on
+    ``micro_batch``, never on timing, so the scores equal those of ``score`` on all images at once.
+    A single thread scores one micro-batch after another and does not communicate with other
+    processes, so processes that share a device cannot deadlock here.
 
     Attributes:
         busy: seconds that scoring took, from ``__init__`` to ``result``.
@@ -33,8 +33,8 @@ class ScoreStream:
     ) -> None:
         """
         Args:
-            micro_batch: pictures per call of a reward.
-            device: where the rewards want the pictures; on a GPU they run on a stream of their own.
+            micro_batch: images per call of a reward.
+            device: where the rewards expect the images; on a GPU they run on a separate stream.
         """
         self.rewards = rewards
         self.micro_batch = micro_batch
@@ -47,14 +47,14 @@ class ScoreStream:
         self._thread = _new_thread(device)
 
     def submit(self, images: Tensor, texts: Sequence[str]) -> None:
-        """Scores these pictures [b, 3, H, W] as soon as a micro-batch is full; never waits."""
+        """Queues images [b, 3, H, W] to score as soon as a micro-batch is full; never waits."""
         self._images.append(images)
         self._texts += texts
         while len(self._texts) >= self.micro_batch:
             self._start(self.micro_batch)
 
     def result(self) -> Scoring:
-        """Scores [B] on the CPU, in the order of submission. Raises what scoring raised."""
+        """Scores [B] on the CPU, in the order of submission; raises the errors of scoring."""
         before = perf_counter()
         try:
             if self._texts or not self._parts:
@@ -70,7 +70,7 @@ class ScoreStream:
 
     @contextmanager
     def given_up_on_error(self) -> Iterator[None]:
-        """After an error inside, what is not scored yet never will be: nobody waits for it."""
+        """On an error inside, cancels the scoring that has not started and waits for none of it."""
         try:
             yield
         except BaseException:
@@ -83,7 +83,7 @@ class ScoreStream:
         return max(0.0, self.busy - self.waited)
 
     def _start(self, count: int) -> None:
-        """Hands the oldest ``count`` pictures to the thread."""
+        """Hands the oldest ``count`` images to the thread."""
         images = torch.cat(self._images) if self._images else torch.empty(0, 3, 1, 1)
         texts = self._texts[:count]
         self._images, self._texts = [images[count:]], self._texts[count:]
@@ -107,12 +107,12 @@ class ScoreStream:
 
 @functools.cache
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """One for good: memory is cached, and workspaces are kept, for each stream."""
+    """One stream per device, reused because memory and workspaces are cached per stream."""
     return torch.cuda.Stream(device)
 
 
 def _new_thread(device: torch.device) -> ThreadPoolExecutor:
-    """A new thread's GPU is the first one, whatever its process's."""
+    """A thread on this device: a new thread would use the first GPU, whatever its process uses."""
     if device.type != "cuda":
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
     return ThreadPoolExecutor(1, "rewards", torch.cuda.set_device, (device,))
@@ -120,9 +120,9 @@ def _new_thread(device: torch.device) -> ThreadPoolExecutor:
 
 @contextmanager
 def resident(rewards: Mapping[str, Reward], placement: str, device: torch.device) -> Iterator[None]:
-    """Inside, rewards with placement ``offload`` are on the device; outside, on the CPU.
+    """With placement ``offload``, moves rewards to the device inside the context, else to the CPU.
 
-    A reward without a method ``to`` stays where it is: a function, a remote service.
+    A reward without a method ``to``, such as a function or a remote service, stays where it is.
     """
     movable = [r for r in rewards.values() if hasattr(r, "to")] if placement == "offload" else []
     for reward in movable:

@@ -1,7 +1,7 @@
-"""Scores by a vision-language model behind an OpenAI-compatible endpoint.
+"""Scores from a vision-language model behind an OpenAI-compatible endpoint.
 
-Such are UnifiedReward (arXiv 2503.05236) served by vLLM or SGLang, and any other judge that sees a
-picture and writes a number.
+Examples are UnifiedReward (arXiv 2503.05236) served by vLLM or SGLang, and any other judge that
+takes an image and replies with a number.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ text at all) to {max} (fits it perfectly and looks flawless), decimals allowed:
 
 Final Score: X"""
 
-# "Final Score", maybe a range in brackets, a colon, the number, maybe "/5". Quotes, asterisks and
-# underscores may stand around. A number that goes on (4-5, 4 to 5, 80%, 4,5) is none.
+# "Final Score", optionally a range in parentheses, a colon, the number, optionally "/5"; quotes,
+# asterisks and underscores may surround the number. A range, percentage or list (4-5, 4 to 5, 80%,
+# 4,5) does not match.
 PATTERN = r"""(?ix)
     \b final \s+ score \b (?: \s* \( [^()\n]* \) )? [\s*_"'`]* [:=] [\s*_"'`]*
     (?P<score> [-+]? (?: \d++ (?: \.\d++ )?+ | \.\d++ ) )
@@ -51,43 +52,44 @@ _PATH = "/v1/chat/completions"
 
 
 class JudgeError(RuntimeError):
-    """Not one sample of a batch could be scored."""
+    """No sample of a batch could be scored."""
 
 
 class Vlm:
-    """The number that the judge writes, as it is: UnifiedReward's 1 to 5.
+    """The number that the judge replies with, unchanged: 1 to 5 for UnifiedReward.
 
-    Each picture is one request. With several ``urls`` requests take turns: process r (RANK) begins
-    with the r-th url, and a retry goes to the next one, so that a server that is down costs time
-    and no samples. A sample that fails is NaN; one warning per batch counts the causes. If no
-    sample of a batch could be scored, JudgeError is raised, which ``score`` turns into NaNs or, if
-    the judge has never answered, into the end of the run.
+    Each image is one request. With several ``urls``, requests use them in turn: process r (RANK)
+    begins with the r-th URL, and a retry uses the next one, so that an unavailable server costs
+    time but no samples. The score of a sample that fails is NaN; one warning per batch counts the
+    causes. If no sample of a batch could be scored, JudgeError is raised: ``score`` turns it into
+    NaNs, or ends the run if the judge has never answered.
 
-    The key of the endpoint comes from the environment; none is sent where the variable is not set.
+    The API key is read from the environment; none is sent if the variable is not set.
 
     Args:
-        urls: of the servers, one or a list: ``http://host:8000``, with or without ``/v1`` or
-            ``/v1/chat/completions``.
-        model: its name on the servers.
-        template: the question; ``{prompt}`` stands for the text, ``{min}`` and ``{max}`` for the
+        urls: the URL of the server, or a list of them: ``http://host:8000``, with or without
+            ``/v1`` or ``/v1/chat/completions``.
+        model: the model's name on the servers.
+        template: the question; ``{prompt}`` is replaced by the text, ``{min}`` and ``{max}`` by the
             range.
-        pattern: regular expression for the score, in a group ``score``; a group ``of``, as in
-            4/5, must be ``max``. It must match exactly once.
-        min: lowest score that is taken.
-        max: highest one.
+        pattern: regular expression with a group ``score`` for the score; the value of a group
+            ``of``, as in 4/5, must equal ``max``. It must match exactly once.
+        min: lowest accepted score.
+        max: highest accepted score.
         rescale: return (score - min) / (max - min) instead.
         image_format: png or jpeg (quality 95, a fifth of the size).
-        max_tokens: of a reply.
-        request: further fields of the request body; null removes one. By default the body has
-            ``model``, ``temperature`` 0 and ``max_tokens``.
-        api_key_env: name of the environment variable with the key.
-        concurrency: requests under way at once, from each process.
-        timeout: seconds for one try of one request.
-        retries: further tries after 429, 5xx, a lost connection or a timeout.
-        backoff: seconds before the first of them, then doubled, up to 30; a Retry-After of the
-            server counts if it is longer.
-        deadline: seconds for one call, which is one scoring.micro_batch; what is missing then is
-            NaN. Keep it below what other processes wait for each other (NCCL: 10 minutes).
+        max_tokens: maximum number of tokens in a reply.
+        request: additional fields of the request body; null removes a field. By default the body
+            has ``model``, ``temperature`` 0 and ``max_tokens``.
+        api_key_env: name of the environment variable that holds the API key.
+        concurrency: maximum number of concurrent requests per process.
+        timeout: seconds per attempt of a request.
+        retries: number of retries after 429, 5xx, a lost connection or a timeout.
+        backoff: seconds before the first retry, doubled with each retry, up to 30; the server's
+            Retry-After is used if it is longer.
+        deadline: seconds for one call, which is one scoring.micro_batch; scores that are missing by
+            then are NaN. Keep it below the time that processes wait for each other (NCCL: 10
+            minutes).
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class Vlm:
         self.low = options.number("vlm", "min", min)
         self.high = options.number("vlm", "max", max)
         if self.low >= self.high:
-            raise ValueError(f"vlm: min ({min:g}) must be below max ({max:g}): set both")
+            raise ValueError(f"vlm: min ({min:g}) must be below max ({max:g})")
         if image_format not in _FORMATS:
             raise ValueError(f"vlm: image_format must be png or jpeg, got {image_format!r}")
         body = {
@@ -142,7 +144,7 @@ class Vlm:
         """images [B, 3, H, W] in [0, 1], B texts -> [B] float32, NaN where there is no score.
 
         Raises:
-            JudgeError: there is none at all.
+            JudgeError: if no image could be scored.
         """
         questions = [
             Question(self.template.replace("{prompt}", text), picture)
@@ -165,7 +167,7 @@ class Vlm:
 
 
 def read_score(reply: str, pattern: re.Pattern[str], low: float, high: float) -> float | Failure:
-    """The one score in a reply, or why there is none; nothing is guessed."""
+    """Returns the only score in a reply, or a Failure if there is none or more than one."""
     found = list(pattern.finditer(reply))
     end = " ".join(reply.split())[-100:]
     if len(found) != 1:
@@ -183,7 +185,7 @@ def read_score(reply: str, pattern: re.Pattern[str], low: float, high: float) ->
 
 
 def _report(results: Sequence[float | Failure]) -> None:
-    """Says why samples failed, in one warning or, if all did, one error."""
+    """Reports why samples failed: in one warning or, if all of them failed, as a JudgeError."""
     failed = [(i, result) for i, result in enumerate(results) if isinstance(result, Failure)]
     if not failed:
         return
@@ -191,8 +193,8 @@ def _report(results: Sequence[float | Failure]) -> None:
     counted = ", ".join(f"{count} x {cause}" for cause, count in causes.most_common())
     first, failure = failed[0]
     message = (
-        f"vlm: {len(failed)} of {len(results)} pictures could not be scored ({counted}); the "
-        f"first, number {first}: {failure}"
+        f"vlm: {len(failed)} of {len(results)} images could not be scored ({counted}); the first "
+        f"failure, on image {first}: {failure}"
     )
     if len(failed) == len(results):
         raise JudgeError(message)
@@ -205,9 +207,9 @@ def _report(results: Sequence[float | Failure]) -> None:
 def _urls(urls: str | Sequence[str]) -> tuple[str, ...]:
     given = [urls] if isinstance(urls, str) else urls
     if not isinstance(given, Sequence) or not all(isinstance(url, str) for url in given):
-        raise ValueError("vlm: urls must be a list of texts such as http://host:8000: correct it")
+        raise ValueError("vlm: urls must be a list of strings such as http://host:8000")
     if not given:
-        raise ValueError("vlm: urls is empty: name at least one server, http://host:8000")
+        raise ValueError("vlm: urls is empty; name at least one server, such as http://host:8000")
     return tuple(_url(url) for url in given)
 
 
@@ -216,15 +218,17 @@ def _url(url: str) -> str:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError as error:
-        raise ValueError(f"vlm: {url!r} is no url ({error}): write http://host:8000") from error
-    # Not shown: it may hold a password.
+        raise ValueError(
+            f"vlm: {url!r} is not a URL ({error}); write it as http://host:8000"
+        ) from error
+    # The URL is not shown, because it may contain a password.
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
-            "vlm: a url must be of the form http://host:8000, without user, password or query: "
-            "the key belongs into an environment variable (api_key_env)"
+            "vlm: a URL must have the form http://host:8000, without user, password or query; "
+            "put the key into an environment variable (api_key_env)"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"vlm: {url!r} is no url of a server: write it as http://host:8000")
+        raise ValueError(f"vlm: {url!r} is not the URL of a server; write it as http://host:8000")
     path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
     return f"{parts.scheme}://{parts.netloc}{path}{_PATH}"
 
@@ -232,28 +236,30 @@ def _url(url: str) -> str:
 def _request(fields: Mapping[str, Any] | None) -> Mapping[str, Any]:
     if not isinstance(fields or {}, Mapping) or "messages" in (fields or {}):
         raise ValueError(
-            f"vlm: request must be a mapping of fields other than messages, got {fields!r}: "
-            "put the question's text into template"
+            f"vlm: request must be a mapping of fields other than messages, got {fields!r}; "
+            "put the text of the question into template"
         )
     return fields or {}
 
 
 def _key(variable: str) -> str | None:
-    # Not shown: somebody may have put the key itself here.
+    # The value is not shown, because it may be the key itself.
     if not isinstance(variable, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
         raise ValueError(
             "vlm: api_key_env must be the name of an environment variable, in capitals, such as "
-            "OPENAI_API_KEY: export the key under that name, and keep it out of the recipe"
+            "OPENAI_API_KEY; export the key under that name and keep it out of the recipe"
         )
     key = os.environ.get(variable, "").strip()
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"vlm: the key in {variable} has characters that no key has: set it anew")
+        raise ValueError(
+            f"vlm: the key in {variable} has characters that no key contains; set it again"
+        )
     return key or None
 
 
 def _template(template: str, low: float, high: float) -> str:
     if "{prompt}" not in options.text("vlm", "template", template):
-        raise ValueError("vlm: the template lacks {prompt}, where the text belongs: add it")
+        raise ValueError("vlm: the template lacks {prompt}; add it where the text belongs")
     return template.replace("{min}", f"{low:g}").replace("{max}", f"{high:g}")
 
 
@@ -261,9 +267,11 @@ def _pattern(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(options.text("vlm", "pattern", pattern))
     except re.error as error:
-        raise ValueError(f"vlm: pattern is no regular expression ({error}): mend it") from error
+        raise ValueError(
+            f"vlm: pattern is not a valid regular expression ({error}); correct it"
+        ) from error
     if "score" not in compiled.groupindex:
         raise ValueError(
-            r"vlm: the pattern has no group `score`: write the number as (?P<score>\d+)"
+            r"vlm: the pattern has no group `score`; write the number as (?P<score>\d+)"
         )
     return compiled

@@ -1,4 +1,4 @@
-"""Model folders and checkpoint files: found, read and loaded exactly, or one clear error."""
+"""Finds, reads and loads the model folders and checkpoint files of rewards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The dtype of a reward's weights and activations; scores are float32 whatever it is."""
+    """The dtype of a reward's weights and activations; scores are always float32."""
     if name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
     return _DTYPES[name]
@@ -27,8 +27,8 @@ def require_folder(path: str | Path, reward: str, option: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{reward}: no folder {str(path)!r}: set the reward's `{option}` to the folder that "
-            "holds it"
+            f"{reward}: no folder {str(path)!r}; set the reward's `{option}` to the path of the "
+            "folder"
         )
     return folder
 
@@ -37,7 +37,7 @@ def require_file(path: str | Path, reward: str, option: str) -> Path:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
-            f"{reward}: no file {str(path)!r}: set the reward's `{option}` to its path"
+            f"{reward}: no file {str(path)!r}; set the reward's `{option}` to its path"
         )
     return file
 
@@ -48,7 +48,7 @@ def find_file(folder: Path, names: tuple[str, ...], reward: str, option: str) ->
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
-        f"{reward}: folder {str(folder)!r} holds none of {', '.join(names)}: "
+        f"{reward}: folder {str(folder)!r} holds none of {', '.join(names)}; "
         f"set the reward's `{option}` to the right path"
     )
 
@@ -57,17 +57,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch it again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor on the CPU, from safetensors (by suffix) or a PyTorch file.
+    """Reads name -> tensor on the CPU from a safetensors (by suffix) or PyTorch file.
 
-    Only tensors are unpickled. A dict under the key ``state_dict`` and the ``module.`` prefix of
-    DistributedDataParallel are unwrapped.
+    Only tensors are unpickled. A dict under the key ``state_dict`` is unwrapped, and the
+    ``module.`` prefix of DistributedDataParallel is removed.
     """
     return _state_dict(_read_tensors(path), path)
 
@@ -77,29 +77,29 @@ def _state_dict(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         content = content["state_dict"]
     state = {str(key).removeprefix("module."): value for key, value in content.items()}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict (names to tensors): check the file")
+        raise ValueError(f"{path} holds no state dict (names to tensors); check the file")
     return state
 
 
 class NotReadable(Exception):
-    """A file whose names cannot be told without reading all of it."""
+    """A file whose tensor names cannot be listed without reading all of it."""
 
 
 def read_heads(path: Path) -> dict[str, Tensor]:
-    """What ``read_state_dict`` would give, on the meta device: the tensors' contents stay on disk.
+    """The result of ``read_state_dict`` on the meta device: tensor contents are not read.
 
-    An index of several safetensors files stands for them all.
+    ``path`` may also be the index of several safetensors files.
 
     Raises:
-        ValueError: the file is damaged or holds no state dict.
-        NotReadable: it is in the format from before PyTorch 1.6.
+        ValueError: if the file is damaged or holds no state dict.
+        NotReadable: if the file has the format used before PyTorch 1.6.
     """
     if path.suffix in (".safetensors", ".json"):
         return read_shapes(find_shards(path))
     with path.open("rb") as file:
         beginning = file.read(2)
     if beginning and beginning != b"PK":
-        raise NotReadable(f"{path} is in PyTorch's old format")
+        raise NotReadable(f"{path} has the format used before PyTorch 1.6")
     return _state_dict(_unpickled(path, mmap=True, map_location="meta"), path)
 
 
@@ -118,7 +118,7 @@ def _read_tensors(path: Path) -> Mapping[str, Any]:
 def _damaged(path: Path, error: Exception) -> ValueError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ValueError(
-        f"{path} cannot be read as a checkpoint ({reason}): it may be truncated, fetch it again"
+        f"{path} cannot be read as a checkpoint ({reason}); it may be truncated: fetch it again"
     )
 
 

@@ -329,7 +329,9 @@ def test_open_clip_folder_that_forgets_its_tokenizer(copy: Folders) -> None:
     config = json.loads(path.read_text())
     del config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="has 49408 tokens, the model's embedding 18: set `hf_tok"):
+    with pytest.raises(
+        ValueError, match="has 49408 tokens, but the model's embedding has 18; set `hf_tok"
+    ):
         build("hpsv2", copy["hpsv2"])
 
 
@@ -358,7 +360,7 @@ def test_preprocessing_that_is_not_known(
         ("vision_config.json", '{"patch_size": 9}', "patch_size 9 must divide image_size 224"),
         ("vision_config.json", '{"heads": 3}', "heads 3 must divide width 1024"),
         ("vision_config.json", "[]", "must hold a JSON object, got list"),
-        ("med_config.json", "{", "med_config.json is not JSON"),
+        ("med_config.json", "{", "med_config.json is not valid JSON"),
         ("med_config.json", '{"hidden_size": 48}', "lacks vocab_size, intermediate_size"),
     ],
 )

@@ -207,7 +207,7 @@ def test_prompts_without_text_are_nan_and_told_about_once(caplog: pytest.LogCapt
             assert scores.isnan().tolist() == [True, False, True]
             assert scores[1] == 1
     (record,) = caplog.records
-    assert """ocr: "a dog's bowl" quotes no text to be drawn""" in record.getMessage()
+    assert """ocr: the prompt "a dog's bowl" quotes no text""" in record.getMessage()
 
 
 def test_a_picture_without_text() -> None:
@@ -225,8 +225,8 @@ def test_from_a_recipes_options() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threads": -1}, "ocr: threads must be a whole number from 0 up, got -1"),
-        ({"threads": "2"}, "ocr: threads must be a whole number from 0 up, got '2'"),
+        ({"threads": -1}, "ocr: threads must be an integer of at least 0, got -1"),
+        ({"threads": "2"}, "ocr: threads must be an integer of at least 0, got '2'"),
         ({"thread": 2}, "'ocr' has no option thread; it accepts threads"),
         ({"model": "x"}, "'ocr' has no option model"),
     ],

@@ -61,8 +61,8 @@ def test_a_function_and_a_class_of_the_users_own(own: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("hpsv3", r"unknown reward 'hpsv3' \(did you mean 'hpsv2'\?\): .* clip_score, pickscore"),
-        ("zzz", "unknown reward 'zzz': known are hpsv2"),
+        ("hpsv3", r"unknown reward 'hpsv3' \(did you mean 'hpsv2'\?\); .* clip_score, pickscore"),
+        ("zzz", "unknown reward 'zzz'; the known rewards are hpsv2"),
         ("a:b c", "not of the form package.module:callable"),
         (":red", "not of the form package.module:callable"),
         ("no_such_module_here:f", "cannot import 'no_such_module_here'.*PYTHONPATH"),

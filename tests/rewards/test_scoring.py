@@ -61,7 +61,7 @@ def test_a_failed_micro_batch_is_nan_and_logged_once(caplog: pytest.LogCaptureFi
     assert not scores["ok"].isnan().any()
     (record,) = caplog.records
     assert "reward r failed on 2 of 3 micro-batches" in record.getMessage()
-    assert "samples 0-1, by ConnectionError: the service is away" in record.getMessage()
+    assert "on samples 0-1, was ConnectionError: the service is away" in record.getMessage()
 
 
 def test_a_reward_that_never_worked_stops_the_run() -> None:
@@ -116,7 +116,7 @@ def test_a_result_of_the_wrong_shape_is_an_error(reward: object, got: str) -> No
 
 
 def test_inputs_are_checked() -> None:
-    with pytest.raises(ValueError, match="5 images need as many texts, got 4"):
+    with pytest.raises(ValueError, match="5 images need the same number of texts, got 4"):
         score({}, IMAGES, TEXTS[:4], 2)
     with pytest.raises(ValueError, match="got one string"):
         score({}, IMAGES, "abcde", 2)

@@ -265,10 +265,13 @@ def test_every_bad_reply_is_nan_for_its_sample_alone(
     assert len(server.asked) == len(texts), "none of these is tried again"
     (record,) = caplog.records
     message = record.getMessage()
-    assert f"{len(BAD)} of {len(texts)} pictures could not be scored" in message
-    assert "5 x the reply is no chat completion, 3 x the reply is empty" in message
+    assert f"{len(BAD)} of {len(texts)} images could not be scored" in message
+    assert "5 x the reply is not a chat completion, 3 x the reply is empty" in message
     assert "1 x HTTP 403" in message
-    assert "the first, number 1: score out of range: 'Final Score: 6' is not in 1..5" in message
+    assert (
+        "the first failure, on image 1: score out of range: 'Final Score: 6' is not in 1..5"
+        in message
+    )
 
 
 def test_a_batch_without_failure_warns_of_nothing(
@@ -482,7 +485,7 @@ def test_a_judge_that_has_answered_may_be_away_for_a_while(
     server.answer = in_turn(Reply(503, "restarting"))
     assert score(rewards, IMAGES, TEXTS, 4)["vlm"].isnan().all()
     (record,) = caplog.records
-    assert "4 of 4 pictures could not be scored (4 x HTTP 503)" in record.getMessage()
+    assert "4 of 4 images could not be scored (4 x HTTP 503)" in record.getMessage()
 
 
 # --- the key --------------------------------------------------------------------------------------
@@ -537,30 +540,30 @@ def test_a_key_that_cannot_be_one_is_not_repeated(monkeypatch: pytest.MonkeyPatc
     ("options", "message"),
     [
         ({"urls": []}, "urls is empty"),
-        ({"urls": None}, "urls must be a list of texts"),
-        ({"urls": [3]}, "urls must be a list of texts"),
-        ({"urls": "localhost:8000"}, "'localhost:8000' is no url of a server"),
-        ({"urls": "http://"}, "'http://' is no url of a server"),
-        ({"urls": "http://host:99999"}, r"'http://host:99999' is no url \(Port"),
-        ({"model": " "}, "model must be a text, got ' '"),
+        ({"urls": None}, "urls must be a list of strings"),
+        ({"urls": [3]}, "urls must be a list of strings"),
+        ({"urls": "localhost:8000"}, "'localhost:8000' is not the URL of a server"),
+        ({"urls": "http://"}, "'http://' is not the URL of a server"),
+        ({"urls": "http://host:99999"}, r"'http://host:99999' is not a URL \(Port"),
+        ({"model": " "}, "model must be a non-empty string, got ' '"),
         ({"template": "judge this"}, "lacks {prompt}"),
-        ({"pattern": "(?P<score>"}, "no regular expression"),
+        ({"pattern": "(?P<score>"}, "not a valid regular expression"),
         ({"pattern": r"(\d)"}, "no group `score`"),
         ({"min": 5, "max": 5}, r"min \(5\) must be below max \(5\)"),
-        ({"max": "5"}, "max must be a number, got '5'"),
-        ({"min": math.nan}, "min must be a number, got nan"),
+        ({"max": "5"}, "max must be a finite number, got '5'"),
+        ({"min": math.nan}, "min must be a finite number, got nan"),
         ({"rescale": "false"}, "rescale must be true or false, got 'false'"),
         ({"image_format": "gif"}, "image_format must be png or jpeg, got 'gif'"),
-        ({"max_tokens": 0}, "max_tokens must be a whole number from 1 up, got 0"),
+        ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
         ({"request": [1]}, "request must be a mapping"),
         ({"request": {"messages": []}}, "other than messages"),
-        ({"concurrency": 0}, "concurrency must be a whole number from 1 up, got 0"),
-        ({"concurrency": True}, "concurrency must be a whole number from 1 up, got True"),
+        ({"concurrency": 0}, "concurrency must be an integer of at least 1, got 0"),
+        ({"concurrency": True}, "concurrency must be an integer of at least 1, got True"),
         ({"timeout": -1}, "timeout must be positive, got -1"),
-        ({"retries": -1}, "retries must be a whole number from 0 up, got -1"),
-        ({"retries": 1.5}, "retries must be a whole number"),
+        ({"retries": -1}, "retries must be an integer of at least 0, got -1"),
+        ({"retries": 1.5}, "retries must be an integer of at least 0"),
         ({"backoff": 0}, "backoff must be positive, got 0"),
-        ({"deadline": "1h"}, "deadline must be a number, got '1h'"),
+        ({"deadline": "1h"}, "deadline must be a finite number, got '1h'"),
         ({"timout": 3}, "'vlm' has no option timout; it accepts urls, model"),
         ({"checkpoint": "x"}, "has no option checkpoint"),
     ],
