@@ -1,4 +1,4 @@
-"""Ways to train in parallel, behind one interface; the models know nothing of them."""
+"""Engines for parallel training, behind one interface that the models need not know."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Network:
     """A module and what an engine needs to know to place it.
 
     Attributes:
-        module: on its device; or, where an engine shards it, without memory (on the meta device).
-        blocks: the parts of it whose weights are gathered together, in the order of evaluation.
-        dtype: of its matrix products.
-        stored: its weights by name, to fill a module without memory.
+        module: the module on its device or, if an engine will shard it, on the meta device.
+        blocks: the submodules whose weights are gathered together, in the order of evaluation.
+        dtype: dtype of its matrix products.
+        stored: its weights by name, used to fill a module on the meta device.
     """
 
     module: nn.Module
@@ -36,17 +36,17 @@ class Network:
 
 
 class Engine(Protocol):
-    """Holds the trained module and its optimizer, and speaks to the other processes.
+    """Holds the trained module and its optimizer, and communicates with the other processes.
 
-    Where weights are sharded, evaluating a module is collective: every process must evaluate
-    equally often.
+    If weights are sharded, evaluating a module is a collective operation: every process must
+    evaluate it equally often.
 
     Attributes:
-        rank: this process, 0 .. world_size-1.
+        rank: rank of this process, 0 .. world_size-1.
         world_size: number of processes.
-        device: where this process computes.
-        module: the module to call in forward passes (wrapped, if the engine wraps).
-        settings: what the library behind the engine was told, if it takes a configuration.
+        device: device of this process.
+        module: the module to call in forward passes, wrapped if the engine wraps it.
+        settings: the configuration passed to the library behind the engine, if it takes one.
     """
 
     rank: int
@@ -57,35 +57,35 @@ class Engine(Protocol):
 
     @property
     def shards(self) -> list[Tensor]:
-        """What this process holds of the trained weights, float32; they share memory."""
+        """This process's shards of the trained weights, float32; they share memory."""
         ...
 
     def refresh(self) -> None:
-        """To be called after something else than ``step`` has changed the shards."""
+        """Must be called after the shards have been changed by anything other than ``step``."""
         ...
 
     def place(self, frozen: Network) -> nn.Module:
-        """The module to call of a network that is not trained, held as the trained one is."""
+        """Places a network that is not trained like the trained one; returns the module to call."""
         ...
 
     def gathered(self) -> AbstractContextManager[Any]:
-        """Inside, evaluations without gradients do not gather sharded weights anew each time."""
+        """Context in which evaluations without gradients share one gathering of sharded weights."""
         ...
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Surrounds one forward and backward of an optimizer step, told which is its last one."""
+        """Context for a forward and backward pass; ``last`` marks the last of an optimizer step."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients; to be called inside ``accumulate``."""
+        """Accumulates gradients; must be called inside ``accumulate``."""
         ...
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scales the gradients down to ``max_norm``; returns their norm before, on every rank."""
+        """Clips the gradient norm to ``max_norm``; returns the norm before that, on every rank."""
         ...
 
     def step(self) -> None:
-        """One optimizer and schedule step; gradients are cleared."""
+        """Takes one optimizer and scheduler step, and clears the gradients."""
         ...
 
     def gather(self, values: Tensor) -> Tensor:
@@ -101,29 +101,29 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained weights by name, as in ``state``."""
+        """The trained weights by name, in the layout of ``state``."""
         ...
 
     def load_weights(self, read: Read) -> None:
-        """Restores the trained weights alone; see ``restore``."""
+        """Restores only the trained weights; see ``restore``."""
         ...
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes, for torch.distributed.checkpoint; collective.
 
-        Nested dicts: ``model`` (trained weights by name), ``schedule``, and after the first step
-        ``optimizer`` (by the weights' names, as torch's get_optimizer_state_dict gives it). The
-        layout is the same for every engine. Sharded tensors are DTensors; where an engine knows
-        none, each process holds the whole tensors of some names. Not to be changed. Gradients are
-        cleared.
+        Returns nested dicts: ``model`` (trained weights by name), ``schedule``, and after the first
+        step ``optimizer`` (keyed by the names of the weights, as torch's get_optimizer_state_dict
+        returns it). The layout is the same for every engine. Sharded tensors are DTensors; in an
+        engine without DTensors, each process holds the whole tensors of some names. The returned
+        tensors must not be modified. Clears the gradients.
         """
         ...
 
     def restore(self, read: Read) -> None:
-        """Restores what ``state`` returned; collective.
+        """Restores a saved ``state``; collective.
 
         Args:
-            read: fills a nested dict like those of ``state`` from what was saved: tensors in
-                place, anything else by putting the saved value there.
+            read: fills a nested dict with the layout of ``state`` from the saved state: tensors
+                in place, anything else by assigning the saved value.
         """
         ...

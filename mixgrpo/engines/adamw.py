@@ -1,7 +1,7 @@
-"""AdamW for small GPUs: moments of 8 bits, and bfloat16 weights that are rounded without bias.
+"""AdamW for small GPUs: 8-bit moments, and bfloat16 weights with stochastic rounding.
 
-Every state is a tensor, laid out as its weight is: sharded weights (DTensor) have sharded states,
-which any checkpoint of tensors holds, and which fit any number of processes.
+Every state is a tensor with the same layout as its weight: sharded weights (DTensor) have sharded
+states, which can be saved in any tensor checkpoint and loaded with any number of processes.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from torch.optim import Optimizer
 
 from mixgrpo.noise import key_seed
 
-BLOCK = 256  # neighbours in a row that share a scale
-LEAST = 4096  # values of a weight below which its moments stay float32
+BLOCK = 256  # consecutive values of a row that share a scale
+LEAST = 4096  # the moments of weights with fewer values stay float32
 _DECADES = 7
-_FRACTION = 0xFFFF  # the bits of a float32 that bfloat16 does not have
+_FRACTION = 0xFFFF  # the low bits of a float32 that bfloat16 lacks
 
 
 class FrugalAdamW(Optimizer):
-    """AdamW (arXiv 1711.05101): computed in float32, whatever weights and moments rest in.
+    """AdamW (arXiv 1711.05101), computed in float32 whatever the dtype of weights and moments.
 
-    With float32 weights and ``eight_bit`` false it is torch's AdamW.
+    With float32 weights and ``eight_bit`` false, it is equivalent to torch's AdamW.
 
     Args:
-        parameters: float32 or bfloat16 weights. A bfloat16 weight is rounded up or down at random,
-            such that on average it is the exact one: changes that are smaller than its last bit
-            add up instead of getting lost.
+        parameters: float32 or bfloat16 weights. bfloat16 weights are rounded stochastically, so
+            that they equal the exact weights in expectation: updates that are smaller than the last
+            bit accumulate instead of being lost.
         learning_rate, betas, weight_decay, epsilon: as in torch's AdamW.
-        eight_bit: moments rest as codes of 8 bits, by blocks of up to 256 values (arXiv
-            2110.02861); those of vectors and of weights with less than 4096 values stay float32.
-            Codes too are rounded at random: the nearest would hold fast an average that moves by
-            less than half a code in each step. Of the second moment its root is stored: then both
-            have the same range, and none is taken for zero where the other is not.
-        seed: of the rounding. With the same on every process, copies of a weight stay the same.
+        eight_bit: store moments as 8-bit codes, in blocks of up to 256 values (arXiv 2110.02861);
+            the moments of vectors and of weights with fewer than 4096 values stay float32. Codes
+            are also rounded stochastically: with rounding to nearest, an average that moves by less
+            than half a code per step would never change. The square root of the second moment is
+            stored, so that both moments have the same range and neither becomes zero where the
+            other is not.
+        seed: seed of the rounding; use the same one on every process to keep copies of a weight
+            equal.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class FrugalAdamW(Optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             dtype = torch.uint8 if block else torch.float32
             state[name] = torch.zeros_like(parameter, dtype=dtype)
-            if block:  # scales of 0 make zeros of any codes
+            if block:  # with a scale of 0, every code decodes to 0
                 one_each = parameter.detach()[..., : parameter.shape[-1] // block]
                 state[f"{name}_scale"] = torch.zeros_like(
                     one_each, dtype=torch.float32, memory_format=torch.contiguous_format
@@ -94,7 +96,7 @@ class FrugalAdamW(Optimizer):
         _write(state, "exp_avg", mean, generator)
         _write(state, "exp_avg_sq", square, generator)
         root = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(knobs["eps"])
-        exact = weight.float()  # the weight itself, where it is float32
+        exact = weight.float()  # the weight itself if it is float32
         exact.mul_(1 - rate * knobs["weight_decay"])
         exact.addcdiv_(mean, root, value=-rate / (1 - beta1**step))
         if weight.dtype == torch.bfloat16:
@@ -102,7 +104,7 @@ class FrugalAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # torch casts states to their weight's dtype; ours have their own.
+        # torch casts states to the dtype of their weight; these states have their own dtypes.
         saved = state_dict["state"]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for key, parameter in zip(_keys(state_dict), parameters, strict=True):
@@ -112,7 +114,7 @@ class FrugalAdamW(Optimizer):
 
 
 def block_of(shape: torch.Size) -> int:
-    """How many values of a row share a scale; 0 if the moments stay float32."""
+    """Number of values of a row that share a scale; 0 if the moments stay float32."""
     if len(shape) < 2 or shape.numel() < LEAST:
         return 0
     block = min(BLOCK, shape[-1])
@@ -120,8 +122,8 @@ def block_of(shape: torch.Size) -> int:
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16, up or down, with probabilities that make the mean the exact value."""
-    bits = values.view(torch.int32)  # grows with the magnitude, between neighbours linearly
+    """Rounds float32 to bfloat16 up or down, so that the expectation equals the exact value."""
+    bits = values.view(torch.int32)  # grows with the magnitude, linearly between neighbours
     noise = torch.randint(
         _FRACTION + 1, values.shape, generator=generator, device=values.device, dtype=torch.int32
     )
@@ -135,8 +137,8 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 def code_table(signed: bool) -> Tensor:
     """[256] ascending float32, the values of the codes: 0, 1, and 7 decades below 1.
 
-    The lower a decade the fewer values it has, from 64 (128 unsigned) down to 1 (2) for each sign:
-    the dynamic tree data type of arXiv 2110.02861.
+    Lower decades have fewer values, from 64 (128 unsigned) down to 1 (2) for each sign. This is the
+    dynamic tree data type of arXiv 2110.02861.
     """
     values = [0.0, 1.0]
     for decade in range(_DECADES):
@@ -157,7 +159,7 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """[..., n] float32 -> codes [..., n] uint8 and scales [..., n/block] float32.
 
-    A value becomes the code above or below it, with probabilities that make the mean exact.
+    A value is rounded to the code above or below it, so that the expectation is exact.
     """
     blocks = values.unflatten(-1, (-1, block))
     scales = blocks.abs().amax(-1)
@@ -172,13 +174,13 @@ def encode(
 
 
 def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """What ``encode`` returned -> [..., n] float32."""
+    """Inverse of ``encode``: codes and scales -> [..., n] float32."""
     blocks = codes.int().unflatten(-1, (scales.shape[-1], -1))
     return (_table_on(codes.device, signed)[blocks] * scales[..., None]).flatten(-2)
 
 
 def _read(state: dict[str, Tensor], name: str) -> Tensor:
-    """This process's part of a moment, float32; if that is how it rests, the moment itself."""
+    """This process's part of a moment in float32; the stored tensor itself if it is float32."""
     stored, scale = _part(state[name]), state.get(f"{name}_scale")
     if scale is None:
         return stored
@@ -189,7 +191,7 @@ def _read(state: dict[str, Tensor], name: str) -> Tensor:
 def _write(state: dict[str, Tensor], name: str, moment: Tensor, generator: torch.Generator) -> None:
     scale = state.get(f"{name}_scale")
     if scale is None:
-        return  # it was changed in place
+        return  # the moment was updated in place
     signed = name == "exp_avg"
     values = moment if signed else moment.sqrt()
     codes, scales = encode(values, values.shape[-1] // scale.shape[-1], signed, generator)
@@ -198,7 +200,7 @@ def _write(state: dict[str, Tensor], name: str, moment: Tensor, generator: torch
 
 
 def _part(tensor: Tensor | None) -> Tensor:
-    """What this process holds of a tensor that may be sharded; it shares its memory."""
+    """This process's part of a tensor that may be sharded; it shares the tensor's memory."""
     assert tensor is not None
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached

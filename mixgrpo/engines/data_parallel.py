@@ -1,6 +1,6 @@
-"""Plain data parallelism: every process holds the whole model; gradients are averaged (DDP).
+"""Data parallelism (DDP): every process holds the whole model, and gradients are averaged.
 
-With one process there is nothing to wrap and nothing to exchange.
+With a single process the module is not wrapped and nothing is communicated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Processes and devices: one process alone, or torchrun's on CPU (gloo) or GPU (NCCL)."""
+"""Processes and devices: a single process, or those of torchrun on CPU (gloo) or GPU (NCCL)."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ T = TypeVar("T")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
-PATIENCE = timedelta(hours=2)  # for the slowest process: a service of rewards, a full disk's writes
+PATIENCE = timedelta(hours=2)  # timeout for the slowest process, which may wait for rewards or disk
 DRIVER = Path("/proc/driver/nvidia/version")
-ROUND = 8  # items that each process works on before results are gathered
+ROUND = 8  # items that each process handles before results are gathered
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all of a run."""
+    """This process within the process group of a run."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def first(self, context: AbstractContextManager[None]) -> AbstractContextManager[None]:
-        """What the first process alone enters."""
+        """Returns the context on rank 0 and a null context on all other ranks."""
         return context if self.rank == 0 else nullcontext()
 
 
 @contextmanager
 def process_group(threads: int) -> Iterator[Process]:
-    """Joins the processes that torchrun started; without torchrun there is just this one.
+    """Joins the process group of torchrun; without torchrun, this process runs alone.
 
     Args:
-        threads: CPU threads of this process; 0 for torch's choice, under torchrun an equal share.
+        threads: CPU threads of this process; 0 for torch's default or, with several processes on
+            a host, an equal share of the cores.
 
     Raises:
-        ValueError: more processes than GPUs, or a GPU that torch cannot use.
+        ValueError: if there are more processes than GPUs, or torch cannot use the GPU.
     """
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     world_size, local_size = (
@@ -58,22 +59,22 @@ def process_group(threads: int) -> Iterator[Process]:
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
         return
-    # What is on the CPU goes by gloo on a GPU too: flags and Python's objects then wait for a slow
-    # process, where NCCL gives up after minutes, and notice a lost one at once.
+    # On a GPU, too, CPU tensors are communicated by gloo: flags and Python objects then wait for a
+    # slow process, where NCCL times out after minutes, and a lost process is noticed at once.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     _keep(dist.group.WORLD)
     try:
         yield Process(rank, world_size, device)
     except BaseException:
-        if device.type == "cpu":  # NCCL's end would wait for the others, who wait for this process
+        if device.type == "cpu":  # with NCCL this would wait for processes that wait for this one
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 def new_group(process: Process) -> dist.ProcessGroup | None:
-    """All processes once more, by gloo: for a thread of its own beside the run; None if alone."""
+    """A second gloo group of all processes, for use in a separate thread; None if there is one."""
     if process.world_size == 1:
         return None
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -82,11 +83,11 @@ def new_group(process: Process) -> dist.ProcessGroup | None:
 
 
 def _keep(group: object) -> None:
-    """Keeps a group to the end.
+    """Keeps a reference to a group until the interpreter exits.
 
-    It is destroyed with whoever held it last. DDP does so holding the interpreter's lock, joins
-    gloo's threads, and hangs if one of these wants that lock; Python's own reference, kept here, is
-    given up without it.
+    A group is destroyed together with its last reference. If that is DDP's, the destructor joins
+    gloo's threads while it holds the GIL, and hangs if one of them needs it. The reference kept
+    here is released without the GIL.
     """
     atexit.register(lambda group: None, group)
 
@@ -96,26 +97,26 @@ def _device(local_rank: int, local_size: int) -> torch.device:
         wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
         if wanted and DRIVER.exists():
             raise ValueError(
-                "there is an NVIDIA driver, but torch cannot use it (too old for CUDA "
-                f"{torch.version.cuda}?); update it, run env_setup.sh with a TORCH_INDEX_URL for "
+                "there is an NVIDIA driver, but torch cannot use it (it may be too old for CUDA "
+                f"{torch.version.cuda}); update it, run env_setup.sh with a TORCH_INDEX_URL for "
                 "an older CUDA, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_size > count:
         raise ValueError(
-            f"{local_size} processes on this machine, but torch sees {count} GPUs; start {count}, "
-            "or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            f"there are {local_size} processes on this host, but torch sees {count} GPUs; start "
+            f"{count} processes, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    # Else float32 convolutions round to 10 bits, and scores differ from those on a CPU.
+    # With TF32, float32 convolutions would round to 10 bits and scores would differ from the CPU's.
     torch.backends.cudnn.allow_tf32 = False
     return device
 
 
 def leave(exit_code: int) -> NoReturn:
-    """Ends this process; one of several that failed at once, waiting for no other and no thread."""
+    """Ends this process; after a failure under torchrun, waits for no other process or thread."""
     if exit_code and "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -124,7 +125,7 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def gather_objects(process: Process, value: T) -> list[T]:
-    """Every process's value, in the order of their ranks, on every process."""
+    """Gathers the value of every process, in rank order, on every process."""
     if process.world_size == 1:
         return [value]
     gathered: list[T | None] = [None] * process.world_size
@@ -138,10 +139,12 @@ def spread(
     do: Callable[[T], dict[Key, Value]],
     label: str | None = None,
 ) -> Iterator[dict[Key, Value]]:
-    """What ``do`` gives for every item, on every process, in rounds; items are dealt like cards.
+    """Applies ``do`` to all items, distributed round-robin over the processes.
+
+    Yields the merged results of one round at a time, on every process.
 
     Args:
-        label: of a progress bar; None shows none.
+        label: label of the progress bar; None shows no progress bar.
     """
     step = ROUND * process.world_size
     hidden = label is None or process.rank > 0 or not items

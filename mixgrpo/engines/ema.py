@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights."""
+"""Exponential moving average (EMA) of the trained weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 
 class Ema:
-    """Keeps a float32 average of ``parameters``, with decay min((1+n)/(10+n), decay).
+    """Keeps a float32 average of ``parameters``, with decay min((1+n)/(10+n), decay) at update n.
 
-    The early decays let the average leave its start quickly (Flow-GRPO, arXiv 2505.05470).
+    The small early decays let the average move away from its initial value quickly (Flow-GRPO,
+    arXiv 2505.05470).
 
     Args:
-        parameters: the weights, or what this process holds of them.
-        changed: called after their values were exchanged.
-        on_cpu: keep the average there.
+        parameters: the weights, or this process's shards of them.
+        changed: called after the weights and their averages have been swapped.
+        on_cpu: keep the average on the CPU.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Ema:
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the parameters hold their averages."""
+        """Context in which the parameters hold their averages."""
         self._swap()
         try:
             yield

@@ -1,8 +1,8 @@
-"""Sharded data parallelism (FSDP2): every process holds a part of each weight.
+"""Fully sharded data parallelism (FSDP2): every process holds a shard of each weight.
 
-Weights are float32, as are their gradients' sums and the optimizer's moments; what is gathered to
-compute with is cast to the model's dtype first. Inputs are not cast: the model itself decides what
-stays exact.
+Weights, gradient sums and the optimizer's moments are float32. Weights are cast to the model's
+dtype before they are gathered for computation. Inputs are not cast, because the model itself
+decides which of them keep full precision.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class FullySharded(Optimized):
         super().__init__(network.module, device, make_optimizer)
 
     def place(self, frozen: Network) -> nn.Module:
-        # Gathered it has the dtype of the products anyway, so it can rest in it.
+        # Gathered weights have the dtype of the products anyway, so they can be stored in it.
         module = nn.Module.to(frozen.module, frozen.dtype)
         network = Network(module, frozen.blocks, frozen.dtype, frozen.stored)
         self.sharded.append(_shard(network, self.mesh, self.knobs.offload, self.device))
         return module
 
     def refresh(self) -> None:
-        """Whole weights that are still held are those of before."""
+        """Frees gathered weights, which are out of date."""
         for module in self._groups():
             module.reshard()
 
@@ -85,10 +85,10 @@ class FullySharded(Optimized):
 
 
 def make_mesh(device: torch.device, hybrid: bool) -> DeviceMesh:
-    """All processes in a row; hybrid: a row for each machine, which shards, and copies of it.
+    """A mesh that shards over all processes or, if hybrid, shards within each host and replicates.
 
     Raises:
-        ValueError: hybrid, and the machines have unequally many processes.
+        ValueError: if ``hybrid`` and the hosts have different numbers of processes.
     """
     world = torch.distributed.get_world_size()
     if not hybrid:
@@ -98,16 +98,16 @@ def make_mesh(device: torch.device, hybrid: bool) -> DeviceMesh:
     torch.distributed.all_gather_object(counts, local)
     if world % local or len(set(counts)) > 1:
         raise ValueError(
-            "engine.hybrid wants equally many processes on every machine, but this one has "
-            f"{local} of {world}, others {', '.join(map(str, sorted(set(counts) - {local})))}; set "
-            "--engine.hybrid false"
+            "engine.hybrid needs the same number of processes on every host, but this host has "
+            f"{local} of {world} and others have "
+            f"{', '.join(map(str, sorted(set(counts) - {local})))}; set --engine.hybrid false"
         )
     shape = (world // local, local)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(network: Network, mesh: DeviceMesh, offload: bool, device: torch.device) -> FSDPModule:
-    """Shards a network in place, and fills it if it has no memory yet."""
+    """Shards a network in place, and loads its weights if it is on the meta device."""
     policy = MixedPrecisionPolicy(
         param_dtype=network.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -117,7 +117,7 @@ def _shard(network: Network, mesh: DeviceMesh, offload: bool, device: torch.devi
     assert isinstance(network.module, FSDPModule)
     if network.stored is not None:
         network.module.to_empty(device=torch.device("cpu") if offload else device)
-        assert not list(network.module.buffers()), "buffers would have to be filled too"
+        assert not list(network.module.buffers()), "buffers would have to be loaded too"
         for name, parameter in network.module.named_parameters():
             copy_part(parameter, network.stored[name])
     return network.module

@@ -1,4 +1,4 @@
-"""What engines share whose optimizer is torch's own, on parameters that torch knows."""
+"""Base class of the engines that use a torch optimizer on plain or DTensor parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixgrpo.engines.shards import part_of
 
 
 class Optimized(Processes):
-    """Parameters, plain or sharded, with their optimizer; see ``mixgrpo.engines.Engine``."""
+    """Plain or sharded parameters with their optimizer; see ``mixgrpo.engines.Engine``."""
 
     def __init__(
         self, module: nn.Module, device: torch.device, make_optimizer: MakeOptimizer
@@ -34,7 +34,7 @@ class Optimized(Processes):
         return [part_of(parameter) for parameter in self.parameters]
 
     def refresh(self) -> None:
-        """Nothing is kept that depends on the shards."""
+        """Does nothing: no other state depends on the shards."""
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -59,7 +59,7 @@ class Optimized(Processes):
     def state(self) -> dict[str, Any]:
         self.optimizer.zero_grad(set_to_none=True)
         state: dict[str, Any] = {"model": self.weights(), "schedule": self.schedule.state_dict()}
-        if self.optimizer.state:  # else torch would take a step to have one
+        if self.optimizer.state:  # otherwise torch would take a step to create it
             state["optimizer"] = get_optimizer_state_dict(self.unwrapped, self.optimizer)
         return state
 

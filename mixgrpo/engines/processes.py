@@ -1,4 +1,4 @@
-"""What every engine does alike: values that all processes must know."""
+"""Base class of all engines: the communication that they have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mixgrpo.engines import Read
 
 
 class Processes:
-    """This process among those that train together."""
+    """This process within the group of processes that train together."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -41,7 +41,7 @@ class Processes:
 
 
 def restore_schedule(schedule: LRScheduler, read: Read) -> bool:
-    """Restores the schedule; returns whether steps were taken, so that an optimizer was saved."""
+    """Restores the schedule; returns whether steps were taken, so that optimizer state exists."""
     saved = {"schedule": schedule.state_dict()}
     read(saved)
     schedule.load_state_dict(saved["schedule"])

@@ -1,4 +1,4 @@
-"""Tensors of which each process may hold a part (DTensor): their parts, the whole, filling."""
+"""Helpers for tensors that may be sharded (DTensor): local parts, and filling them from a whole."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 class Whole(Protocol):
-    """A whole tensor of which parts can be taken, in memory or in a file (safetensors' slices)."""
+    """A whole tensor that can be sliced, in memory or in a file (safetensors slices)."""
 
     def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 def part_of(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor; it shares its memory."""
+    """This process's part of a tensor; it shares the tensor's memory."""
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 @torch.no_grad()
 def copy_part(into: Tensor, whole: Whole) -> None:
-    """Fills this process's part of ``into`` with that of ``whole``; nothing else of it is read."""
+    """Fills this process's part of ``into`` from ``whole``, of which only that part is read."""
     part, place = part_of(into), tuple(slice(0, size) for size in into.shape)
     if isinstance(into, DTensor):
         shape, offset = compute_local_shape_and_global_offset(

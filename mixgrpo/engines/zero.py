@@ -1,7 +1,7 @@
-"""ZeRO (DeepSpeed): the optimizer and gradients are sharded (stage 2), the weights too (stage 3).
+"""ZeRO (DeepSpeed): shards optimizer state and gradients (stage 2) and also weights (stage 3).
 
-Weights are float32 and computed with by autocast. Where its dtype is bfloat16, DeepSpeed gathers
-the matrices' weights and sums their gradients in it.
+Weights are float32, and computation uses autocast. If the autocast dtype is bfloat16, DeepSpeed
+gathers the weight matrices and sums their gradients in bfloat16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mixgrpo.engines.zero_setup import (
     settings,
 )
 
-_HELD = -1  # in a weight's list of modules that use it: this engine does
+_HELD = -1  # marks a weight as used by this engine in its list of modules that use it
 
 
 class Zero(Processes):
@@ -53,7 +53,7 @@ class Zero(Processes):
         self.groups = [[names[id(p)] for p in g["params"]] for g in torch_optimizer.param_groups]
         self.module = initialize(network.module, self.settings, optimizer=torch_optimizer)
         self.optimizer = self.module.optimizer
-        self._open: ExitStack | None = None  # while an optimizer step's gradients are collected
+        self._open: ExitStack | None = None  # set while gradients of an optimizer step accumulate
 
     @property
     def shards(self) -> list[Tensor]:
@@ -62,7 +62,7 @@ class Zero(Processes):
         return list(self.optimizer.single_partition_of_fp32_groups)
 
     def refresh(self) -> None:
-        """Brings the optimizer's float32 weights to the module."""
+        """Copies the optimizer's float32 weights to the module."""
         if self.knobs.zero_stage == 2:
             self.optimizer.update_lp_params()
             return
@@ -85,11 +85,11 @@ class Zero(Processes):
         if self.knobs.zero_stage == 2 or self.knobs.gather == "evaluation":
             yield
             return
-        # Parameters, to which DeepSpeed has given further attributes.
+        # Parameters, to which DeepSpeed has added attributes.
         held: list[Any] = [p for module in self.sharded for p in module.parameters()]
-        # Not zero.GatheredParameters, which gathers float32 where this takes the products' dtype.
+        # Not zero.GatheredParameters, which gathers float32 instead of the dtype of the products.
         held[0].all_gather_coalesced(held).wait()
-        for parameter in held:  # else each would be given up after its first use
+        for parameter in held:  # otherwise each would be released after its first use
             parameter.ds_active_sub_modules.add(_HELD)
         try:
             yield
@@ -118,13 +118,13 @@ class Zero(Processes):
     def clip_gradients(self, max_norm: float) -> Tensor:
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        self.optimizer.clip_grad = max_norm  # done in its step
+        self.optimizer.clip_grad = max_norm  # the optimizer clips in its step
         if self.knobs.zero_stage == 3:
             norm = combine_grad_norm_groups(self.optimizer._get_norm_groups())
         else:
             norm = self.optimizer.scaled_global_norm()
         norm = torch.as_tensor(norm, device=self.device)
-        return torch.where(norm < 0, torch.nan, norm)  # -1 is its word for not finite
+        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed returns -1 if it is not finite
 
     def step(self) -> None:
         self.module.set_gradient_accumulation_boundary(True)
@@ -208,7 +208,7 @@ class Zero(Processes):
     # ---- one whole tensor at a time
 
     def _owned(self) -> Iterator[tuple[int, str, nn.Parameter]]:
-        """The rank that keeps the whole of a trained weight in ``state``, its name, the weight."""
+        """Each trained weight with its name and the rank that holds all of it in ``state``."""
         for index, (name, parameter) in enumerate(self.trained.items()):
             yield index % self.world_size, name, parameter
 
@@ -219,7 +219,7 @@ class Zero(Processes):
                 yield name, value.reshape(_shape(parameter)).to("cpu", copy=True)
 
     def _distribute(self, values: dict[str, Tensor], key: str | None) -> None:
-        """Sets weights (no key), or their optimizer state of this name, from ``state``'s parts."""
+        """Sets the weights (``key`` None) or the optimizer state ``key`` from their owners."""
         for owner, name, parameter in self._owned():
             value = values[name] if owner == self.rank else torch.empty(_shape(parameter))
             value = value.to(self.device)
@@ -235,7 +235,7 @@ class Zero(Processes):
             else:
                 utils.safe_set_full_optimizer_state(parameter, value, key)
             return
-        # Its counterpart for stage 3 does not know that the last part may be padded.
+        # DeepSpeed's counterpart for stage 3 does not handle padding of the last part.
         size = parameter.ds_tensor.numel()
         padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
         part = padded[self.rank * size :][:size]

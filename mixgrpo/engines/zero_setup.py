@@ -1,4 +1,4 @@
-"""DeepSpeed set up: its configuration, and modules handed to it."""
+"""DeepSpeed setup: its configuration, and the initialisation of modules."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mixgrpo.engines.shards import copy_part
 
 
 def settings(knobs: EngineConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+    """The configuration that is passed to DeepSpeed."""
     return {
-        "train_micro_batch_size_per_gpu": 1,  # micro-batches are made here, not by DeepSpeed
+        "train_micro_batch_size_per_gpu": 1,  # micro-batches are formed here, not by DeepSpeed
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
@@ -38,13 +38,13 @@ def settings(knobs: EngineConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed for this device; it talks only of what is wrong, and compiles nothing."""
+    """Imports DeepSpeed for this device; it logs warnings only and compiles nothing."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
     if device.type == "cpu":
-        # It would try compilers, then compile collectives of its own; gloo's do.
+        # It would probe compilers and compile its own collectives; gloo's are sufficient.
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed
 
@@ -56,11 +56,11 @@ def initialize(module: nn.Module, config: dict[str, Any], **more: Any) -> Any:
 
 
 def partition(network: Network, config: dict[str, Any], device: torch.device) -> None:
-    """Reads, block by block, what has no memory yet, and leaves each process its part."""
+    """Loads weights that are on the meta device block by block, and partitions them."""
     import deepspeed
 
     if network.stored is None:
-        return  # DeepSpeed partitions what is there
+        return  # DeepSpeed partitions weights that are already in memory
     for part in chain(network.blocks, [network.module]):
         fresh = []
         for module in part.modules():
@@ -77,7 +77,7 @@ def partition(network: Network, config: dict[str, Any], device: torch.device) ->
 
 @contextmanager
 def no_learning(optimizer: Optimizer) -> Iterator[None]:
-    """Inside, a step without gradients changes no weight."""
+    """Context in which an optimizer step with zero gradients changes no weight."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
