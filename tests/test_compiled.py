@@ -158,7 +158,7 @@ def test_nothing_is_compiled_unless_it_is_asked_for(world: Any) -> None:
 
 
 def test_a_backend_that_is_not_usable_is_named() -> None:
-    with pytest.raises(ValueError, match=r"model.attention is 'flash', which is not usable here"):
+    with pytest.raises(ValueError, match=r"model.attention is 'flash', which cannot be used here"):
         speed_up(make_policy().module, ModelConfig(attention="flash"))
 
 

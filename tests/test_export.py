@@ -155,7 +155,9 @@ def test_where_there_is_no_checkpoint(refused, tmp_path):
 
 
 def test_an_average_that_was_not_kept(refused, lora_run):
-    assert "holds no average: its run kept none; leave --ema out" in refused(str(lora_run), "--ema")
+    assert "holds no average, because its run kept none; leave out --ema" in refused(
+        str(lora_run), "--ema"
+    )
 
 
 def test_damage(refused, straight, tmp_path):

@@ -617,20 +617,20 @@ Q = "transformer.transformer_blocks.0.attn.to_q"
         ),
         (
             lambda s: s.update({f"{Q}.lora_A.weight": torch.ones(2, 3072)}),
-            f"{Q}.lora_A.weight is [2, 3072], the model and the other half ask for [2, 128]",
+            f"{Q}.lora_A.weight is [2, 3072], but the model and the other half need [2, 128]",
         ),
         (
             lambda s: s.update({f"{Q}.lora_A.weight": torch.ones(4, 128)}),
-            f"{Q}.lora_A.weight is [4, 128], the model and the other half ask for [2, 128]",
+            f"{Q}.lora_A.weight is [4, 128], but the model and the other half need [2, 128]",
         ),
         (
             lambda s: s.update({f"{Q}.lora_B.weight": torch.ones(3072, 2)}),
-            f"{Q}.lora_B.weight is [3072, 2], the model's layer has 128 outputs",
+            f"{Q}.lora_B.weight is [3072, 2], but the model's layer has 128 outputs",
         ),
-        (lambda s: s.pop(f"{Q}.lora_B.weight"), f"{Q}.lora_A.weight lacks its other half"),
+        (lambda s: s.pop(f"{Q}.lora_B.weight"), f"the other half of {Q}.lora_A.weight is missing"),
         (
             lambda s: s.update({"text_encoder.q.lora_A.weight": torch.ones(2, 4)}),
-            "text_encoder.q.lora_A.weight changes something else than the transformer",
+            "text_encoder.q.lora_A.weight changes something other than the transformer",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Model families: what a policy must offer to be sampled, trained and saved."""
+"""Model families: the interface of a policy that can be sampled, trained and saved."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mixgrpo.types import TextEmbedding, Velocity
 
 
 class Text(Protocol):
-    """Where embeddings come from: text encoders, or a folder of stored ones."""
+    """A source of text embeddings: text encoders, or a folder of stored embeddings."""
 
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         """Embeddings of N prompts, on the policy's device."""
         ...
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        """How many of the prompts are longer than the text encoder takes."""
+        """How many of the prompts exceed the length that the text encoder accepts."""
         ...
 
 
@@ -36,10 +36,10 @@ class Policy(Text, Protocol):
 
     Attributes:
         module: the trained network; an engine may wrap it.
-        latent_shape: (S, C) of one picture's latent.
-        compute_dtype: of the network's matrix products.
-        stored: if the network was loaded without memory (on the meta device), its weights by name,
-            of which parts can be read like a tensor's.
+        latent_shape: (S, C) of one image's latent.
+        compute_dtype: dtype of the network's matrix products.
+        stored: if the network is on the meta device, its weights by name, which can be sliced like
+            tensors.
     """
 
     module: nn.Module
@@ -48,19 +48,19 @@ class Policy(Text, Protocol):
     stored: Mapping[str, Any] | None
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
-        """The parts of the network, or of a copy, that are evaluated one after the other."""
+        """The blocks of the network, or of a copy of it, in the order of evaluation."""
         ...
 
     def velocity(self, module: nn.Module) -> Velocity:
-        """The velocity through ``module``: the policy's own, wrapped by an engine, or a copy."""
+        """The velocity predicted by ``module``: the policy's own, a wrapped module, or a copy."""
         ...
 
     def untrained(self) -> nn.Module | None:
-        """A frozen copy of the network; None where adapters can be switched off instead."""
+        """A frozen copy of the network; None if adapters can be switched off instead."""
         ...
 
     def without_adapters(self, module: nn.Module) -> Velocity:
-        """The velocity through ``module`` of the model beside which the adapters are trained."""
+        """The velocity predicted by ``module`` with its adapters switched off."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

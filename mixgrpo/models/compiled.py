@@ -1,4 +1,4 @@
-"""Compiling a transformer's repeated blocks, such that rollout and update run the same code."""
+"""Compiles a transformer's repeated blocks so that rollout and update run the same code."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Graphs of one kind of block: one for each batch size, times two where adapters are switched off.
+# Limit on graphs per block type: one per batch size, twice as many if adapters are switched off.
 _GRAPHS = 64
 
 
 def compile_blocks(transformer: Any, backend: str | Callable[..., Any]) -> None:
-    """Compiles the blocks of a diffusers transformer in place; those of a kind share their code.
+    """Compiles the blocks of a diffusers transformer in place; blocks of a type share their code.
 
-    A graph is compiled for static shapes, at the first evaluation of each batch size. With and
-    without gradients a compiler makes different code of one function, which rounds differently:
-    the policy's ratio would not be 1 where it has not changed. So blocks always run the code that
-    keeps what a backward pass needs; without gradients that is given up after each block.
+    A graph is compiled for static shapes, at the first evaluation of each batch size. A compiler
+    generates different code with and without gradients, which rounds differently: the ratio of an
+    unchanged policy would not be 1. Blocks therefore always run the code that saves activations for
+    the backward pass; without gradients these are freed after each block.
     """
-    # One code serves all blocks, and all batch sizes count against one limit.
+    # The code is shared by all blocks, and all batch sizes count against the same limit.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     forwards: dict[type, Callable[..., Any]] = {}
     for block in repeated_blocks(transformer):
@@ -34,7 +34,7 @@ def compile_blocks(transformer: Any, backend: str | Callable[..., Any]) -> None:
 
 
 def repeated_blocks(transformer: Any) -> Iterator[nn.Module]:
-    """The modules that diffusers names as repeated."""
+    """The modules whose types diffusers lists as repeated blocks."""
     kinds = transformer._repeated_blocks
     return (module for module in transformer.modules() if type(module).__name__ in kinds)
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to what other programs load, by one process, whatever engine saved it."""
+"""Exports a checkpoint, saved by any engine, to a format that other programs load."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from mixgrpo.models.registry import EXPORTERS
 
 
 def export(checkpoint: Path, folder: Path, part: str = "model", model: str = "") -> None:
-    """Writes a pipeline folder (full training), or a LoRA's file; no tensor but one is held.
+    """Writes a pipeline folder (full training) or a LoRA file; holds one tensor at a time.
 
     Args:
-        part: ``model``, or ``ema`` for their average.
-        model: where the model is that was trained, if not where it was then.
+        part: ``model`` for the trained weights, or ``ema`` for their average.
+        model: path of the base model, if it has moved since the training.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or something could not be written.
-        FileNotFoundError, ValueError: there is no average; the model that was trained is gone.
+        CheckpointError: if the checkpoint is damaged, or a file could not be written.
+        FileNotFoundError, ValueError: if there is no average, or the base model is missing.
     """
     saved = open_saved(checkpoint)
     verify(saved, saved.files_of(part))
     shards = Shards(checkpoint)
     shapes = shards.shapes(part)
     if not shapes:
-        raise ValueError(f"{checkpoint} holds no average: its run kept none; leave --ema out")
+        raise ValueError(
+            f"{checkpoint} holds no average, because its run kept none; leave out --ema"
+        )
     config = model_config(saved.position.config)
     if model:
         config = replace(config, path=model)
@@ -42,23 +44,23 @@ def export(checkpoint: Path, folder: Path, part: str = "model", model: str = "")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the trained model {folder} could not be written ({error}); its checkpoint is "
-            f"{checkpoint}; free some disk space, then --run.resume true writes the model, as does "
+            f"{checkpoint}: free some disk space, then write the model with --run.resume true or "
             f"`python -m mixgrpo export {checkpoint} --output FOLDER`"
         ) from error
 
 
 def model_config(flat: Mapping[str, Any]) -> ModelConfig:
-    """The model's knobs out of a saved configuration, dotted path -> value."""
+    """The model's knobs in a saved configuration, which maps dotted paths to values."""
     names = [field.name for field in fields(ModelConfig)]
     return ModelConfig(**{n: flat[f"model.{n}"] for n in names if f"model.{n}" in flat})
 
 
 def find_checkpoint(source: Path) -> Path:
-    """A checkpoint's folder, from itself or from the run that it is the newest of.
+    """Returns ``source`` if it is a checkpoint, else the newest checkpoint of the run ``source``.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: the run's ``latest`` names one that is gone.
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if the run's ``latest`` names a checkpoint that does not exist.
     """
     if (source / "state.json").is_file():
         return source

@@ -1,4 +1,4 @@
-"""FLUX from a diffusers pipeline folder: velocity, decoding, adapters."""
+"""The FLUX policy, from a diffusers pipeline folder: velocity, decoding and adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS = ("transformer", "vae", *TEXT_PARTS, "scheduler")
 _BLOCKS = r"(single_)?transformer_blocks\.\d+\."
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
-# Whole-path patterns: the bare name "proj_out" would also catch the model's output layer.
+# Patterns of full paths: the bare name "proj_out" would also match the model's output layer.
 LORA_TARGETS = {
     "attention": f"{_BLOCKS}({_ATTENTION})",
     "all": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",
@@ -35,8 +35,8 @@ LORA_TARGETS = {
 class Flux:
     """The FLUX policy; see ``mixgrpo.models.Policy``.
 
-    Trained weights are float32, or bfloat16 if ``config.weights`` says so, and computed with in
-    ``compute_dtype`` by autocast; frozen weights are stored in ``compute_dtype``.
+    Trained weights are float32, or bfloat16 if ``config.weights`` asks for it, and autocast
+    computes in ``compute_dtype``; frozen weights are stored in ``compute_dtype``.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class Flux:
         stored: Text | None = None,
         empty: bool = False,
     ) -> Flux:
-        """Loads a pipeline folder and makes the wanted weights trainable.
+        """Loads a pipeline folder and makes the weights chosen by ``config.train`` trainable.
 
         Args:
             text_placement: where the text encoders are kept; see ``FluxText``.
-            stored: takes the text encoders' place; then they are not loaded.
-            empty: leaves the transformer without memory (on the meta device), to be filled from
-                ``stored`` by whoever shards it.
+            stored: stored embeddings that replace the text encoders, which are then not loaded.
+            empty: leaves the transformer on the meta device; the engine that shards it loads the
+                weights from the policy's ``stored``.
 
         Raises:
-            FileNotFoundError: the folder or one of its parts is missing.
-            ValueError: a part is damaged.
+            FileNotFoundError: if the folder or one of its parts is missing.
+            ValueError: if a part is damaged.
         """
         require_parts(config.path, PARTS)
         compute = getattr(torch, config.compute_dtype)
@@ -104,10 +104,10 @@ class Flux:
 
     @classmethod
     def frozen(cls, config: ModelConfig, device: torch.device) -> Flux:
-        """Loads a pipeline folder to sample from it: every weight in ``compute_dtype``.
+        """Loads a pipeline folder for sampling, with all weights in ``compute_dtype``.
 
         Raises:
-            FileNotFoundError: the folder or one of its parts is missing.
+            FileNotFoundError: if the folder or one of its parts is missing.
         """
         require_parts(config.path, PARTS)
         dtypes = {"default": getattr(torch, config.compute_dtype)}
@@ -203,7 +203,7 @@ class Flux:
 
 
 def _recompute(chosen: Sequence[nn.Module]) -> Callable[..., Any]:
-    """Runs a block of diffusers' models; the activations of the chosen ones are not kept."""
+    """A function that runs a block of a diffusers model, and recomputes the chosen ones."""
     identities = {id(block) for block in chosen}
 
     def run(block: nn.Module, *inputs: Any) -> Any:
@@ -215,15 +215,15 @@ def _recompute(chosen: Sequence[nn.Module]) -> Callable[..., Any]:
 
 
 def trained_dtype(config: ModelConfig) -> torch.dtype:
-    """What trained weights are stored in."""
+    """The dtype in which trained weights are stored."""
     return torch.float32 if config.weights == "float32" else torch.bfloat16
 
 
 def speed_up(transformer: Any, config: ModelConfig) -> None:
-    """Sets the knobs that only speed depends on.
+    """Applies the knobs that affect only speed.
 
     Raises:
-        ValueError: an attention backend or the compiler is not usable here.
+        ValueError: if the attention backend cannot be used here.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     if config.attention != "native":
@@ -231,7 +231,7 @@ def speed_up(transformer: Any, config: ModelConfig) -> None:
             transformer.set_attention_backend(config.attention)
         except (RuntimeError, ImportError, ValueError) as error:
             raise ValueError(
-                f"model.attention is {config.attention!r}, which is not usable here "
+                f"model.attention is {config.attention!r}, which cannot be used here "
                 f"({str(error).splitlines()[0]}); install its package, or set "
                 "--model.attention native"
             ) from error
@@ -239,9 +239,9 @@ def speed_up(transformer: Any, config: ModelConfig) -> None:
         compile_blocks(transformer, config.compile)
 
 
-# diffusers casts sigma and guidance to the activations' dtype before it embeds them: in bfloat16
-# sigma would keep 8 bits. These two hooks hand the exact values on to the embedding. They are
-# functions, not methods, so that a copied module takes them along.
+# diffusers casts sigma and guidance to the dtype of the activations before embedding them; in
+# bfloat16, sigma would keep only 8 bits. These two hooks pass the exact values to the embedding.
+# They are functions, not methods, so that they are copied with the module.
 
 
 def _note_times(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

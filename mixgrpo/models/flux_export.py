@@ -1,4 +1,4 @@
-"""Trained FLUX weights as other programs load them, from tensors that come one by one."""
+"""Writes trained FLUX weights in a format that other programs load, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Read = Callable[[Iterable[str]], Iterable[Tensor]]
 def export_flux(
     folder: Path, config: ModelConfig, shapes: Mapping[str, Tensor], read: Read
 ) -> None:
-    """Full training: a pipeline folder. LoRA: ``pytorch_lora_weights.safetensors`` in it.
+    """Writes a pipeline folder (full training), or ``pytorch_lora_weights.safetensors`` (LoRA).
 
     Args:
-        shapes: of the trained weights, by the names that training gives them.
-        read: from names to these weights, on the CPU.
+        shapes: the shapes of the trained weights, by their names in training.
+        read: reads the weights with these names, on the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: the model that was trained is gone, or it is another.
-        OSError, SafetensorError: something could not be written.
+        FileNotFoundError, ValueError: if the base model is missing, or is a different model.
+        OSError, SafetensorError: if a file could not be written.
     """
     if config.train == "lora":
         _export_adapters(folder, config, dict(zip(shapes, read(shapes), strict=True)))
@@ -70,12 +70,12 @@ def _export_pipeline(
     shutil.copy2(source / "model_index.json", folder / "model_index.json")
     for part in PARTS:
         if part != "transformer":
-            # No links: what is done to the copy must not reach the model it was made from.
+            # Copied, not linked: changes to the copy must not affect the base model.
             shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
 
 
 def _write_index(source: Path, folder: Path, shapes: Mapping[str, Tensor]) -> None:
-    """The weights may have another dtype than the model's that they were trained from."""
+    """Copies the index with a new total size: the dtype may differ from the base model's."""
     index = source / f"{NAME}.index.json"
     if not index.exists():
         return

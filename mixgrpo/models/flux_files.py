@@ -1,4 +1,4 @@
-"""A FLUX folder's weight files against what its configurations ask for; nothing is loaded."""
+"""Checks a FLUX folder's weight files against its configurations, without loading them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes
 from mixgrpo.models.flux_text import quiet
 
-_TEXT_NAME = "model.safetensors"  # as transformers names a model's weights
-_PREFIX = "text_model."  # of CLIP's names in files that older versions wrote
+_TEXT_NAME = "model.safetensors"  # transformers' name of a weight file
+_PREFIX = "text_model."  # prefix of CLIP's weight names in files written by older versions
 WEIGHTED = {
     "transformer": (FluxTransformer2DModel, None),
     "vae": (AutoencoderKL, None),
@@ -25,28 +25,28 @@ WEIGHTED = {
 
 
 def check_part(folder: Path) -> tuple[list[Path], int]:
-    """The weight files of one part of a pipeline folder, and how many weights they hold.
+    """Returns the weight files of one part of a pipeline folder, and their number of weights.
 
     Raises:
-        FileNotFoundError: one of them is missing.
-        ValueError: one is damaged, or a name or size is not what the part's config.json asks for.
+        FileNotFoundError: if one of the files is missing.
+        ValueError: if one is damaged, or a name or shape does not match the part's config.json.
     """
     files = find_weights(folder)
     own, names = _asked_for(folder)
     found = {_as_loaded(name, own): shape for name, shape in read_shapes(files).items()}
     found = {name: shape for name, shape in found.items() if not name.endswith("position_ids")}
-    # A tensor with two names lies in the file under either, or both.
+    # A tensor with two names is in the file under either of them, or both.
     twins = {name: found[other] for name, other in names.items() if other in found}
     check_fits(own, {**twins, **found}, folder)
     return files, sum(weight.numel() for weight in found.values())
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a part.
+    """Returns the safetensors files of a part.
 
     Raises:
-        FileNotFoundError: there are none, or one that the index names is missing.
-        ValueError: the index is no index.
+        FileNotFoundError: if there are none, or one that the index names is missing.
+        ValueError: if the index is malformed.
     """
     name = NAME if folder.name in ("transformer", "vae") else _TEXT_NAME
     index = folder / f"{name}.index.json"
@@ -54,7 +54,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def _asked_for(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """Names and sizes of the part's module, and the names that share their tensor with others."""
+    """The state dict of the part's module (meta device), and for shared tensors the other name."""
     kind, settings = WEIGHTED[folder.name]
     kind, settings = _any(kind), _any(settings)
     try:
@@ -65,7 +65,9 @@ def _asked_for(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
                 module = kind(settings.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / 'config.json'} makes no model ({reason})") from error
+        raise ValueError(
+            f"no model can be created from {folder / 'config.json'} ({reason})"
+        ) from error
     named = dict(module.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = {}
     for name, parameter in named.items():

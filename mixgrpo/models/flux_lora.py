@@ -1,4 +1,4 @@
-"""LoRA files for a FLUX transformer that is only sampled from: read, checked, attached."""
+"""Reads, checks and attaches LoRA files for a FLUX transformer that is only sampled from."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NAME = "tuned"
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters as diffusers takes them.
+    """Adapters in the format that diffusers expects.
 
     Attributes:
         state: ``transformer.MODULE.lora_A.weight`` [rank, in] and ``lora_B.weight`` [out, rank].
-        alphas: scales of single modules, for files that hold them beside the weights.
-        metadata: the adapters' configuration, for files that hold one.
+        alphas: scales of individual modules, if the file stores them with the weights.
+        metadata: the configuration of the adapters, if the file stores one.
         path: the file.
     """
 
@@ -34,26 +34,26 @@ class Lora:
 
 
 def read_lora(path: Path) -> Lora:
-    """A LoRA from a file in diffusers' form, or in one of those that diffusers converts.
+    """Reads a LoRA from a file in diffusers' format, or in a format that diffusers converts.
 
     Raises:
-        ValueError: the keys are not those of a LoRA for FLUX.
+        ValueError: if the keys are not those of a LoRA for FLUX.
     """
     try:
         state, alphas, metadata = FluxPipeline.lora_state_dict(
             str(path.parent), weight_name=path.name, return_alphas=True, return_lora_metadata=True
         )
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"{path} is no LoRA for a FLUX transformer: {error}") from error
+        raise ValueError(f"{path} is not a LoRA for a FLUX transformer: {error}") from error
     return Lora(state, None if metadata else alphas, metadata or None, path)
 
 
 def lora_of_run(weights: Mapping[str, Tensor], training: Mapping[str, Any], path: Path) -> Lora:
-    """A LoRA from the weights of a run's checkpoint, which are named as the training names them.
+    """Makes a LoRA from the weights of a run's checkpoint, which have their names in training.
 
     Args:
         training: the configuration of the run, dotted path -> value.
-        path: of the checkpoint, for messages.
+        path: the path of the checkpoint, for messages.
     """
     state = {_PREFIX + key.replace(".default.weight", ".weight"): w for key, w in weights.items()}
     knobs = {
@@ -65,13 +65,13 @@ def lora_of_run(weights: Mapping[str, Tensor], training: Mapping[str, Any], path
 
 
 def attach_lora(transformer: Any, lora: Lora, scale: float) -> None:
-    """Puts the adapters beside the transformer's layers, in float32, switched on.
+    """Attaches the adapters to the transformer's layers, in float32, and activates them.
 
     Args:
-        scale: multiplies what the adapters add.
+        scale: factor on the adapters' outputs.
 
     Raises:
-        ValueError: they are another model's; the message names the first that does not fit.
+        ValueError: if they belong to another model; the message names the first that does not fit.
     """
     for complaint in _complaints(lora.state, dict(transformer.named_modules())):
         raise ValueError(f"{lora.path} is a LoRA for another model: {complaint}")
@@ -90,7 +90,7 @@ def attach_lora(transformer: Any, lora: Lora, scale: float) -> None:
 
 
 def without_casts(transformer: nn.Module) -> None:
-    """Autocast takes a layer's inputs to the dtype of its products; adapters need not before it."""
+    """Turns off the adapters' own input casts, which autocast makes unnecessary."""
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
@@ -98,10 +98,10 @@ def without_casts(transformer: nn.Module) -> None:
 
 @contextlib.contextmanager
 def switched_off(transformer: nn.Module) -> Iterator[None]:
-    """Inside, the adapters add nothing.
+    """Context in which the adapters are switched off.
 
-    The libraries' own switch would freeze their weights too, which an engine that shards or wraps
-    them must not see changing.
+    The libraries' own switch would also freeze the adapters' weights, which must not change under
+    an engine that shards or wraps them.
     """
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
@@ -116,15 +116,15 @@ def switched_off(transformer: nn.Module) -> Iterator[None]:
 def _complaints(state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> Iterator[str]:
     for key, weight in state.items():
         if not key.startswith(_PREFIX):
-            yield f"{key} changes something else than the transformer"
+            yield f"{key} changes something other than the transformer"
         module, _, half = key.removeprefix(_PREFIX).partition(".lora_")
         if half not in ("A.weight", "B.weight"):
-            yield f"{key} is no adapter's weight"
+            yield f"{key} is not a weight of an adapter"
         if module not in modules:
             yield f"it changes {module}, which the model does not have"
         other = state.get(f"{_PREFIX}{module}.lora_{'B' if half[0] == 'A' else 'A'}.weight")
         if other is None:
-            yield f"{key} lacks its other half"
+            yield f"the other half of {key} is missing"
         else:
             yield from _shape_complaints(key, half[0], weight, other, modules[module])
 
@@ -132,13 +132,13 @@ def _complaints(state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -
 def _shape_complaints(
     key: str, half: str, weight: Tensor, other: Tensor, layer: nn.Module
 ) -> Iterator[str]:
-    """``lora_A`` is [rank, in] and ``lora_B`` [out, rank] beside a layer of [out, in]."""
+    """``lora_A`` must be [rank, in] and ``lora_B`` [out, rank] for a layer of shape [out, in]."""
     own = getattr(layer, "weight", None)
     if own is None or own.ndim != 2:
-        yield f"{key} belongs to no linear layer"
+        yield f"{key} does not belong to a linear layer"
     elif half == "A":
         wanted = [other.shape[-1], own.shape[1]]
         if list(weight.shape) != wanted:
-            yield f"{key} is {list(weight.shape)}, the model and the other half ask for {wanted}"
+            yield f"{key} is {list(weight.shape)}, but the model and the other half need {wanted}"
     elif weight.shape[0] != own.shape[0]:
-        yield f"{key} is {list(weight.shape)}, the model's layer has {own.shape[0]} outputs"
+        yield f"{key} is {list(weight.shape)}, but the model's layer has {own.shape[0]} outputs"

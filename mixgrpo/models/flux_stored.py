@@ -1,4 +1,4 @@
-"""A FLUX transformer without memory, and its weights as they lie on the disk, read in parts."""
+"""A FLUX transformer on the meta device, and access to slices of its weights on disk."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from torch import Tensor, nn
 
 from mixgrpo.files.weight_files import check_fits, find_shards, open_slices, read_shapes
 
-_BASE = ".base_layer."  # what adapters put into the names of the layers that they are beside
+_BASE = ".base_layer."  # inserted by adapters into the names of the layers that they adapt
 
 
 def empty_transformer(path: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     """The transformer of a pipeline folder, on the meta device."""
     config = FluxTransformer2DModel.load_config(Path(path) / "transformer")
     with torch.device("meta"):
-        # Not diffusers' own `to`, which warns of dtypes for the lists that FLUX leaves empty.
+        # Not diffusers' own `to`, which warns about dtypes because FLUX leaves some lists empty.
         return nn.Module.to(FluxTransformer2DModel.from_config(config), dtype)
 
 
 class StoredFlux(Mapping[str, Any]):
-    """The weights of a transformer by their names in ``module``: in files, or adapters drawn.
+    """The weights of a transformer by their names in ``module``, read from files.
+
+    The weights of adapters are not in the files; they are initialised from the seed.
 
     Raises:
-        FileNotFoundError: there are no weights in the folder.
-        ValueError: they are damaged, or another model's.
+        FileNotFoundError: if there are no weights in the folder.
+        ValueError: if they are damaged or belong to another model.
     """
 
     def __init__(self, folder: Path, module: nn.Module, seed: int) -> None:
@@ -58,16 +60,16 @@ class StoredFlux(Mapping[str, Any]):
 
 @torch.no_grad()
 def draw_adapters(module: nn.Module, seed: int) -> None:
-    """Initialises the adapters of a module, unless it has no memory."""
+    """Initialises the adapters of a module that are not on the meta device."""
     for name, parameter in module.named_parameters():
         if _is_adapter(name) and not parameter.is_meta:
             parameter.copy_(draw_adapter(name, parameter.shape, seed))
 
 
 def draw_adapter(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """Zeros for the second half of an adapter; for the first, uniform within 1/sqrt(inputs).
+    """The initial weight: zeros for ``lora_B``, uniform in +-1/sqrt(inputs) for ``lora_A``.
 
-    A function of seed and name, so that no order and no way to load changes it.
+    It depends only on the seed and the name, not on the order or way of loading.
     """
     if ".lora_B." in name:
         return torch.zeros(shape)

@@ -1,4 +1,4 @@
-"""FLUX's text encoders: CLIP's pooled vector and T5's tokens, and what tells encoders apart."""
+"""FLUX's text encoders, CLIP (pooled vector) and T5 (tokens), and what identifies them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class FluxText:
 
     Args:
         pipeline: holds the encoders and tokenizers.
-        text_length: tokens that T5 sees.
-        device: where embeddings are wanted.
-        placement: "device" keeps the encoders there, "cpu" keeps and runs them on the CPU,
-            "offload" keeps them on the CPU and brings them to the device for each ``encode``.
+        text_length: number of tokens of T5's input.
+        device: where the embeddings are needed.
+        placement: "device" keeps the encoders on the device, "cpu" keeps and runs them on the CPU,
+            "offload" keeps them on the CPU and copies them to the device for each ``encode``.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class FluxText:
 
     @classmethod
     def load(cls, config: ModelConfig, device: torch.device) -> FluxText:
-        """The encoders alone, without the rest of the model.
+        """Loads only the encoders, without the rest of the model.
 
         Raises:
-            FileNotFoundError: one of them, or the folder, is missing.
+            FileNotFoundError: if the folder or one of the encoders is missing.
         """
         require_parts(config.path, TEXT_PARTS)
         dtypes = {"default": getattr(torch, config.compute_dtype)}
@@ -60,10 +60,10 @@ class FluxText:
 
     @staticmethod
     def identify(config: ModelConfig) -> dict[str, str | int]:
-        """What decides a prompt's embedding: the encoders' and tokenizers' files, length, dtype.
+        """Everything that embeddings depend on: digests of encoders and tokenizers, length, dtype.
 
         Raises:
-            FileNotFoundError: a part or the folder is missing.
+            FileNotFoundError: if the folder or a part is missing.
         """
         parts = require_parts(config.path, TEXT_PARTS)
         digests = {part.name: fingerprint(part) for part in parts}
@@ -71,16 +71,16 @@ class FluxText:
 
     @staticmethod
     def bytes_per_prompt(config: ModelConfig) -> int:
-        """Size of one prompt's embedding."""
+        """Size of one prompt's embedding, in bytes."""
         pooled = _read_size(config, "text_encoder", "hidden_size")
         values = config.text_length * _read_size(config, "text_encoder_2", "d_model") + pooled
         return values * getattr(torch, config.compute_dtype).itemsize
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
-        # Each prompt for itself: kernels round by the shape of their batch, and an embedding must
-        # depend neither on the number of processes nor on where and when it was computed. T5 pads
-        # every prompt to text_length tokens, which fills a GPU without a batch.
+        # Prompts are encoded one at a time: rounding depends on the batch shape, and an embedding
+        # must depend neither on the number of processes nor on where and when it was computed. T5
+        # pads every prompt to text_length tokens, which keeps a GPU busy without batching.
         with quiet(), self._at_hand():  # diffusers would warn about each truncated prompt
             each = [self._encode_one(prompt) for prompt in prompts]
         return TextEmbedding(
@@ -102,7 +102,10 @@ class FluxText:
 
     @contextlib.contextmanager
     def _at_hand(self) -> Iterator[None]:
-        """Frozen weights need no way back: the CPU keeps its own, the device's are dropped."""
+        """Context with the encoders where they run; "offload" drops the device copies afterwards.
+
+        The weights are frozen, so they need not be copied back to the CPU.
+        """
         pipeline, own = self.pipeline, (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
         try:
             if self.placement == "offload":
@@ -119,13 +122,15 @@ def _read_size(config: ModelConfig, part: str, key: str) -> int:
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))[key])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as a text encoder's: fetch it again") from error
+        raise ValueError(
+            f"{path} cannot be read as a text encoder's configuration; fetch it again"
+        ) from error
 
 
 def _copy_on(module: nn.Module, device: torch.device) -> nn.Module:
-    """A copy whose tensors are on the device; shared ones stay shared."""
+    """A copy whose tensors are on the device; shared tensors stay shared."""
     tensors = chain(module.parameters(), module.buffers())
-    # What deepcopy finds in its memo it takes for copied already.
+    # deepcopy takes objects in its memo as already copied.
     return copy.deepcopy(module, {id(tensor): _on(tensor, device) for tensor in tensors})
 
 
@@ -136,10 +141,10 @@ def _on(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def require_parts(path: str, parts: Sequence[str]) -> list[Path]:
-    """The named parts of a pipeline folder.
+    """Returns the paths of the named parts of a pipeline folder.
 
     Raises:
-        FileNotFoundError: the folder or one of the parts is missing.
+        FileNotFoundError: if the folder or one of the parts is missing.
     """
     folder = Path(path)
     for part in ("", "model_index.json", *parts):
@@ -154,10 +159,10 @@ def require_parts(path: str, parts: Sequence[str]) -> list[Path]:
 def open_pipeline(
     path: str, dtypes: dict[str, torch.dtype], without: Sequence[str], **given: Any
 ) -> FluxPipeline:
-    """Loads a pipeline folder but for the parts that are not wanted, or are given.
+    """Loads a pipeline folder except for the parts ``without``, and those that are ``given``.
 
     Raises:
-        OSError, ValueError: a part is damaged.
+        ValueError: if a part is damaged.
     """
     try:
         with quiet():
@@ -167,13 +172,14 @@ def open_pipeline(
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"model.path is {path!r}, of which a part cannot be read ({reason}): fetch it again"
+            f"a part of the model in {path!r} (model.path) cannot be read ({reason}); fetch it "
+            "again"
         ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' warnings and progress bars."""
+    """Context without the warnings and progress bars of diffusers and transformers."""
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
     for library in libraries:

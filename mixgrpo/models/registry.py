@@ -1,4 +1,4 @@
-"""The model families by name: how each is loaded, how it encodes text, how it is exported."""
+"""The registry of model families: their policies, text encoders and exporters by name."""
 
 from __future__ import annotations
 
