@@ -359,7 +359,7 @@ def test_a_reward_that_fails_is_nan_where_it_fails_and_tried_again(base, tmp_pat
 
 
 def test_no_reward_that_works_is_an_error(base, tmp_path):
-    with pytest.raises(RewardError, match="no reward could score any picture"):
+    with pytest.raises(RewardError, match="no reward could score any image"):
         run([base], tmp_path, {"dead": RewardConfig("tiny_world:broken")})
 
 
@@ -402,23 +402,25 @@ def test_unreadable_pictures_are_named_counted_and_left_out(base, tuned, tmp_pat
     found = run([base, tuned], tmp_path / "out")
     faults = {file.name: fault for file, fault in found.faults["tuned"].items()}
     assert faults.pop("00002_00.png").startswith("it cannot be read (")
-    assert faults == {"00000_00.png": "there is no such file", "00001_00.png": "it is no picture"}
+    assert faults == {"00000_00.png": "there is no such file", "00001_00.png": "it is not an image"}
     text = write_report(found, "base", tmp_path / "out", Bootstrap(10), Choice())
-    assert "tuned: 3 pictures could not be read and left out" in text
-    assert f"{tuned / '00001_00.png'}: it is no picture" in text
+    assert "tuned: 3 images could not be read and left out" in text
+    assert f"{tuned / '00001_00.png'}: it is not an image" in text
     assert re.search(r"counting +\| tuned .* 3/6 +\|", text)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary["manifests"]["tuned"]["unreadable"]) == 3
     (row,) = [r for r in summary["rows"] if r["manifest"] == "tuned"]
     assert (row["scored"], row["pictures"], row["pairs"]) == (3, 6, 3)
     assert row["mean"]["value"] == pytest.approx((2 + 12 + 22) / 3)
-    assert "it is no picture" in (tmp_path / "out" / "gallery.html").read_text()
+    assert "it is not an image" in (tmp_path / "out" / "gallery.html").read_text()
 
 
 def test_no_readable_picture_is_an_error(base, tmp_path):
     for file in base.glob("*.png"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"none of the manifests' 6 .*00000_00.png: there is no"):
+    with pytest.raises(
+        ValueError, match=r"none of the 6 images in the manifests .*00000_00.png: there is no"
+    ):
         run([base], tmp_path)
 
 
@@ -602,11 +604,11 @@ def picture(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", ["is not JSON", "sample the pictures again"]),
-        (b"\xff\xfe\x00", ["is not JSON"]),
-        ("[]", ["is no manifest"]),
-        ({}, ["is no manifest"]),
-        ({"version": 2, "images": [picture()]}, ["version 2", "known is 1"]),
+        ("{", ["is not valid JSON", "sample the images again"]),
+        (b"\xff\xfe\x00", ["is not valid JSON"]),
+        ("[]", ["is not a manifest"]),
+        ({}, ["is not a manifest"]),
+        ({"version": 2, "images": [picture()]}, ["version 2", "only version 1 is supported"]),
         ({"images": [picture()]}, ["version None"]),
         ({"version": 1, "images": []}, ["lists no images"]),
         ({"version": 1, "images": ["a.png"]}, ["`index` of images[0]", "got None"]),
@@ -616,7 +618,7 @@ def picture(**changes: Any) -> dict[str, Any]:
         ),
         ({"version": 1, "images": [picture(sample=-1)]}, ["`sample`", "-1"]),
         ({"version": 1, "images": [picture(sample=True)]}, ["`sample`", "True"]),
-        ({"version": 1, "images": [picture(prompt=3)]}, ["`prompt`", "a text", "3"]),
+        ({"version": 1, "images": [picture(prompt=3)]}, ["`prompt`", "a string", "3"]),
         ({"version": 1, "images": [picture(), picture(file="b.png")]}, ["index 0, sample 0 twice"]),
         ({"version": 1, "images": [picture(), picture(sample=1)]}, ["'00000_00.png' twice"]),
         (

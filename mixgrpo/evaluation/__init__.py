@@ -1,1 +1,1 @@
-"""Rewards of many pictures, of several models side by side."""
+"""Evaluation: compares several models by the rewards of their images."""

@@ -1,4 +1,4 @@
-"""What scores say of one set of pictures against another: means, wins, differences, intervals."""
+"""Statistics that compare sets of images by score: means, win rates, differences, intervals."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# (index, sample) -> score; NaN where a picture could not be scored.
+# (index, sample) -> score; NaN if an image could not be scored.
 Values = Mapping[tuple[int, int], float]
 
-_CHUNK = 2**21  # numbers drawn at once
+_CHUNK = 2**21  # random numbers drawn at once
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are drawn: 95% of the resamples' means lie inside, 2.5% on either side."""
+    """Settings of the bootstrap intervals, from the 2.5% to the 97.5% quantile of the means."""
 
     resamples: int = 2000
     seed: int = 0
@@ -26,7 +26,7 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95% interval; NaN where there is nothing to estimate it from."""
+    """A mean and its 95% interval; NaN where there are no data to estimate it from."""
 
     value: float
     low: float
@@ -35,14 +35,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One reward of one manifest, and how it stands against the baseline.
+    """The scores of one manifest by one reward, and their comparison with the baseline.
 
     Attributes:
-        mean: over all scored pictures.
-        scored: pictures with a score.
-        pictures: pictures in all.
-        pairs: (index, sample) that are scored in the baseline too; 0 for the baseline itself.
-        wins: share of the pairs in which the baseline scores less; ties count half.
+        mean: mean over all scored images.
+        scored: number of images with a score.
+        pictures: total number of images.
+        pairs: number of (index, sample) that the baseline has scores for too; 0 for the baseline.
+        wins: fraction of the pairs in which the baseline scores lower; ties count half.
         difference: mean over the pairs of the score minus the baseline's.
     """
 
@@ -63,9 +63,10 @@ def compare(
     bootstrap: Bootstrap,
     prompts: Mapping[int, str] | None = None,
 ) -> list[Row]:
-    """A row for every manifest of ``values`` (name -> scores by one reward).
+    """Returns a row for every manifest in ``values`` (name -> scores by one reward).
 
-    ``prompts`` by index: a file may hold a prompt several times; see ``estimate``.
+    ``prompts`` maps indices to prompts, because a prompts file may contain a prompt several times;
+    see ``estimate``.
     """
     rows = []
     for name, own in values.items():
@@ -89,17 +90,17 @@ def compare(
 def estimate(
     values: Values, bootstrap: Bootstrap, prompts: Mapping[int, str] | None = None
 ) -> Estimate:
-    """The mean over all pictures, and its percentile bootstrap interval (Efron 1979).
+    """The mean over all images, and its percentile bootstrap interval (Efron 1979).
 
-    Pictures of one prompt are no independent witnesses, so prompts are drawn, with all of their
-    pictures. From a single prompt there is no interval. Without ``prompts``, every index is a
-    prompt of its own.
+    Images of the same prompt are not independent, so prompts are resampled, each with all of its
+    images. There is no interval for a single prompt. Without ``prompts``, every index counts as a
+    distinct prompt.
     """
     known = {key: value for key, value in values.items() if not math.isnan(value)}
     if not known:
         return Estimate(math.nan, math.nan, math.nan)
     scores = np.array(list(known.values()), np.float64)
-    # Around one of the values: equal scores then have exactly no width.
+    # Relative to one of the scores, so that the interval of equal scores has width 0 exactly.
     origin = scores[0]
     drawn = [prompts[index] if prompts else index for index, _ in known]
     distinct, place = np.unique(drawn, return_inverse=True)
@@ -112,7 +113,7 @@ def estimate(
 
 
 def _resampled_means(sums: np.ndarray, counts: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """[resamples] means over as many prompts as there are, drawn with replacement."""
+    """[resamples] means, each over prompts drawn with replacement, as many as there are."""
     generator = np.random.default_rng(bootstrap.seed)
     rows = max(1, _CHUNK // len(sums))
     means = []
@@ -124,13 +125,13 @@ def _resampled_means(sums: np.ndarray, counts: np.ndarray, bootstrap: Bootstrap)
 
 
 def differences(values: Values, baseline: Values) -> dict[tuple[int, int], float]:
-    """Value minus baseline, wherever both are known."""
+    """Value minus baseline, where both are known."""
     pairs = {key: value - baseline[key] for key, value in values.items() if key in baseline}
     return {key: difference for key, difference in pairs.items() if not math.isnan(difference)}
 
 
 def win_rate(pairs: Values) -> float:
-    """Share of the differences above zero, those of zero counted half; NaN without any."""
+    """Fraction of the differences above zero, with ties counted half; NaN if there are none."""
     if not pairs:
         return math.nan
     return sum((value > 0) + 0.5 * (value == 0) for value in pairs.values()) / len(pairs)
@@ -140,13 +141,13 @@ def pairwise_distance(features: Tensor) -> float:
     """[n, C] -> mean of 1 - cosine over the n(n-1)/2 pairs of rows; n must be at least 2."""
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     count = len(unit)
-    # The squared norm of the sum is the sum of all n^2 cosines, n of them a row's with itself.
+    # The squared norm of the sum is the sum of all n^2 cosines, n of them of a row with itself.
     cosines = unit.sum(0).square().sum() - unit.square().sum()
     return 1 - (cosines / (count * (count - 1))).item()
 
 
 def table(rows: Sequence[Row], baseline: str) -> str:
-    """The rows as a Markdown table, aligned for a terminal."""
+    """The rows as a Markdown table with aligned columns."""
     cells = table_cells(rows, baseline)
     widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(cells[0]))]
     rule = ["-" * width for width in widths]
@@ -157,7 +158,7 @@ def table(rows: Sequence[Row], baseline: str) -> str:
 
 
 def table_cells(rows: Sequence[Row], baseline: str) -> list[list[str]]:
-    """The table's texts, line by line; the first is the head."""
+    """The cells of the table, line by line; the first line is the header."""
     head = ["reward", "manifest", "mean", "95% interval", "wins", "difference", "95% interval"]
     return [[*head, "scored"], *(_cells(row, baseline) for row in rows)]
 
@@ -179,7 +180,7 @@ def _interval(estimate: Estimate, plus: bool = False) -> str:
 
 
 def number(value: float, plus: bool = False) -> str:
-    """Four places, with its sign if wanted; ``-`` for NaN."""
+    """Four decimal places, with a sign if ``plus``; ``-`` for NaN."""
     if math.isnan(value):
         return "-"
     return f"{value:+.4f}" if plus else f"{value:.4f}"

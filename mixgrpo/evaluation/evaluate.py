@@ -1,6 +1,6 @@
-"""Scores of the pictures of manifests: each picture once by each reward, on all processes together.
+"""Scores the images of manifests, each image once by each reward, distributed over all processes.
 
-Batches are formed before they are dealt to the processes, so that their number changes no score.
+Batches are formed before they are distributed, so scores do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Job:
-    """A picture to be scored; two of the same contents and prompt have the same key."""
+    """An image to be scored; images with the same contents and prompt have the same key."""
 
     key: str
     file: Path
@@ -42,15 +42,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every score of every picture.
+    """All scores of all images.
 
     Attributes:
-        manifests: what was scored.
-        faults: manifest's name -> picture -> why it could not be read.
+        manifests: the manifests that were scored.
+        faults: manifest's name -> image -> why it could not be read.
         scores: reward's name -> manifest's name -> scores.
-        features: name of the reward whose image features tell pictures apart; None without one.
-        diversity: manifest's name -> mean distance between a prompt's pictures, under sample 0,
-            of the prompts with two readable pictures or more.
+        features: name of the reward whose image features measure diversity; None if there is none.
+        diversity: manifest's name -> mean distance between the images of a prompt, stored under
+            sample 0, for prompts with at least two readable images.
     """
 
     manifests: Sequence[Manifest]
@@ -61,7 +61,7 @@ class Evaluation:
 
     @property
     def silent(self) -> list[str]:
-        """The rewards that could score no picture."""
+        """The rewards that could not score any image."""
         return [
             name
             for name, manifests in self.scores.items()
@@ -72,16 +72,16 @@ class Evaluation:
 def evaluate(
     config: Config, manifests: Sequence[Manifest], store: Store, process: Process
 ) -> Evaluation:
-    """Scores what ``store`` does not know yet by the rewards of ``config``, and saves it there.
+    """Computes and saves the scores by the rewards of ``config`` that are missing in ``store``.
 
     Raises:
-        ValueError: no picture can be read, or a reward cannot be made.
-        FileNotFoundError: a reward's model is missing.
-        RewardError: no reward could score any picture.
+        ValueError: if no image can be read, or a reward cannot be built.
+        FileNotFoundError: if a reward's model is missing.
+        RewardError: if no reward could score any image.
     """
     features = features_by(config)
     identities = {name: identity(knobs) for name, knobs in config.rewards.items()}
-    # The first process's, in case that files have other times on other machines.
+    # Those of rank 0, because modification times of files may differ between hosts.
     store, identities = gather_objects(process, (store, identities))[0]
     columns = {name: column(each) for name, each in identities.items()}
     named = {name: {"column": columns[name], **identities[name]} for name in identities}
@@ -92,7 +92,7 @@ def evaluate(
         if process.rank == 0:
             store.save(named, [])
     if not any(store.columns.get(each) for each in columns.values()):
-        raise RewardError("no reward could score any picture; the warnings above say why")
+        raise RewardError("no reward could score any image; see the warnings above for the causes")
     evaluation = _collected(manifests, seen, work, store)
     if process.rank == 0:
         store.save(named, _rows(evaluation))
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def features_by(config: Config) -> str | None:
-    """Name of the reward whose image features are used: a clip_score, else the first with some."""
+    """Name of the reward whose image features are used: a clip_score, else the first with any."""
     kinds = {}
     for name, knobs in config.rewards.items():
         try:
@@ -125,14 +125,14 @@ def _look_at_all(
         seen |= found
     if all(each.fault for each in seen.values()):
         raise ValueError(
-            f"none of the manifests' {len(seen)} pictures can be read; the first, {files[0]}: "
-            f"{seen[files[0]].fault}; sample them again"
+            f"none of the {len(seen)} images in the manifests can be read; the first is "
+            f"{files[0]}: {seen[files[0]].fault}; sample the images again"
         )
     return seen
 
 
 def _look_at(files: Sequence[Path]) -> dict[Path, Seen]:
-    with ThreadPoolExecutor() as pool:  # decoding lets other threads run
+    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
         return dict(zip(files, pool.map(look, files), strict=True))
 
 
@@ -141,13 +141,13 @@ def _look_at(files: Sequence[Path]) -> dict[Path, Seen]:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be known in the end.
+    """Everything that an evaluation needs scores for.
 
     Attributes:
         columns: reward's name -> its column in the store.
-        features: name of the reward that tells pictures apart.
-        jobs: (manifest's name, index, sample) -> readable picture.
-        groups: (manifest's name, index) -> the readable pictures of a prompt that has two or more.
+        features: name of the reward whose image features measure diversity.
+        jobs: (manifest's name, index, sample) -> readable image.
+        groups: (manifest's name, index) -> the readable images of a prompt with at least two.
     """
 
     columns: Mapping[str, str]
@@ -157,7 +157,7 @@ class _Work:
 
     @property
     def distances(self) -> str:
-        """The column of distances inside groups."""
+        """The column of the distances within groups."""
         return f"{self.columns[self.features]} distances" if self.features else ""
 
 
@@ -191,7 +191,7 @@ def _group_key(group: Sequence[Job]) -> str:
 def _missing(
     config: Config, work: _Work, store: Store, process: Process
 ) -> Iterator[dict[tuple[str, str], float]]:
-    """(column, key) -> score of all that the store does not know, a round at a time."""
+    """Yields (column, key) -> score for everything missing in the store, one round at a time."""
     lacking = {
         job.key: job
         for job in work.jobs.values()
@@ -234,7 +234,7 @@ def _label(text: str, config: Config) -> str | None:
 
 
 def batches(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:
-    """Parts of at most ``size`` pictures, each of pictures of one width and height."""
+    """Batches of at most ``size`` images, all of the same width and height within a batch."""
     by_size: dict[tuple[int, int], list[Job]] = defaultdict(list)
     for job in jobs:
         by_size[job.size].append(job)
@@ -250,7 +250,7 @@ def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 
 def _read_all(jobs: Sequence[Job], device: torch.device) -> Tensor:
-    """[B, 3, H, W] in [0, 1]; all of one size."""
+    """[B, 3, H, W] in [0, 1]; all images must have the same size."""
     with ThreadPoolExecutor() as pool:
         return torch.stack(list(pool.map(read_picture, [job.file for job in jobs]))).to(device)
 
@@ -275,13 +275,13 @@ def _scores(
 
 
 def _score_each(name: str, reward: Reward, images: Tensor, texts: Sequence[str]) -> Tensor:
-    """[B] scores; where a reward fails on a batch, NaN for those pictures alone that it fails on"""
+    """[B] scores; if the reward fails on the batch, only the images that it fails on are NaN."""
     try:
         values = score({name: reward}, images, texts, len(texts))[name]
         if not values.isnan().all():
             return values
     except RewardError:
-        pass  # one by one it will fail again if it must
+        pass  # if the images are not the cause, scoring them one by one will fail again
     try:
         return score({name: reward}, images, texts, 1)[name]
     except RewardError as error:
@@ -290,7 +290,7 @@ def _score_each(name: str, reward: Reward, images: Tensor, texts: Sequence[str])
 
 
 def _distance(group: Sequence[Job], reward: Any, device: torch.device) -> float:
-    """Mean distance between the group's pictures; NaN, with a warning, if features fail."""
+    """Mean distance between the group's images; NaN, with a warning, if their features fail."""
     try:
         with torch.no_grad():
             parts = [
@@ -298,7 +298,7 @@ def _distance(group: Sequence[Job], reward: Any, device: torch.device) -> float:
                 for same in batches(group, len(group))
             ]
     except Exception as error:
-        logger.warning("no image features of %s: %s", group[0].file, error)
+        logger.warning("the image features of %s could not be computed: %s", group[0].file, error)
         return torch.nan
     return pairwise_distance(torch.cat(parts))
 
@@ -338,7 +338,7 @@ def _collected(
 
 
 def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """A row for every picture of every manifest; null where a score is missing."""
+    """A row for every image of every manifest; null where a score is missing."""
     return [
         {
             "manifest": manifest.name,

@@ -1,4 +1,4 @@
-"""A page with the pictures of all manifests side by side; one file that needs nothing else."""
+"""The gallery: a self-contained HTML page with the images of all manifests side by side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mixgrpo.evaluation.gallery_page import PAGE
 from mixgrpo.evaluation.manifests import Picture, decode
 
 ALL = "all"
-EDGE = 256  # pixels of a picture's longer edge, at most
+EDGE = 256  # maximum length in pixels of an image's longer edge
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Choice:
     """What the page shows.
 
     Attributes:
-        prompts: at most so many.
-        samples: at most so many pictures of a prompt and manifest.
-        by: reward by which prompts are best, worst and most changed; ``ALL``: mean z-score.
+        prompts: maximum number of prompts.
+        samples: maximum number of images per prompt and manifest.
+        by: reward that ranks prompts as best, worst and most changed; ``ALL``: mean z-score.
     """
 
     prompts: int = 60
@@ -41,11 +41,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Standing:
-    """A prompt by one measure.
+    """A prompt's values of one measure.
 
     Attributes:
-        level: mean score of its pictures, the baseline's aside; NaN if none was scored.
-        change: the largest change of any manifest's mean from the baseline's; NaN without one.
+        level: mean score of its images, except the baseline's; NaN if none was scored.
+        change: the largest change, over manifests, of the mean from the baseline's; NaN if unknown.
     """
 
     level: float
@@ -53,7 +53,7 @@ class Standing:
 
 
 def standings(evaluation: Evaluation, baseline: str) -> dict[str, dict[int, Standing]]:
-    """Measure (``ALL`` first, then each reward) -> prompt's index -> where it stands."""
+    """Measure (``ALL`` first, then each reward) -> prompt's index -> its standing."""
     measures = {ALL: mean_z(evaluation.scores), **evaluation.scores}
     indices = sorted({p.index for manifest in evaluation.manifests for p in manifest.pictures})
     return {
@@ -63,7 +63,7 @@ def standings(evaluation: Evaluation, baseline: str) -> dict[str, dict[int, Stan
 
 
 def mean_z(scores: Mapping[str, Mapping[str, Values]]) -> dict[str, dict[tuple[int, int], float]]:
-    """Manifest -> each picture's mean over all rewards of its z-score among all pictures."""
+    """Manifest -> for each image, the mean over all rewards of its z-score among all images."""
     parts: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for by_manifest in scores.values():
         known = [v for values in by_manifest.values() for v in values.values() if not math.isnan(v)]
@@ -88,7 +88,7 @@ def _standing(values: Mapping[str, Values], baseline: str, index: int) -> Standi
 
 
 def mean_of(values: Values, index: int) -> float:
-    """Mean over a prompt's scored pictures; NaN without any."""
+    """Mean over a prompt's scored images; NaN if there are none."""
     return _mean(value for key, value in values.items() if key[0] == index)
 
 
@@ -98,10 +98,10 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def chosen(standing: Mapping[int, Standing], count: int) -> dict[int, str]:
-    """Index -> why it is shown: a third of ``count`` each the best, the worst, the most changed.
+    """Selects ``count`` prompts: a third each of the best, the worst and the most changed.
 
-    The best come first, then the worst, then the most changed; a prompt comes once. Those that
-    could not be scored come last.
+    Returns index -> label, with the best first, then the worst, the most changed and the prompts
+    that could not be scored. Each prompt appears once.
     """
     level = {index: each.level for index, each in standing.items() if not math.isnan(each.level)}
     change = {index: each.change for index, each in standing.items() if not math.isnan(each.change)}
@@ -112,7 +112,7 @@ def chosen(standing: Mapping[int, Standing], count: int) -> dict[int, str]:
         "not scored": [index for index in standing if index not in level],
     }
     found: dict[int, str] = {}
-    # In turn, so that each gets its share of what none has taken.
+    # The orders take turns, so that each gets an equal share of the remaining prompts.
     waiting = {label: iter(order) for label, order in orders.items() if label != "not scored"}
     while len(found) < min(count, len(level)):
         for label, order in waiting.items():
@@ -127,7 +127,7 @@ def chosen(standing: Mapping[int, Standing], count: int) -> dict[int, str]:
 
 
 def gallery_html(evaluation: Evaluation, rows: Sequence[Row], baseline: str, choice: Choice) -> str:
-    """The page as text; pictures are inside, and nothing is fetched."""
+    """The HTML of the page; images are embedded, and nothing is fetched."""
     places = standings(evaluation, baseline)
     shown = chosen(places[choice.by], choice.prompts)
     pictures = {
@@ -152,7 +152,7 @@ def gallery_html(evaluation: Evaluation, rows: Sequence[Row], baseline: str, cho
         "CARDS": "\n".join(cards),
     }
     page = PAGE
-    for name, text in parts.items():  # which holds no placeholder: all of it is escaped
+    for name, text in parts.items():  # text holds no placeholder, because all of it is escaped
         page = page.replace(f"<!--{name}-->", text)
     return page
 
@@ -177,7 +177,7 @@ def _card(
     label: str,
     standing: Mapping[str, Standing],
 ) -> str:
-    """One prompt: a column for every manifest, pictures on top, mean scores below."""
+    """The card of one prompt: a column for every manifest, with images above mean scores."""
     places = {name: [_known(each.level), _known(each.change)] for name, each in standing.items()}
     prompt = next(own[index][0].prompt for own in pictures.values() if index in own)
     names = [manifest.name for manifest in evaluation.manifests]
@@ -226,7 +226,7 @@ def _pictures(pictures: Sequence[Picture], faults: Mapping[Path, str], name: str
 
 
 def thumbnail(file: Path) -> tuple[str, int, int]:
-    """A data URI of the picture, at most ``EDGE`` pixels long, and its width and height."""
+    """A data URI of the image, at most ``EDGE`` pixels long, and its width and height."""
     picture = decode(file.read_bytes())
     picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -236,7 +236,7 @@ def thumbnail(file: Path) -> tuple[str, int, int]:
 
 
 def _known(value: float) -> float | None:
-    """JSON has no NaN."""
+    """The value, or None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value
 
 

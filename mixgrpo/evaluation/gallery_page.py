@@ -1,4 +1,4 @@
-"""The gallery's page: its style, and the few lines of script that sort it."""
+"""The HTML template of the gallery, with its style and the script that sorts it."""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -41,8 +41,8 @@ select { font: inherit; color: inherit; background: var(--card); border: 1px sol
 </style>
 <h1>Evaluation</h1>
 <div class="scroll"><!--TABLE--></div>
-<p><!--COUNT-->: the best, the worst and the most changed against <!--BASELINE-->, by <!--BY-->.
-Scores are means over a prompt's pictures; small, the difference from <!--BASELINE-->.</p>
+<p><!--COUNT-->: the best, the worst and the most changed from <!--BASELINE-->, by <!--BY-->.
+Scores are means over a prompt's images; the difference from <!--BASELINE--> is in small print.</p>
 <p id="sorting" hidden>Sort by <select id="measure"><!--MEASURES--></select>
 <select id="order"><option>as chosen<option>best<option>worst<option>most changed
 <option>prompt</select></p>

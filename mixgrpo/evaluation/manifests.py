@@ -1,4 +1,4 @@
-"""Manifests: which picture was made of which prompt, as the sample command writes them."""
+"""Manifests, which list the images of each prompt, as written by the sample command."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from mixgrpo.files.named_paths import check_distinct_names, split_name
 VERSION = 1
 _FIELDS = {"index": int, "sample": int, "prompt": str, "file": str}
 
-# A picture among those of a manifest: its prompt's place, and which of the prompt's pictures.
+# (index, sample) of an image in a manifest: position of its prompt, and number within the prompt.
 Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a manifest.
+    """One image of a manifest.
 
     Attributes:
-        index: the prompt's place among the prompts.
-        sample: which of the prompt's pictures it is.
+        index: position of its prompt among the prompts.
+        sample: number of the image among those of its prompt.
         prompt: the prompt.
-        file: where it lies; it need not be there.
+        file: path of the image, which need not exist.
     """
 
     index: int
@@ -46,13 +46,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The pictures of one model, by prompt and sample.
+    """The images of one model, by prompt and sample.
 
     Attributes:
-        name: by which it is compared with others.
+        name: its name in comparisons.
         path: its file.
-        settings: what it says of how the pictures were made.
-        pictures: at least one, sorted, no (index, sample) twice, one prompt for each index.
+        settings: the settings with which the images were sampled.
+        pictures: at least one image; sorted, with unique (index, sample) and one prompt per index.
     """
 
     name: str
@@ -62,11 +62,12 @@ class Manifest:
 
 
 def read_manifests(arguments: Sequence[str]) -> list[Manifest]:
-    """The manifests that a command line names, each ``PATH`` or ``NAME=PATH``, of folder or file.
+    """Reads the manifests of a command line, each ``PATH`` or ``NAME=PATH`` of a folder or file.
 
     Raises:
-        FileNotFoundError: there is no such manifest.
-        ValueError: one is none, two have one name, or they give one index different prompts.
+        FileNotFoundError: if a manifest does not exist.
+        ValueError: if a file is not a manifest, two manifests have the same name, or they have
+            different prompts for the same index.
     """
     manifests = [_read(argument) for argument in arguments]
     check_distinct_names((manifest.name, manifest.path) for manifest in manifests)
@@ -82,7 +83,7 @@ def _check_same_prompts(manifests: Sequence[Manifest]) -> None:
             if prompt != picture.prompt:
                 raise ValueError(
                     f"prompt {picture.index} is {prompt!r} in {name} and {picture.prompt!r} in "
-                    f"{manifest.name}; only pictures of the same prompts can be compared: sample "
+                    f"{manifest.name}; only images of the same prompts can be compared: sample "
                     "both from the same prompts file"
                 )
 
@@ -109,19 +110,19 @@ def _read(argument: str) -> Manifest:
 def _content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8 is one too
-        raise ValueError(f"{file} is not JSON ({error}); sample the pictures again") from error
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise ValueError(f"{file} is not valid JSON ({error}); sample the images again") from error
     if not isinstance(content, dict) or "images" not in content:
         raise ValueError(
-            f"{file} is no manifest: it must hold an object with `version` and `images`"
+            f"{file} is not a manifest, which must hold an object with `version` and `images`"
         )
     if content.get("version") != VERSION:
         raise ValueError(
-            f"{file} has version {content.get('version')!r}, known is {VERSION}; sample the "
-            "pictures again with this version of mixgrpo"
+            f"{file} has version {content.get('version')!r}, but only version {VERSION} is "
+            "supported; sample the images again with this version of mixgrpo"
         )
     if not isinstance(content["images"], list) or not content["images"]:
-        raise ValueError(f"{file} lists no images; sample the pictures again")
+        raise ValueError(f"{file} lists no images; sample them again")
     return content
 
 
@@ -129,9 +130,9 @@ def _picture(file: Path, place: int, entry: Any) -> Picture:
     entry = entry if isinstance(entry, dict) else {}
     for name, kind in _FIELDS.items():
         value = entry.get(name)
-        # type() and not isinstance(): true and false are no numbers.
+        # type() instead of isinstance(), because bool is a subclass of int.
         if type(value) is not kind or (isinstance(value, int) and value < 0):
-            what = "a number from 0" if kind is int else "a text"
+            what = "an integer of at least 0" if kind is int else "a string"
             raise ValueError(f"{file}: `{name}` of images[{place}] must be {what}, got {value!r}")
     return Picture(entry["index"], entry["sample"], entry["prompt"], file.parent / entry["file"])
 
@@ -156,12 +157,12 @@ def _check_distinct(file: Path, pictures: Sequence[Picture]) -> None:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture's file holds.
+    """The result of reading an image file.
 
     Attributes:
-        digest: of its contents.
+        digest: digest of its contents.
         size: width and height in pixels.
-        fault: why it cannot be read; empty where it can.
+        fault: why the file cannot be read; empty if it can be.
     """
 
     digest: str = ""
@@ -170,15 +171,15 @@ class Seen:
 
 
 def look(file: Path) -> Seen:
-    """Reads a picture to its end; what is wrong with it is a part of the answer."""
+    """Reads and decodes a whole image file; errors are returned as a fault, not raised."""
     try:
         content = file.read_bytes()
         picture = decode(content)
     except FileNotFoundError:
         return Seen(fault="there is no such file")
     except Image.UnidentifiedImageError:
-        return Seen(fault="it is no picture")
-    except Exception as error:  # decoders stumble over damaged files in many ways
+        return Seen(fault="it is not an image")
+    except Exception as error:  # decoders raise many kinds of errors on damaged files
         return Seen(fault=f"it cannot be read ({' '.join(str(error).split())})")
     return Seen(hashlib.sha256(content).hexdigest(), picture.size)
 
@@ -189,5 +190,5 @@ def read_picture(file: Path) -> Tensor:
 
 
 def decode(content: bytes) -> Image.Image:
-    """The picture in these bytes, without transparency."""
+    """Decodes these bytes to an RGB image, without transparency."""
     return Image.open(io.BytesIO(content)).convert("RGB")

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: table.md, summary.json, gallery.html."""
+"""Writes the results of an evaluation: table.md, summary.json and gallery.html."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mixgrpo.evaluation.evaluate import Evaluation
 from mixgrpo.evaluation.gallery import Choice, gallery_html
 
 VERSION = 1
-SHOWN = 5  # unreadable pictures named in the table
+SHOWN = 5  # unreadable images named below the table
 
 
 def write_report(
     evaluation: Evaluation, baseline: str, output: Path, bootstrap: Bootstrap, choice: Choice
 ) -> str:
-    """Writes the files into ``output``; returns the table and where they are, for a terminal."""
+    """Writes the files into ``output``; returns the table and their paths as text to print."""
     rows = comparison_rows(evaluation, baseline, bootstrap)
     text = f"{table(rows, baseline)}\n\n{notes(evaluation, rows, baseline, bootstrap)}\n"
     output.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def write_report(
 
 
 def comparison_rows(evaluation: Evaluation, baseline: str, bootstrap: Bootstrap) -> list[Row]:
-    """A row for every reward and manifest; at the end diversity, if any prompt has two pictures."""
+    """A row for every reward and manifest, then diversity if any prompt has two images."""
     prompts = {p.index: p.prompt for manifest in evaluation.manifests for p in manifest.pictures}
     rows = [
         row
@@ -50,16 +50,16 @@ def comparison_rows(evaluation: Evaluation, baseline: str, bootstrap: Bootstrap)
 
 
 def notes(evaluation: Evaluation, rows: Sequence[Row], baseline: str, bootstrap: Bootstrap) -> str:
-    """What the table's columns mean, and what was left out of it."""
+    """Explains the columns of the table, and lists what was left out of it."""
     lines = [
-        f"wins: share of pictures that score higher than that of {baseline} of the same prompt and "
-        "sample, ties counted half; difference: mean over the same pairs; intervals: "
+        f"wins: fraction of images that score higher than {baseline}'s image of the same prompt "
+        "and sample, ties counted half; difference: mean over the same pairs; intervals: "
         f"bootstrap over distinct prompts, {bootstrap.resamples} resamples, seed {bootstrap.seed}.",
     ]
     if any(evaluation.diversity.values()):
         lines.append(
             f"diversity: mean of 1 - cosine of {evaluation.features}'s image features between the "
-            "pictures of a prompt; scored are prompts with two pictures or more."
+            "images of a prompt, over the prompts with at least two images."
         )
     lines += [
         f"{manifest.name} has no prompt and sample in common with {baseline}."
@@ -74,14 +74,14 @@ def notes(evaluation: Evaluation, rows: Sequence[Row], baseline: str, bootstrap:
 def _unreadable(name: str, faults: Mapping[Path, str]) -> str:
     named = [f"- {file}: {fault}" for file, fault in list(faults.items())[:SHOWN]]
     more = [f"- and {len(faults) - SHOWN} more, see summary.json"] if len(faults) > SHOWN else []
-    count = f"{len(faults)} picture{'s' if len(faults) > 1 else ''}"
+    count = f"{len(faults)} image{'s' if len(faults) > 1 else ''}"
     return "\n".join([f"{name}: {count} could not be read and left out:", "", *named, *more])
 
 
 def summarised(
     evaluation: Evaluation, rows: Sequence[Row], baseline: str, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """The content of summary.json; null where there is no number."""
+    """The content of summary.json, with null in place of NaN."""
     return {
         "version": VERSION,
         "baseline": baseline,

@@ -1,7 +1,7 @@
-"""The file of all scores, in which an evaluation looks up what is known already.
+"""The file of all scores, from which an evaluation reuses those that are already known.
 
-A score depends on the picture's contents, its prompt and the reward: its options, its weights and
-its code. Scores are kept in columns, one for each reward that is the same in all of these.
+A score depends on the contents of the image, on its prompt, and on the options, weights and code of
+the reward. Scores are stored in columns, one for each combination of options, weights and code.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ VERSION = 1
 
 @dataclass
 class Store:
-    """Scores by column and picture, and the file where they are kept.
+    """Scores by column and image, and the file in which they are stored.
 
     Attributes:
         path: the file, which need not exist yet.
-        columns: column -> key of a picture -> finite score.
+        columns: column -> key of an image -> finite score.
     """
 
     path: Path
@@ -36,14 +36,17 @@ class Store:
 
     @classmethod
     def load(cls, path: Path) -> Store:
-        """What the file holds; nothing if there is none. Raises ValueError if it is another."""
+        """Loads the file, or makes an empty store if there is none.
+
+        Raises ValueError if the file does not hold scores.
+        """
         if not path.exists():
             return cls(path)
         remedy = "move it away, or choose another --output"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
+            raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
         columns: Any = content.get("columns") if isinstance(content, dict) else None
         is_whole = isinstance(columns, dict) and all(isinstance(c, dict) for c in columns.values())
         if not is_whole or content.get("version") != VERSION:
@@ -54,21 +57,21 @@ class Store:
         return key in self.columns.get(column, {})
 
     def get(self, column: str, key: str) -> float:
-        """The score; NaN where it is not known."""
+        """The score; NaN if it is not known."""
         return self.columns.get(column, {}).get(key, math.nan)
 
     def add(self, found: Mapping[tuple[str, str], float]) -> None:
-        """Keeps scores by (column, key); failed ones (NaN) are not kept, so as to be tried again"""
+        """Stores scores by (column, key), except failed ones (NaN), which will be retried."""
         for (column, key), value in found.items():
             if not math.isnan(value):
                 self.columns.setdefault(column, {})[key] = value
 
     def save(self, rewards: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the file, whole or not at all.
+        """Writes the file atomically.
 
         Args:
             rewards: reward's name -> its column and what that depends on.
-            images: a row for every picture, for readers; nothing is read back from it.
+            images: a row for every image, for human readers; it is not read back.
         """
         content = {"version": VERSION, "rewards": rewards, "images": images}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ class Store:
 
 
 def digest(*parts: str | bytes) -> str:
-    """32 hexadecimal digits of SHA-256; parts are told apart by their lengths."""
+    """32 hexadecimal digits of SHA-256; the length of each part is hashed with it."""
     state = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -90,10 +93,10 @@ def digest(*parts: str | bytes) -> str:
 
 
 def identity(knobs: RewardConfig) -> dict[str, Any]:
-    """All that a reward's scores depend on, as JSON; its weight is not among it.
+    """Everything that a reward's scores depend on, as JSON; this excludes its weight among rewards.
 
-    Weights are told by path, size and time of change: reading gigabytes would take longer than
-    scoring the pictures.
+    Weight files are identified by path, size and modification time: reading gigabytes would take
+    longer than scoring the images.
     """
     words = [knobs.model, knobs.checkpoint, *knobs.options.values()]
     paths = [Path(word).expanduser() for word in words if isinstance(word, str) and word]
@@ -118,13 +121,13 @@ def _code(kind: str) -> str | None:
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
-        return None  # making the reward will say what is wrong
+        return None  # building the reward will raise the proper error
     if found is None or found.origin is None or not Path(found.origin).is_file():
         return None
     return digest(Path(found.origin).read_bytes())
 
 
 def _stamps(path: Path) -> list[list[str | int]]:
-    """[path, bytes, time in ns] of a file, or of every file in a folder."""
+    """[path, bytes, modification time in ns] of a file, or of every file in a folder."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
