@@ -1,5 +1,5 @@
-"""The Shapes world: captions, pictures, an exact judge and the training of its small checkpoints.
+"""The Shapes world: captions, images, an exact judge and the training of its small checkpoints.
 
-It stands in for FLUX.1-dev, its prompts and its reward models wherever there is no GPU and no
-download: same folder formats, same code path, every true answer known.
+It replaces FLUX.1-dev, its prompts and its reward models where there is no GPU and no download,
+with the same folder formats and the same code path, and with known ground truth.
 """

@@ -26,7 +26,7 @@ TEXT_LENGTH = 16  # the longest caption has 12 words
 
 
 def flux_pipeline(seed: int = 0) -> FluxPipeline:
-    """A FLUX pipeline with fresh weights: about 2.4M parameters in the transformer, 1.6M beside."""
+    """An untrained FLUX pipeline: about 2.4M parameters in the transformer, 1.6M in other parts."""
     torch.manual_seed(seed)
     t5_tokenizer, clip_tokenizer = t5_words(), clip_words()
     return FluxPipeline(
@@ -90,7 +90,7 @@ def _clip_text(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def clip_text_sizes(tokenizer: CLIPTokenizer, width: int) -> dict[str, object]:
-    """The text half of a small CLIP, as transformers' configuration names its sizes."""
+    """The sizes of a small CLIP's text encoder, with the names of transformers' configuration."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
@@ -132,9 +132,9 @@ def clip_words() -> CLIPTokenizer:
 
 
 def _merge(symbols: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Byte-pair encoding: always the earliest merge that applies, leftmost first.
+    """Byte-pair encoding: always applies the earliest possible merge, leftmost first.
 
-    New merges come after all others, so what earlier words were merged into stays as it was.
+    New merges are appended after all others, so the tokens of earlier words do not change.
     """
     while found := set(itertools.pairwise(symbols)).intersection(merges):
         first, second = min(found, key=merges.index)

@@ -1,4 +1,4 @@
-"""Rebuilds ``data/shapes``: captions, the FLUX pipeline folder, the four reward models. Seeded."""
+"""Rebuilds ``data/shapes`` from seeds: captions, the FLUX pipeline folder, four reward models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mixgrpo.shapes.train_vae import train_vae
 logger = logging.getLogger(__name__)
 
 VAE_STEPS = 4500
-# Seed, steps and play of each stage: first everything everywhere, then neat pictures.
+# Seed, steps and play of each stage: first full variation of sizes and places, then neat images.
 FLUX_STAGES = ((2, 5000, 1.0), (7, 2200, 0.15), (8, 1500, 0.15))
 FLUX_PICTURES = 20000
 WRONG_CAPTIONS = 0.2
@@ -28,9 +28,9 @@ TEST_PROMPTS = 256
 
 
 def write_prompts(folder: Path) -> None:
-    """``prompts.txt`` holds every training caption, ``prompts_test.txt`` a drawing of test ones.
+    """Writes ``prompts.txt`` (training captions) and ``prompts_test.txt`` (sampled test captions).
 
-    Half of the lines of each describe one thing, half two.
+    In each file, half of the lines describe one thing and half describe two.
     """
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,14 +44,14 @@ def write_prompts(folder: Path) -> None:
 
 
 def build_vae(folder: Path) -> None:
-    """The pipeline with a trained VAE, the rest untrained."""
+    """Builds the pipeline with a trained VAE; the other parts are untrained."""
     pipeline = flux_pipeline(seed=0)
     train_vae(pipeline.vae, VAE_STEPS, seed=1)
     _save(pipeline, folder / "flux")
 
 
 def build_flux(folder: Path) -> None:
-    """The pipeline with trained transformer and text encoders, on the VAE that is there."""
+    """Trains the transformer and the text encoders of the pipeline, with its existing VAE."""
     for seed, steps, play in FLUX_STAGES:
         pipeline = FluxPipeline.from_pretrained(folder / "flux", dtype=torch.float32)
         train_flux(pipeline, steps, seed, FLUX_PICTURES, play, WRONG_CAPTIONS)
@@ -59,7 +59,7 @@ def build_flux(folder: Path) -> None:
 
 
 def _save(pipeline: FluxPipeline, folder: Path) -> None:
-    """In float16: half the size."""
+    """Saves in float16, which halves the size."""
     pipeline.to(torch.float16).save_pretrained(folder)
 
 

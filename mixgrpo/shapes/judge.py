@@ -1,7 +1,7 @@
-"""The exact judge: reads shapes, colours and places off the pixels; no reward model sees it.
+"""The exact judge: reads shapes, colours and places from pixels; reward models do not train on it.
 
-Its two verdicts are metrics in the form of a reward (``mixgrpo.rewards``): the share of a
-caption's facts that the picture gets right, and whether all of them are right.
+Its two verdicts are metrics with the interface of a reward (``mixgrpo.rewards``): the fraction of a
+caption's facts that the image gets right, and whether all of them are right.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAST_PURITY = 0.8
 
 @dataclass(frozen=True)
 class Found:
-    """A thing seen in a picture; colour or shape is None where neither fits well enough."""
+    """A thing found in an image; its colour or shape is None if none matches well enough."""
 
     colour: str | None
     shape: str | None
@@ -39,19 +39,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows; background is None if it is none of the world's."""
+    """The content of an image; background is None if its colour is not one of this world's."""
 
     background: str | None
     found: tuple[Found, ...]
 
 
 def all_right(images: Tensor, texts: Sequence[str]) -> Tensor:
-    """[B] 1.0 where every fact of the caption holds and nothing else is drawn, otherwise 0.0."""
+    """[B] 1.0 if every fact of the caption holds and nothing else is drawn, otherwise 0.0."""
     return (facts_right(images, texts) == 1).float()
 
 
 def facts_right(images: Tensor, texts: Sequence[str]) -> Tensor:
-    """[B] the share of the caption's facts that hold in the picture.
+    """[B] the fraction of the caption's facts that hold in the image.
 
     Facts: the number of things, the background, each thing's colour and shape, their relation.
     Images are [B, 3, 64, 64] in [0, 1]; texts must be captions of this world.
@@ -67,7 +67,7 @@ def _share(scene: Scene, reading: Reading) -> float:
     things = scene.things
     right = int(len(reading.found) == len(things)) + int(reading.background == scene.background)
     best = 0
-    # Described and found things are paired as the caption is best served.
+    # Described and found things are paired so that the most facts hold.
     for chosen in itertools.permutations(reading.found, min(len(things), len(reading.found))):
         fits = sum(
             int(thing.colour == found.colour) + int(thing.shape == found.shape)
@@ -89,11 +89,11 @@ def _holds(relation: str, first: Found, second: Found) -> bool:
 
 
 def read(image: Tensor) -> Reading:
-    """The reading of one picture [3, 64, 64] in [0, 1]."""
+    """Reads one image [3, 64, 64] in [0, 1]."""
     return _read(image.float().contiguous().numpy().tobytes())
 
 
-@functools.lru_cache(maxsize=256)  # both verdicts of a validation ask for the same pictures
+@functools.lru_cache(maxsize=256)  # both verdicts of a validation read the same images
 def _read(image: bytes) -> Reading:
     pixels = np.frombuffer(image, np.float32).reshape(3, SIZE, SIZE).transpose(1, 2, 0)
     pixels = pixels.astype(np.float64)
@@ -128,7 +128,7 @@ def _nearest(colour: np.ndarray, names: Sequence[str]) -> str | None:
 
 
 def _shape(part: np.ndarray) -> str | None:
-    """The shape whose drawing of the same area, best placed, overlaps the part most."""
+    """The shape that overlaps the part most when drawn with the same area at the best place."""
     rows, columns = np.nonzero(part)
     x, y = float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
     overlaps = {}

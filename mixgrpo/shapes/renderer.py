@@ -1,4 +1,4 @@
-"""Draws scenes as 64x64 pictures from signed distances, antialiased."""
+"""Renders scenes as antialiased 64x64 images from signed distances."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PALETTE = {
 
 
 def render(scene: Scene, rng: random.Random, play: float = 1.0) -> Tensor:
-    """A picture [3, 64, 64] in [0, 1] of the scene; sizes and places are drawn from ``rng``.
+    """Renders an image [3, 64, 64] in [0, 1]; sizes and places are drawn from ``rng``.
 
     Args:
-        play: how freely they vary, from 0 (always the same) to 1.
+        play: how much they vary, from 0 (always the same) to 1.
     """
     return render_between(scene, scene, 0.0, rng, play)
 
@@ -35,10 +35,10 @@ def render(scene: Scene, rng: random.Random, play: float = 1.0) -> Tensor:
 def render_between(
     scene: Scene, other: Scene, share: float, rng: random.Random, play: float = 1.0
 ) -> Tensor:
-    """A picture on the way from ``scene`` (share 0) to ``other`` (share 1), at the first's places.
+    """Interpolates from ``scene`` (share 0) to ``other`` (share 1), at the places of ``scene``.
 
-    Colours are mixed and signed distances averaged: half-way from circle to square is a square
-    with round corners, as an imperfect model draws it.
+    Colours and signed distances are averaged: half-way from circle to square is a square with
+    rounded corners, as an imperfect model would draw it.
     """
 
     def mixed(first: str, second: str) -> Tensor:

@@ -12,7 +12,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 BACKGROUNDS = ("gray", "white", "black")
 RELATIONS = ("left of", "right of", "above", "below")
 
-# Of all captions one in eight is kept for testing and never rendered for training.
+# One in eight of all captions is held out for testing and never rendered for training.
 TEST_SHARE = 8
 
 
@@ -47,7 +47,7 @@ def parse(caption: str) -> Scene:
     """The scene that a caption describes.
 
     Raises:
-        ValueError: it is not a caption of this world.
+        ValueError: if it is not a caption of this world.
     """
     scene = _CAPTIONS.get(" ".join(caption.lower().split()))
     if scene is None:

@@ -1,7 +1,7 @@
-"""Pretrains the small FLUX with its text encoders on rendered pictures: conditional flow matching.
+"""Pretrains the small FLUX and its text encoders on rendered images by conditional flow matching.
 
 Like the captions of web data, some of the captions are wrong in one fact. The base model therefore
-draws clean pictures that do not always follow the text, which is what preference training mends.
+draws clean images that do not always follow the text, which preference training improves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 64
 GUIDANCE = 3.5
-# What a picture shows is decided above sigma 0.8, where a plain time shift of 1 trains seldom.
+# The content of an image is determined above sigma 0.8, where a time shift of 1 rarely trains.
 SHIFT = 2.0
 
 
@@ -39,8 +39,8 @@ def train_flux(
     """Fits the transformer and both text encoders in place; the VAE is used as it is.
 
     Args:
-        play: how freely sizes and places vary in the pictures, 0 to 1.
-        wrong_captions: share of captions with one fact altered.
+        play: how much sizes and places vary in the images, 0 to 1.
+        wrong_captions: fraction of captions with one fact altered.
     """
     images, scenes = training_pictures(pictures, seed, play)
     latents = pack(pipeline, encode(pipeline.vae, images))

@@ -1,9 +1,9 @@
-"""Trains the small reward models, each in the file format of the reward that it stands for.
+"""Trains the small reward models, each in the file format of the reward that it replaces.
 
 Every batch pairs a scene with one that differs in a single fact, so that only a model that reads
-colours, shapes and relations can tell them apart; and with a picture on the way to another look,
-which is worse than the neat one for the same caption. The four differ in seed and kind; none of
-them ever sees the judge.
+colours, shapes and relations can distinguish them, and with an interpolated image, which is worse
+than the neat one for the same caption. The four models differ in seed and kind; none of them is
+trained on the judge.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PAIRS = 48
 PATCH = 16
 WIDTH = 128
 DEPTH = 3
-PLAY = 0.4  # how freely sizes and places vary
+PLAY = 0.4  # how much sizes and places vary
 LEARNING_RATE = 1e-3
 
 _INPUTS = ("input_ids", "attention_mask")
@@ -47,7 +47,7 @@ class Pairs:
     """A batch of scenes and altered scenes.
 
     Attributes:
-        images: [3N, 3, 64, 64]: the N scenes, the N altered ones, and the N scenes badly drawn.
+        images: [3N, 3, 64, 64]: the N scenes, the N altered ones, and the N scenes drawn badly.
         captions: the 2N captions of the first 2N images.
     """
 
@@ -60,7 +60,7 @@ class Pairs:
 
 
 def pairs(steps: int, seed: int) -> Iterator[Pairs]:
-    """Batches of rendered pairs, roughened as a decoder roughens pictures."""
+    """Batches of rendered pairs, degraded in the way a decoder degrades images."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     scenes = split(test=False)
@@ -76,7 +76,7 @@ def pairs(steps: int, seed: int) -> Iterator[Pairs]:
 
 
 def _roughen(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blurs half of the pictures and adds a little noise and tint to all."""
+    """Blurs half of the images and adds a little noise and tint to all of them."""
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     images = torch.where(chosen, blurred, images)
@@ -86,7 +86,7 @@ def _roughen(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_open_clip(folder: Path, steps: int, seed: int) -> None:
-    """An open_clip model in a folder of its own, as HPS-v2.1 and CLIP score load it."""
+    """Trains an open_clip model, saved in the format that HPS-v2.1 and CLIP score load."""
     torch.manual_seed(seed)
     tokenizer = clip_words()
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def train_open_clip(folder: Path, steps: int, seed: int) -> None:
 
 
 def train_pickscore(folder: Path, steps: int, seed: int) -> None:
-    """A transformers CLIP with its processor, as PickScore loads it."""
+    """Trains a transformers CLIP, saved with its processor in the format that PickScore loads."""
     torch.manual_seed(seed)
     tokenizer = clip_words()
     vision = {
@@ -134,7 +134,7 @@ def train_pickscore(folder: Path, steps: int, seed: int) -> None:
 
 
 def train_imagereward(folder: Path, steps: int, seed: int) -> None:
-    """A BLIP with a score head under ImageReward's key names, trained on comparisons."""
+    """Trains a BLIP with a score head on comparisons, saved under ImageReward's key names."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -164,8 +164,8 @@ def train_imagereward(folder: Path, steps: int, seed: int) -> None:
         tokens = _tokens(tokenizer, batch.captions)
         patches = model.vision(pixel_values=pixels).last_hidden_state
         patches, bad = patches.tensor_split([len(batch.captions)])
-        # Each picture with its own text, the altered one's, and some of other pictures: those are
-        # easy to tell apart, and get the reading started.
+        # Each image with its own text, the altered one's, and some of other images: the latter are
+        # easy to distinguish and start the learning.
         shifts = (0, batch.count, 1, 7)
         scores = [
             model.read(patches, *(tokens[name].roll(shift, 0) for name in _INPUTS))
@@ -186,7 +186,7 @@ def train_imagereward(folder: Path, steps: int, seed: int) -> None:
 def contrastive(logits: Tensor, captions: list[str]) -> Tensor:
     """Symmetric cross-entropy of logits [3N, 2N] of images and texts.
 
-    Other pictures of the same caption are no negatives; badly drawn ones are, for their caption.
+    Other images of the same caption are not negatives; badly drawn ones are, for their caption.
     """
     count = len(captions)
     same = torch.tensor([[a == b for b in captions] for a in captions])
@@ -245,5 +245,5 @@ def _open_clip_config(vocabulary: int) -> dict[str, Any]:
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
-    """Float32 became float16 on disk: half the size, no measurable change of a score."""
+    """Saves float32 weights as float16: half the size, without a measurable change in scores."""
     save_file({name: value.contiguous().half() for name, value in state.items()}, path)

@@ -13,15 +13,15 @@ from mixgrpo.shapes.data import training_pictures
 logger = logging.getLogger(__name__)
 
 BATCH = 8
-# Shapes cover a tenth of a picture; unweighted, their colours are learnt long after the background.
+# Shapes cover a tenth of an image; unweighted, their colours are learnt long after the background.
 SHAPE_WEIGHT = 4.0
 
 
 def train_vae(vae: AutoencoderKL, steps: int, seed: int, pictures: int = 8192) -> None:
     """Fits ``vae`` in place: L1 reconstruction plus a weak KL, cosine learning rate.
 
-    Afterwards its configuration holds the shift (mean) and scale (1/std) that bring its latents
-    to mean 0 and deviation 1, as FLUX's does.
+    Afterwards its configuration holds the shift (mean) and scale (1/std) that normalise its latents
+    to mean 0 and standard deviation 1, as FLUX's does.
     """
     images, _ = training_pictures(pictures, seed)
     generator = torch.Generator().manual_seed(seed)
