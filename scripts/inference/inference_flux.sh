@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pictures of FLUX.1-dev, base or tuned, on every GPU or on the CPU; a --recipe of yours counts
-# instead of scripts/inference/flux.yaml:
+# Samples images from FLUX.1-dev, base or fine-tuned, on all GPUs or on the CPU; --recipe replaces
+# the default scripts/inference/flux.yaml:
 #   bash scripts/inference/inference_flux.sh --folder runs/tuned --checkpoint runs/flux_mixgrpo/model
 set -euo pipefail
 recipe=(--recipe flux)
