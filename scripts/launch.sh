@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what is missing and runs a command of mixgrpo, a process on each GPU, or one on the CPU:
+# Installs what is missing and runs a command of mixgrpo, one process per GPU or one on the CPU:
 #   bash scripts/launch.sh COMMAND [options]
-# on this machine, or on those of hosts/hostfile if that names others.
-# Environment variables: PROCESSES sets another number (on each host), HOSTFILE another file.
+# It runs on this machine or, if hosts/hostfile names other hosts, on those.
+# Environment variables: PROCESSES sets the number of processes per host, HOSTFILE the host file.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 

@@ -144,7 +144,7 @@ def test_evaluations_are_counted_at_flux_devs_size(sampling: ModuleType) -> None
 def test_flux_devs_size_on_a_cpu_is_refused(tmp_path: Path) -> None:
     codes, said = run(tmp_path, "sampling.py", "--device", "cpu")
     assert codes == [2]
-    assert "takes a GPU with 40 GB" in said
+    assert "needs a GPU with 40 GB" in said
 
 
 # ---- an iteration at FLUX.1-dev's size
@@ -206,7 +206,7 @@ def test_attention_backends_and_compilers_are_compared(
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--device", "cpu"], "takes a GPU with 80 GB"),
+        (["--device", "cpu"], "needs a GPU with 80 GB"),
         (["--small", "--start", "21"], "the window must end before the last of 25 steps"),
         (["--small", "--samples", "3"], "--samples 3 must be a multiple of --optimizer-steps 4"),
         (["--small", "--size", "100"], "--size must be a multiple of 16, got 100"),

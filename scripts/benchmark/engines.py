@@ -1,12 +1,12 @@
-"""Whether every engine, in any number of processes, trains as one process does.
+"""Checks that every engine, with any number of processes, trains like a single process.
 
     python scripts/benchmark/engines.py --processes 2 4 --iterations 4
 
-Trains a recipe with one process, and then with each engine in each number of processes, full
-weights and LoRA: same global batch, prompts, noise and windows. The table shows the largest
-differences from one process. Weights differ by what rounding makes of them: how far apart they end
-is told as a share of how far training moved them. Options that are not listed here are knobs of
-the training. The exit code is 1 if a difference is above its tolerance.
+Trains a recipe with one process, and then with each engine and each number of processes, with full
+weights and with LoRA, on the same global batch, prompts, noise and windows. The table shows the
+largest differences from one process. Weights differ by rounding: their final distance is reported
+as a fraction of the distance by which training moved them. Options that are not listed here are
+passed to the training. The exit code is 1 if a difference exceeds its tolerance.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Apart:
     """The largest differences from one process.
 
     Attributes:
-        loss: absolute; a sample's term in it is of the size of its advantage, about 1.
+        loss: absolute; the term of a sample has the magnitude of its advantage, about 1.
         grad_norm: relative to its mean.
-        reward: of an iteration's mean, relative to the mean size of these.
-        weights: distance in the end, relative to the way from the untrained weights.
+        reward: difference of the iterations' mean rewards, relative to their mean magnitude.
+        weights: final distance, relative to the distance from the untrained weights.
     """
 
     loss: float
@@ -62,14 +62,14 @@ class Apart:
         return all(value <= asdict(limit)[name] for name, value in asdict(self).items())
 
 
-# A picture's bits change the scores by far less than pictures differ; four optimizer steps an
-# iteration carry that on.
+# Rounding differences in an image change its scores by far less than images differ; four optimizer
+# steps per iteration propagate them.
 LIMIT = Apart(loss=1e-6, grad_norm=1e-4, reward=1e-4, weights=1e-3)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training leaves behind for the comparison."""
+    """The results of a training that are compared."""
 
     records: Records
     weights: Weights
@@ -83,7 +83,7 @@ class Run:
 
 
 def apart(run: Run, one: Run, untrained: Weights) -> Apart:
-    """Compares a run with that of one process."""
+    """Compares a run with the run of one process."""
     assert len(run.records) == len(one.records) > 0
     pairs = list(zip(run.records, one.records, strict=True))
 
@@ -103,19 +103,19 @@ def apart(run: Run, one: Run, untrained: Weights) -> Apart:
 
 
 def distance(first: Weights, second: Weights) -> float:
-    """Euclidean, over the weights of the first. Raises KeyError if the second lacks one."""
+    """Euclidean distance over the weights of the first; KeyError if the second lacks one."""
     squares = ((first[name] - second[name]).double().square().sum() for name in first)
     return float(sum(squares, torch.zeros((), dtype=torch.float64)).sqrt())
 
 
 def untrained_weights(words: Sequence[str]) -> Weights:
-    """Of the trained parameters, before the first step."""
+    """The trained parameters before the first step."""
     module = make_policy(parse(words), torch.device("cpu")).module
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def knobs(folder: Path, given: argparse.Namespace, more: Sequence[str]) -> list[str]:
-    """The training's command line: one thread, no validation, nothing drawn or sent."""
+    """The training's command line: one thread, no validation, no plots, no W&B."""
     return [
         *("--recipe", given.recipe, "--run.folder", str(folder)),
         *("--run.iterations", str(given.iterations), "--run.threads", "1"),
@@ -177,8 +177,10 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--trained", nargs="+", choices=TRAINED, default=list(TRAINED))
-    parser.add_argument("--folder", type=Path, help="for the runs, which are removed; else /tmp")
-    parser.add_argument("--json", type=Path, help="the differences as a file, too")
+    parser.add_argument(
+        "--folder", type=Path, help="where runs are written and removed; default: /tmp"
+    )
+    parser.add_argument("--json", type=Path, help="also write the differences to this file")
     return parser.parse_known_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: printed with its figures, which mean nothing without it."""
+"""The environment of a benchmark, which is printed with its results."""
 
 from __future__ import annotations
 

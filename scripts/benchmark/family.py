@@ -1,10 +1,11 @@
 """The paper's comparison in miniature: every recipe and the ablations, on the Shapes world.
 
-    python scripts/benchmark/family.py --minutes 85     # again, it goes on where it was
+    python scripts/benchmark/family.py --minutes 85     # run it again to continue
     python scripts/benchmark/family.py --report-only    # tables and plots from the results
 
-Every finished run leaves a small JSON in the folder, a run that was stopped its checkpoint. What
-is found so far is collected in the output (JSON), and beside it, as .md and .png, what it shows.
+Every finished run leaves a small JSON file in the folder; a run that was stopped leaves its
+checkpoint. The results so far are collected in the output (JSON), with tables (.md) and plots
+(.png) next to it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ RESULTS = ROOT / "scripts" / "benchmark" / "results"
 
 
 def train_all(chosen: argparse.Namespace, settings: Settings) -> None:
-    """Does what is not done yet, until the time is over; prints a line for each run."""
+    """Does the remaining runs until the time is over; prints a line for each run."""
     everyone = members(settings.iterations)
     begun = monotonic()
     deadline = begun + 60 * chosen.minutes
@@ -77,15 +78,15 @@ def _do(workers: Pool, tasks: Sequence[Task], folder: Path, begun: float) -> boo
 
 
 def write_report(output: Path) -> str:
-    """The .md and .png files beside the JSON; returns the Markdown.
+    """Writes the .md and .png files next to the JSON; returns the Markdown.
 
     Raises:
-        FileNotFoundError: there is no such JSON.
+        FileNotFoundError: if the JSON does not exist.
     """
     from family_plots import plot_ablations, plot_recipes
 
     if not output.is_file():
-        raise FileNotFoundError(f"there is no {output}: run without --report-only first")
+        raise FileNotFoundError(f"{output} does not exist; run without --report-only first")
     found = json.loads(output.read_text())
     remarks = output.with_name(f"{output.stem}_comments.json")
     comments = json.loads(remarks.read_text()) if remarks.is_file() else {}
@@ -104,19 +105,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, usual = parser.add_argument, Settings()
-    add("--minutes", type=float, default=85.0, help="then runs are stopped, and go on another time")
-    add("--parallel", type=int, default=2, help="runs at a time, with one thread each")
-    add("--iterations", type=int, default=usual.iterations, help="of every run")
-    add("--prompts", type=int, default=usual.prompts, help="per iteration")
-    add("--learning-rate", type=float, default=usual.learning_rate, help="of every recipe")
-    add("--captions", type=int, default=usual.captions, help="of the validation")
-    add("--seeds", type=int, nargs="+", default=usual.seeds, help="of the recipes")
+    add(
+        "--minutes",
+        type=float,
+        default=85.0,
+        help="time limit; stopped runs continue the next time",
+    )
+    add("--parallel", type=int, default=2, help="number of concurrent runs, with one thread each")
+    add("--iterations", type=int, default=usual.iterations, help="iterations of every run")
+    add("--prompts", type=int, default=usual.prompts, help="prompts per iteration")
+    add(
+        "--learning-rate",
+        type=float,
+        default=usual.learning_rate,
+        help="learning rate of every recipe",
+    )
+    add("--captions", type=int, default=usual.captions, help="captions of the validation")
+    add("--seeds", type=int, nargs="+", default=usual.seeds, help="seeds of the recipes")
     add("--key-seeds", type=int, nargs="*", default=usual.key_seeds,
-        help=f"more, of {', '.join(KEY)}")  # fmt: skip
+        help=f"additional seeds of {', '.join(KEY)}")  # fmt: skip
     add("--ablation-seeds", type=int, nargs="*", default=usual.ablation_seeds)
-    add("--folder", type=Path, default=ROOT / "runs" / "family", help="of the runs")
-    add("--output", type=Path, default=RESULTS / "family.json", help="the collected results")
-    add("--report-only", action="store_true", help="tables and plots from the output; no training")
+    add("--folder", type=Path, default=ROOT / "runs" / "family", help="folder of the runs")
+    add(
+        "--output", type=Path, default=RESULTS / "family.json", help="file of the collected results"
+    )
+    add("--report-only", action="store_true", help="only write tables and plots from the output")
     chosen = parser.parse_args(arguments)
     for name in ("minutes", "parallel", "iterations", "prompts", "captions"):
         if getattr(chosen, name) <= 0:
@@ -158,7 +171,7 @@ def _measure(chosen: argparse.Namespace, settings: Settings) -> None:
     try:
         train_all(chosen, settings)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", flush=True)
+        print("stopped; run the same command again to continue", flush=True)
     more = {"settings": {**asdict(settings), "parallel": chosen.parallel}}
     found = collect(chosen.folder, settings, {**environment(torch.device("cpu")), **more})
     chosen.output.parent.mkdir(parents=True, exist_ok=True)

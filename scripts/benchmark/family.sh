@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's comparison in miniature, on the Shapes world: every recipe, the ablations, the tables.
-#   bash scripts/benchmark/family.sh                  # 85 minutes; again, it goes on where it was
+# The paper's comparison in miniature, on the Shapes world: all recipes, ablations and tables.
+#   bash scripts/benchmark/family.sh                  # 85 minutes; run it again to continue
 #   bash scripts/benchmark/family.sh --report-only    # tables and plots from the committed results
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.."

@@ -10,11 +10,11 @@ class Claim:
     """Member a's quantity minus member b's has this sign.
 
     Attributes:
-        name: of its comment in results/family_comments.json.
-        text: in the paper's terms.
-        figures: the paper's, a then b.
-        at: compared after equal "iterations", or equal "time".
-        quantity: the one whose figures the paper gives.
+        name: name of its comment in results/family_comments.json.
+        text: the claim in the paper's terms.
+        figures: the paper's figures, a then b.
+        at: whether members are compared after equal "iterations" or equal "time".
+        quantity: the quantity of the paper's figures.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Who is compared in family.py: the recipes, the ablations, and what each of them overrides."""
+"""The members that family.py compares: the recipes, the ablations, and the knobs they override."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ KEY = ("mixgrpo", "independent_noise", "dancegrpo")
 
 @dataclass(frozen=True)
 class Settings:
-    """What all members have in common.
+    """The settings that all members have in common.
 
     Attributes:
-        iterations: of every run of the first table.
-        prompts: per iteration.
-        learning_rate: of every recipe, so that only the method differs.
-        captions: of the validation: the test captions, repeated with other noise if need be.
-        seeds: of the recipes and of independent noise.
-        key_seeds: more seeds, of the key comparisons.
-        ablation_seeds: of the ablations.
+        iterations: iterations of every run of the first table.
+        prompts: prompts per iteration.
+        learning_rate: learning rate of every recipe, so that only the method differs.
+        captions: captions of the validation: the test captions, repeated with new noise if needed.
+        seeds: seeds of the recipes and of independent noise.
+        key_seeds: additional seeds of the key comparisons.
+        ablation_seeds: seeds of the ablations.
     """
 
     iterations: int = 18
@@ -58,10 +58,10 @@ class Member:
     """One way to train.
 
     Attributes:
-        name: of its folder and in the results.
-        label: in tables.
+        name: name of its folder and in the results.
+        label: label in tables.
         group: the table it belongs to.
-        recipe: which scripts/recipes/shapes_*.yaml.
+        recipe: its recipe, scripts/recipes/shapes_*.yaml.
         reference: the member it is compared with.
         knobs: overrides, by dotted name.
         timed: whether it is also trained for as long as MixGRPO takes.
@@ -77,7 +77,7 @@ class Member:
 
 
 def members(iterations: int) -> list[Member]:
-    """Every member, for runs of so many iterations. See README.md for what is held equal."""
+    """All members, for runs of this many iterations. README.md lists what is held equal."""
     recipes = [
         Member(name, label, "recipes", recipe=name, timed=True) for name, label in RECIPES.items()
     ]
@@ -156,7 +156,7 @@ def _tails() -> list[Member]:
 
 
 def share(iterations: int, windows: float) -> int:
-    """Iterations per window, for at most so many windows in a run."""
+    """Iterations per window, for at most this many windows in a run."""
     return math.ceil(iterations / windows)
 
 

@@ -1,4 +1,4 @@
-"""Worker processes that do one task after the other, each with one thread, until a deadline."""
+"""A pool of single-threaded worker processes, which perform tasks until a deadline."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PATIENCE = 120.0  # seconds that a worker gets to save its checkpoint
 
 
 class Pool:
-    """As many workers as are to run at once; tasks are handed out in their order.
+    """A pool of workers, to which tasks are handed out in order.
 
     Args:
-        count: of workers.
-        perform: does a task in a worker; importable by its name.
-        deadline: by ``monotonic``; then the workers get SIGTERM, and no task is begun.
+        count: number of workers.
+        perform: performs a task in a worker; must be importable by its name.
+        deadline: time by ``monotonic`` at which workers get SIGTERM and no more tasks are started.
     """
 
     def __init__(self, count: int, perform: Callable[[Any], Any], deadline: float) -> None:
@@ -39,13 +39,13 @@ class Pool:
             self.workers[ours] = worker
 
     def run(self, tasks: Sequence[Any], done: Callable[[Any], None]) -> bool:
-        """Does the tasks; whether all were done before the deadline.
+        """Performs the tasks; returns whether all were finished before the deadline.
 
         Args:
             done: called with each task that is finished.
 
         Raises:
-            RuntimeError: a worker ended or failed; the message says how.
+            RuntimeError: if a worker ended or failed; the message gives the reason.
         """
         waiting, busy = deque(tasks), self.busy
         for connection in self.workers:
@@ -67,7 +67,7 @@ class Pool:
         return not waiting
 
     def close(self) -> None:
-        """Tells the workers to end, those at work to save first; waits for them."""
+        """Ends the workers and waits for them; busy workers save first."""
         for connection, worker in self.workers.items():
             if connection in self.busy:
                 worker.terminate()
@@ -89,7 +89,7 @@ def _raise_failure(connection: Connection, task: Any) -> None:
 
 @contextlib.contextmanager
 def pool(count: int, perform: Callable[[Any], Any], deadline: float) -> Iterator[Pool]:
-    """Workers that are gone at the end, whatever happens inside."""
+    """Context with workers that are always ended on exit."""
     workers = Pool(count, perform, deadline)
     try:
         yield workers
@@ -99,7 +99,7 @@ def pool(count: int, perform: Callable[[Any], Any], deadline: float) -> Iterator
 
 def _serve(connection: Connection, perform: Callable[[Any], Any]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Ctrl-C reaches every process of a terminal; what is under way is told to end by SIGTERM.
+    # Ctrl-C reaches every process of a terminal; workers are ended by SIGTERM instead.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError):
         while True:
@@ -107,7 +107,7 @@ def _serve(connection: Connection, perform: Callable[[Any], Any]) -> None:
             try:
                 perform(task)
             except Exception as error:
-                if getattr(error, "exit_code", 0) > 128:  # it was told to stop, and has saved
+                if getattr(error, "exit_code", 0) > 128:  # a signal stopped it, and it has saved
                     sys.exit(0)
                 connection.send(f"{type(error).__name__}: {error}")
             else:

@@ -1,4 +1,4 @@
-"""Which runs family.py makes, in which order, and what is collected from them."""
+"""The runs of family.py in their order, and the collection of their results."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def read_speeds(folder: Path) -> dict[str, float]:
 
 
 def collect(folder: Path, settings: Settings, about: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the folder holds, as one JSON."""
+    """Collects all results in the folder as one JSON object."""
     everyone = members(settings.iterations)
     speeds = read_speeds(folder)
     results = read_results(folder)
@@ -100,7 +100,7 @@ def _missing(tasks: Iterable[Task], folder: Path) -> Iterable[str]:
 
 
 def keep_settings(folder: Path, settings: Settings) -> None:
-    """Writes the settings into the folder, or finds the same ones there.
+    """Writes the settings into the folder, or checks that it holds the same ones.
 
     Raises:
         ValueError: the folder's runs were made with others.
@@ -120,4 +120,4 @@ def keep_settings(folder: Path, settings: Settings) -> None:
     ]
     if differing:
         raise ValueError(f"{folder} holds runs of other settings ({'; '.join(differing)}); "
-                         "give those, or another --folder")  # fmt: skip
+                         "use the same settings, or another --folder")  # fmt: skip

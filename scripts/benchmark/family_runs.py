@@ -1,4 +1,4 @@
-"""One run of family.py after the other: trained, measured, kept as a small JSON."""
+"""Performs the runs of family.py: trains, measures and stores the result as a small JSON file."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from mixgrpo.run.stopping import TrainingStopped
 from mixgrpo.run.tracking import read_metrics
 
 TEST_CAPTIONS = Path(__file__).resolve().parents[2] / "data" / "shapes" / "prompts_test.txt"
-SPEED_ITERATIONS = 5  # the first warms up and does not count
+SPEED_ITERATIONS = 5  # the first one warms up and is not counted
 Record = Mapping[str, Any]
 Train = Callable[[Config], Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run, or the measuring of a member's speed.
+    """A run, or a measurement of a member's speed.
 
     Attributes:
-        seed: of the run; None measures the speed.
-        iterations: ascending; after each of them the run is validated.
+        seed: seed of the run; None measures the speed.
+        iterations: ascending numbers of iterations after which the run is validated.
     """
 
     member: Member
@@ -46,7 +46,7 @@ class Task:
         return f"{self.member.name}_{'speed' if self.seed is None else f'seed{self.seed}'}"
 
     def result(self, folder: Path, iterations: int) -> Path:
-        """The file of what was found after so many iterations."""
+        """The file of the result after this many iterations."""
         return folder / "results" / f"{self.name}_{iterations}.json"
 
     def is_done(self, folder: Path) -> bool:
@@ -56,15 +56,15 @@ class Task:
 def perform(task: Task, settings: Settings, folder: Path, train: Train | None = None) -> None:
     """Trains to each of the task's iterations that has no result yet, and writes its result.
 
-    A run that failed (weights that are not finite, say) gets a result that says so, and is tried
-    again once that file is deleted.
+    A run that failed (for example with non-finite weights) gets a result with its error, and is
+    retried once that file is deleted.
 
     Args:
-        train: in the place of mixgrpo.trainer.train.
+        train: replaces mixgrpo.trainer.train.
 
     Raises:
-        TrainingStopped: a signal ended it; the same call goes on from its checkpoint.
-        CheckpointError: nothing can be saved.
+        TrainingStopped: if a signal stopped it; the same call continues from its checkpoint.
+        CheckpointError: if nothing can be saved.
     """
     if train is None:
         from transformers.utils.logging import disable_progress_bar
@@ -99,7 +99,7 @@ def perform(task: Task, settings: Settings, folder: Path, train: Train | None = 
 
 
 def write_captions(folder: Path, count: int) -> Path:
-    """The file of so many test captions; a caption's noise depends on its place there."""
+    """The file of this many test captions; a caption's noise depends on its position in it."""
     (folder / "results").mkdir(parents=True, exist_ok=True)
     path = folder / "captions.txt"
     captions = itertools.cycle(TEST_CAPTIONS.read_text().splitlines())
@@ -108,7 +108,7 @@ def write_captions(folder: Path, count: int) -> Path:
 
 
 def _make_quick(config: Config, member: Member, settings: Settings) -> None:
-    """A run just long enough to time an iteration at each window; MixGRPO's scores the base too."""
+    """Times an iteration at each window in a short run; MixGRPO's also scores the base model."""
     pace = config.window.iters_per_window * SPEED_ITERATIONS / settings.iterations
     config.window.iters_per_window = max(1, round(pace))
     if member.name == REFERENCE:
@@ -122,7 +122,7 @@ def _train(train: Train, config: Config, run: Path) -> dict[str, Any]:
     try:
         with (run / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
             train(config)
-    except CheckpointError:  # a full disk, say: the other runs would fail too
+    except CheckpointError:  # for example a full disk: the other runs would fail too
         raise
     except (RuntimeError, ValueError) as error:
         if isinstance(error, TrainingStopped) and error.exit_code > 128:
@@ -132,7 +132,7 @@ def _train(train: Train, config: Config, run: Path) -> dict[str, Any]:
 
 
 def measured(records: Sequence[Record], iterations: int) -> dict[str, Any]:
-    """Scores after so many iterations, and what these took."""
+    """Scores after this many iterations, and the time that they took."""
     done = [r for r in records if r["iteration"] <= iterations and "window/start" in r]
     seconds = [seconds_of(record) for record in done]
     starts = [int(record["window/start"]) for record in done]
@@ -149,7 +149,7 @@ def measured(records: Sequence[Record], iterations: int) -> dict[str, Any]:
 
 
 def scores_at(records: Sequence[Record], iterations: int) -> dict[str, float]:
-    """The validation's scores by reward, after so many iterations."""
+    """The validation's scores by reward, after this many iterations."""
     return {
         key.removeprefix("validation/"): value
         for record in records
@@ -160,7 +160,7 @@ def scores_at(records: Sequence[Record], iterations: int) -> dict[str, float]:
 
 
 def seconds_of(record: Record) -> float:
-    """Of one iteration: all its phases, but not what was hidden behind others."""
+    """Seconds of one iteration: all phases except time that overlapped with other phases."""
     phases = (key for key in record if key.startswith("seconds/"))
     return sum(record[key] for key in phases if key != "seconds/reward_hidden")
 
@@ -176,12 +176,12 @@ def expected_seconds(records: Sequence[Record], starts: Sequence[int]) -> float:
 
 
 def at_equal_time(budget: float, seconds_per_iteration: float) -> int:
-    """How many iterations a member does in so many seconds: at least one."""
+    """The number of iterations that a member does in this many seconds, at least one."""
     return max(1, round(budget / seconds_per_iteration))
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is whole or not there, whoever else writes it at the same time."""
+    """Writes a file atomically, even if another process writes it at the same time."""
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(text)
     partial.replace(path)

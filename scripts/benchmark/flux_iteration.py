@@ -7,11 +7,11 @@ python scripts/benchmark/flux_iteration.py --variants MixGRPO --attention native
 python scripts/benchmark/flux_iteration.py --samples 4 --iterations 1   # shorter
 python scripts/benchmark/flux_iteration.py --small --device cpu     # a small transformer, anywhere
 
-The weights are random: time and memory do not depend on them. The published way is that of
-speed.py: one picture at a time, nothing shared, all T+1 latents kept, one sample per backward; it
-runs in the same process, on the same model. Each choice of --compile and --attention is measured on
-a model of its own. Text encoders and rewards are not here. On an H100 a call with the defaults is
-meant to end within 10 minutes; --variants, --samples and --iterations make parts of it.
+The weights are random, because time and memory do not depend on them. The published way is that of
+speed.py: one image at a time, nothing shared, all T+1 latents kept, one sample per backward pass;
+it runs in the same process, on the same model. Each choice of --compile and --attention is measured
+on a separate model. Text encoders and rewards are left out. On an H100, a call with the defaults
+should end within 10 minutes; --variants, --samples and --iterations select parts of it.
 """
 
 from __future__ import annotations
@@ -237,12 +237,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw_8bit")
     add("--weights", choices=("float32", "bfloat16_stochastic"), help="of what is trained; default:"
         " bfloat16_stochastic for full training, float32 for LoRA")  # fmt: skip
-    add("--keep-activations", action="store_true", help="no gradient checkpointing")
+    add("--keep-activations", action="store_true", help="use no gradient checkpointing")
     defaults = {"prompts": 1, "steps": 25, "start": 0, "iterations": 1, "micro_batch": 3}
     add_task_options(parser, **defaults, size=720)
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--small", action="store_true", help="a small transformer")
-    add("--peak", type=float, help="the device's bfloat16 TFLOP/s, where it is not known here")
+    add("--small", action="store_true", help="use a small transformer")
+    add("--peak", type=float, help="the device's bfloat16 TFLOP/s, if not known here")
     chosen = parser.parse_args(arguments)
     for complaint in _complaints(chosen):
         parser.error(complaint)
@@ -256,7 +256,7 @@ def _complaints(chosen: argparse.Namespace) -> Iterator[str]:
     if chosen.size % 16:
         yield f"--size must be a multiple of 16, got {chosen.size}"
     if torch.device(chosen.device).type == "cpu" and not chosen.small:
-        yield "FLUX.1-dev's size takes a GPU with 80 GB; without one, try --small"
+        yield "FLUX.1-dev's size needs a GPU with 80 GB; without one, use --small"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,10 +2,10 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 scripts/benchmark/gathering.py
 
-One MixGRPO iteration (rollout and update, no rewards) of a small untrained FLUX on every way to
-gather and reduce. Counted are the collective operations on tensors as they are called, as if they
-ran in a ring of n processes: gathering or reduce-scattering B bytes moves B (n-1)/n to each
-process, all-reducing them twice that.
+Runs one MixGRPO iteration (rollout and update, no rewards) of a small untrained FLUX with every way
+to gather and reduce. Collective operations on tensors are counted as they are called, as if in a
+ring of n processes: gathering or reduce-scattering B bytes moves B (n-1)/n to each process, and
+all-reducing moves twice that.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WAYS = {
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what collective operations move, by the phase in which they are called."""
+    """Counts the bytes that collective operations move, by the phase in which they are called."""
 
     KINDS = (("allgather", GATHERED), ("reduce_scatter", REDUCED), ("alltoall", REDUCED))
 
@@ -137,7 +137,7 @@ class Counted:
 
 
 def measure(chosen: argparse.Namespace, kind: str, gather: str, reduce: str, device: Any) -> Found:
-    """The second of two iterations: the first sets the engines up."""
+    """Measures the second of two iterations, because the first initialises the engines."""
     model = ModelConfig(height=64, width=64, compute_dtype=chosen.dtype, text_length=TEXT_LENGTH)
     policy = Flux(flux_pipeline(), model, device)
     policy.pipeline.transformer.requires_grad_(True).train()
@@ -192,8 +192,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--steps", type=int, default=8)
     add("--window", type=int, default=2)
-    add("--samples", type=int, default=4, help="of the one prompt that each process has")
-    add("--micro-batch", type=int, default=2, help="samples in one pass of the model")
+    add("--samples", type=int, default=4, help="samples of the one prompt of each process")
+    add("--micro-batch", type=int, default=2, help="samples per model evaluation")
     add("--json", type=Path, help="also write the results to this file")
     return parser.parse_args(arguments)
 

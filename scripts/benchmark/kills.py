@@ -1,13 +1,13 @@
-"""Kills a training at random times, again and again, and continues it every time.
+"""Kills a training repeatedly at random times, and resumes it every time.
 
     python scripts/benchmark/kills.py --help
 
-Two processes train the Shapes world at its smallest and save after every iteration, while they
-train on. One of the two, drawn at random, is killed (SIGKILL) at a random time; the other is told
-to end, as by torchrun, and killed if it does not. After every kill the checkpoint that ``latest``
-names is verified, and what was lost is counted. At the end the run is let finish, and its last
-checkpoint is compared with that of a run that nobody touched. The exit code is 1 if a checkpoint
-did not load, if more was lost than the work since the last save, or if the end is another one.
+Two processes train on the smallest Shapes configuration and save asynchronously after every
+iteration. One of the two, drawn at random, is killed (SIGKILL) at a random time; the other is
+terminated, as by torchrun, and killed if it does not end. After every kill, the checkpoint that
+``latest`` names is verified and the lost iterations are counted. Finally the run finishes, and its
+last checkpoint is compared with that of an uninterrupted run. The exit code is 1 if a checkpoint
+did not load, if more was lost than the work since the last save, or if the results differ.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from trainings import finish, prepare, start
 from mixgrpo.checkpoint import Saved, Shards, choose
 from mixgrpo.engines.distributed import Process
 
-EVERY = 1  # iterations from save to save
-# A save is whole at the end of the next iteration at the latest, so the one that is lost was begun
-# after the iteration before the last one.
+EVERY = 1  # iterations between saves
+# A save is complete by the end of the next iteration, so a save that is lost was begun after the
+# iteration before the last one.
 MOST = 2 * EVERY
-PATIENCE = 10  # seconds for the process that is left over, as torchrun's
+PATIENCE = 10  # seconds until the remaining process is killed, as with torchrun
 SMALLEST = """
 --model.path data/shapes/flux --model.compute_dtype float32 --model.height 64 --model.width 64
 --model.text_length 16 --model.gradient_checkpointing false --batch.prompts 2 --batch.samples 4
@@ -51,10 +51,10 @@ class Kill:
     """One kill.
 
     Attributes:
-        seconds: from the start of the processes.
-        rank: of the process that was killed; None if the run was over before.
+        seconds: seconds after the start of the processes.
+        rank: rank of the killed process; None if the run had already ended.
         done: iterations that the run had logged.
-        kept: iterations in the newest checkpoint; 0 without one.
+        kept: iterations in the newest checkpoint; 0 if there is none.
     """
 
     seconds: float
@@ -70,9 +70,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=80, help="length of the run")
     parser.add_argument(
-        "--longest", type=float, default=0, help="latest kill, seconds; 0: measured"
+        "--longest", type=float, default=0, help="latest time of a kill in seconds; 0 measures it"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the times and of who is killed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times and ranks")
     given = parser.parse_args()
     for key, value in environment(torch.device("cpu")).items():
         print(f"{key}: {value}")
@@ -130,7 +130,7 @@ def _kill(folder: Path, iterations: int, draw: random.Random, longest: float) ->
 
 
 def _run(folder: Path, iterations: int) -> Saved:
-    """A run to its end; its last checkpoint."""
+    """Runs a training to its end; returns its last checkpoint."""
     finish(knobs(folder, iterations), 2, _log(folder))
     saved = _newest(folder)
     assert saved is not None
@@ -143,7 +143,7 @@ def _log(folder: Path) -> Path:
 
 
 def _newest(folder: Path) -> Saved | None:
-    """Verified; an error if it does not load."""
+    """Verifies a checkpoint; raises an error if it does not load."""
     saved = choose(Process(0, 1, torch.device("cpu")), folder / "checkpoints", "latest")
     if saved is not None:
         Shards(saved.path).whole("model")
@@ -170,7 +170,7 @@ def _same(first: Saved, second: Saved) -> bool:
 
 
 def knobs(folder: Path, iterations: int) -> list[str]:
-    """The training's, as a command line."""
+    """The options of the training's command line."""
     return [
         *SMALLEST.split(),
         *("--run.folder", str(folder), "--run.iterations", str(iterations), "--run.resume", "true"),

@@ -3,8 +3,9 @@
     python scripts/benchmark/loading.py --processes 4
 
 Plain: each process loads the whole transformer, then shards it (FSDP2, float32). Sharded: each
-builds it without memory and reads its own part of every weight, as training with engine.kind fsdp
-does. Everything is on the CPU. The weights are written into a folder first and kept there.
+process builds it on the meta device and reads its own part of every weight, as training with
+engine.kind fsdp does. Everything is on the CPU. The weights are first written to a folder and kept
+there.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _no_optimizer(parameters: Any) -> Any:
 
 
 def measure(way: str, chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Each way in processes of its own."""
+    """Measures each way in separate processes."""
     context = multiprocessing.get_context("fork")  # what is imported is not loaded again
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as meeting:
@@ -159,8 +160,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--processes", type=int, default=4)
     add("--ways", nargs="+", choices=list(LOADS), default=list(LOADS))
-    add("--small", action="store_true", help="a transformer of a few megabytes")
-    add("--folder", type=Path, default=ROOT / "runs" / "loading", help="where it is written")
+    add("--small", action="store_true", help="use a transformer of a few megabytes")
+    add(
+        "--folder",
+        type=Path,
+        default=ROOT / "runs" / "loading",
+        help="where the weights are written",
+    )
     add("--json", type=Path, help="also write the results to this file")
     return parser.parse_args(arguments)
 

@@ -4,11 +4,11 @@
     python scripts/benchmark/reward_parity.py --hpsv2 HPS_v2.1_compressed.pt    # real weights
     python scripts/benchmark/reward_parity.py --small         # the Shapes world's models
 
-HPS-v2.1 and CLIP score are compared with open_clip, PickScore with transformers, ImageReward with
-the package image-reward 1.5, each from PIL images to the score by its own preprocessing. Rewards
-are scored in one batch, the others one image at a time. The exit code is 1 if pictures that need no
-resizing are scored differently; what resizing on tensors instead of PIL and bfloat16 change is
-printed beside it.
+HPS-v2.1 and CLIP score are compared with open_clip, PickScore with transformers, and ImageReward
+with the package image-reward 1.5, each from PIL images to the score with its own preprocessing. The
+rewards score one batch, the other implementations one image at a time. The exit code is 1 if the
+scores of images that need no resizing differ. The effects of resizing tensors instead of PIL images
+and of bfloat16 are printed as well.
 """
 
 from __future__ import annotations
@@ -164,17 +164,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--rewards", nargs="+", choices=list(ORACLES), help="default: those whose files are given")
-    add("--small", action="store_true", help="the reward models of data/shapes")
+    add(
+        "--rewards", nargs="+", choices=list(ORACLES), help="default: rewards whose files are given"
+    )
+    add("--small", action="store_true", help="use the reward models of data/shapes")
     add("--hpsv2", type=Path, metavar="FILE", help="HPS_v2.1_compressed.pt")
     add("--clip-score", type=Path, metavar="FILE", help="open_clip_pytorch_model.bin of DFN5B")
     add("--pickscore", type=Path, metavar="FOLDER", help="PickScore_v1")
-    add("--pickscore-processor", type=Path, metavar="FOLDER", help="default: the one above")
+    add("--pickscore-processor", type=Path, metavar="FOLDER", help="default: --pickscore")
     add("--imagereward", type=Path, metavar="FOLDER", help="ImageReward.pt, med_config, tokenizer")
-    add("--images", type=int, default=2, help="of each of three sizes")
+    add("--images", type=int, default=2, help="images of each of three sizes")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
-    add("--scratch", type=Path, help="where random weights go, 4 GB; default: the system's own")
+    add("--scratch", type=Path, help="folder for random weights, 4 GB; default: the system's")
     add("--json", type=Path, help="also write the results to this file")
     chosen = parser.parse_args(arguments)
     chosen.files = given_files(chosen)

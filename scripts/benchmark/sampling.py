@@ -1,4 +1,4 @@
-"""Sampling at FLUX.1-dev's size, random weights: seconds per evaluation, share of the GPU's peak.
+"""Sampling at FLUX.1-dev's size with random weights: seconds per evaluation, share of the peak.
 
 python scripts/benchmark/sampling.py                       # a GPU: 720x720 and 1024x1024, 25 steps
 python scripts/benchmark/sampling.py --compile --batch 3
@@ -65,7 +65,7 @@ PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "
 
 @dataclass(frozen=True)
 class Speed:
-    """One size: seconds (medians), and TFLOP per picture and evaluation, counted."""
+    """Results for one size: median seconds, and the counted TFLOP per image and evaluation."""
 
     size: int
     batch: int
@@ -81,7 +81,7 @@ class Speed:
 
 
 def build(chosen: argparse.Namespace, size: int) -> Flux:
-    """The policy, its weights drawn where and as they are used: the CPU never holds them."""
+    """The policy, with weights drawn on the device in their dtype: the CPU never holds them."""
     knobs = ModelConfig(
         compute_dtype=chosen.dtype, height=size, width=size, text_length=TEXT_LENGTH
     )
@@ -110,7 +110,7 @@ def build(chosen: argparse.Namespace, size: int) -> Flux:
 
 
 class NoText:
-    """In the text encoders' place: the embeddings here are random."""
+    """Replaces the text encoders: the embeddings here are random."""
 
 
 def text_for(policy: Flux, batch: int, device: torch.device) -> TextEmbedding:
@@ -121,7 +121,7 @@ def text_for(policy: Flux, batch: int, device: torch.device) -> TextEmbedding:
 
 
 def count_tflop(small: bool, tokens: int) -> float:
-    """Of one evaluation for one picture, counted on the meta device: nothing is computed."""
+    """TFLOP of one evaluation for one image, counted on the meta device without computation."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(**(SMALL_TRANSFORMER if small else TRANSFORMER))
         config = model.config
@@ -140,7 +140,7 @@ def count_tflop(small: bool, tokens: int) -> float:
 
 @torch.no_grad()
 def measure(chosen: argparse.Namespace, size: int) -> Speed:
-    """Whole samplings from noise to pictures; the first warms up and is not counted."""
+    """Measures whole samplings from noise to images; the first warms up and is not counted."""
     device = torch.device(chosen.device)
     policy = build(chosen, size)
     text = text_for(policy, chosen.batch, device)
@@ -177,7 +177,7 @@ def _now(device: torch.device) -> float:
 
 
 def peak_of(chosen: argparse.Namespace) -> float | None:
-    """TFLOP/s that the device can do at most, as far as it is known."""
+    """The device's peak TFLOP/s, if known."""
     if chosen.peak or torch.device(chosen.device).type != "cuda":
         return chosen.peak
     name = torch.cuda.get_device_name(chosen.device)
@@ -189,16 +189,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--sizes", type=int, nargs="+", default=[720, 1024], help="height and width of pictures")
-    add("--batch", type=int, default=1, help="pictures in one evaluation")
+    add("--sizes", type=int, nargs="+", default=[720, 1024], help="height and width of images")
+    add("--batch", type=int, default=1, help="images per evaluation")
     add("--steps", type=int, default=25)
-    add("--repeats", type=int, default=3, help="timed samplings; their median counts")
+    add("--repeats", type=int, default=3, help="timed samplings; the median is reported")
     add("--compile", action="store_true", help="compile the transformer's repeated blocks")
     add("--attention", help="one of diffusers' attention backends; default: torch's choice")
-    add("--small", action="store_true", help="a small transformer")
+    add("--small", action="store_true", help="use a small transformer")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--peak", type=float, help="the device's bfloat16 TFLOP/s, where it is not known here")
+    add("--peak", type=float, help="the device's bfloat16 TFLOP/s, if not known here")
     add("--json", type=Path, help="also write the results to this file")
     chosen = parser.parse_args(arguments)
     if min(chosen.batch, chosen.steps, chosen.repeats) < 1:
@@ -206,7 +206,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if any(size % 16 for size in chosen.sizes):
         parser.error(f"--sizes must be multiples of 16, got {chosen.sizes}")
     if torch.device(chosen.device).type == "cpu" and not chosen.small:
-        parser.error("FLUX.1-dev's size takes a GPU with 40 GB; without one, try --small")
+        parser.error("FLUX.1-dev's size needs a GPU with 40 GB; without one, use --small")
     return chosen
 
 

@@ -1,11 +1,11 @@
-"""How long a training stands still for a checkpoint: asynchronously, and waiting for the disk.
+"""How long saving a checkpoint blocks the training: asynchronously, and waiting for the disk.
 
     python scripts/benchmark/saving.py --help
 
-A network of ``--parameters`` with AdamW and an average, as training holds them (16 bytes for each
-weight), is saved several times, with ``--step`` seconds of computing in between. The table tells
-what a save takes from the loop, what a step of computing takes while nothing is written and while
-the thread writes, and how long it is from the begin of a save to a whole checkpoint.
+A network of ``--parameters`` with AdamW and an average, as held in training (16 bytes per weight),
+is saved several times, with ``--step`` seconds of computation in between. The table shows how long
+a save blocks the loop, how long a computation step takes while nothing is written and while the
+thread writes, and how long it takes from the start of a save to a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds, medians over the saves.
+    """Seconds, as medians over the saves.
 
     Attributes:
-        stall: that the loop lost to one save, its begin and its end together.
-        alone, beside: one step of computing, while nothing is written and while a thread writes.
-        whole: from the begin of a save to its checkpoint.
+        stall: time for which one save blocks the loop, at its start and its end together.
+        alone, beside: one computation step, while nothing is written and while a thread writes.
+        whole: from the start of a save to its complete checkpoint.
     """
 
     stall: float
@@ -51,7 +51,7 @@ class Timing:
 
 
 class Training:
-    """Layers of WIDTH x WIDTH that make up the wanted number of weights."""
+    """Layers of WIDTH x WIDTH with the requested number of weights."""
 
     def __init__(self, parameters: int, device: torch.device) -> None:
         layers = max(1, parameters // WIDTH**2)
@@ -65,7 +65,7 @@ class Training:
         self.engine.step()
 
     def save(self, saver: Saver, position: Position) -> None:
-        """As the trainer does."""
+        """Saves in the same way as the trainer."""
         with self.ema.swapped():
             average = saver.copy({"ema": self.engine.weights()})
         saver.save({**average, **self.engine.state()}, position)
@@ -86,9 +86,9 @@ def main() -> int:
         "--step",
         type=float,
         default=0,
-        help="seconds of computing after a save; 0: as a save takes",
+        help="seconds of computation after a save; 0: as long as a save takes",
     )
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be timed")
+    parser.add_argument("--folder", type=Path, default=None, help="folder on the disk to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     device = torch.device(given.device)
@@ -114,14 +114,14 @@ def main() -> int:
             flush=True,
         )
     gain = timings["waiting"].stall / timings["asynchronous"].stall
-    print(f"\nthe loop stands still {gain:.1f} times shorter; verifying takes {verified:.2f} s")
+    print(f"\nthe loop is blocked {gain:.1f} times shorter; verifying takes {verified:.2f} s")
     return 0
 
 
 def _time(training: Training, root: Path, asynchronous: bool, given: argparse.Namespace) -> Timing:
     saver = Saver(Process(0, 1, training.inputs.device), root, 1, asynchronous)
     stalls, alone, beside, whole = [], [], [], []
-    for number in range(given.saves + 1):  # the first makes room for its copies
+    for number in range(given.saves + 1):  # the first one allocates memory for its copies
         begun = _now(training)
         training.save(saver, Position(number, 0, {}))
         stall = perf_counter() - begun

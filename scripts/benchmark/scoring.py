@@ -1,7 +1,7 @@
-"""Images per second that each reward scores: one at a time, as published, against a batch.
+"""Images per second that each reward scores: one at a time, as published, and in a batch.
 
 python scripts/benchmark/scoring.py             # CPU: the reward models of data/shapes
-python scripts/benchmark/scoring.py --full      # published sizes, random weights; so on a GPU
+python scripts/benchmark/scoring.py --full      # published sizes, random weights; default on a GPU
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CAPTION = "a red circle left of a blue square on a gray background"
 
 @dataclass(frozen=True)
 class Speed:
-    """Images per second, and the largest difference between the scores of the two ways."""
+    """Images per second of both ways, and the largest difference between their scores."""
 
     reward: str
     one: float
@@ -83,13 +83,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
     add("--full", action="store_true", help="published sizes, random weights; default on a GPU")
-    add("--images", type=int, default=48, help="in a batch")
+    add("--images", type=int, default=48, help="images per batch")
     add("--size", type=int, help="height and width of the images; default 64, with --full 512")
-    add("--repeats", type=int, default=3, help="timed passes; their median counts")
+    add("--repeats", type=int, default=3, help="timed passes; the median is reported")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
     add("--seed", type=int, default=0)
-    add("--scratch", type=Path, help="where random weights go, 2 GB; default: the system's own")
+    add("--scratch", type=Path, help="folder for random weights, 2 GB; default: the system's")
     add("--json", type=Path, help="also write the results to this file")
     chosen = parser.parse_args(arguments)
     if min(chosen.images, chosen.repeats) < 1:

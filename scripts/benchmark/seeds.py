@@ -2,7 +2,7 @@
 
     python scripts/benchmark/seeds.py --seeds 1 2 3 4 5 --parallel 2 [--section.knob VALUE ...]
 
-A run that is already there is not repeated.
+Runs that already have results are not repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="shapes_mixgrpo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--parallel", type=int, default=1, help="number of concurrent runs")
     parser.add_argument("--json", type=Path, help="file for the results")
     chosen, overrides = parser.parse_known_args()
     with ThreadPoolExecutor(chosen.parallel) as pool:
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def train(chosen: argparse.Namespace, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """Runs one seed, unless its metrics are there; returns its scores."""
+    """Runs one seed, unless its metrics exist already; returns its scores."""
     folder = chosen.folder / f"seed_{seed}"
     if not (folder / "rewards.png").exists():
         threads = max(1, (os.cpu_count() or 1) // chosen.parallel)

@@ -1,4 +1,4 @@
-"""Trainings in processes forked from one that has imported everything: that takes longest."""
+"""Runs trainings in processes forked from one that has done the imports, which take longest."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _claims: list[socket.socket] = []
 
 
 def prepare() -> None:
-    """For this process and those that it starts: no GPU, threads that sleep while they wait."""
+    """Sets up this process and its children: no GPU, and threads that sleep while they wait."""
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
 def start(words: Sequence[str], count: int, log: Path) -> list[BaseProcess]:
-    """As torchrun would, but that none is stopped when another one fails.
+    """Starts processes like torchrun, except that none is stopped when another one fails.
 
     Args:
         words: the training's command line.
-        log: what process 0 says is appended to it; process n appends to the same name with .n.
+        log: file to which process 0 appends its output; process n appends to the name with .n.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -69,7 +69,7 @@ def free_port(count: int = 1) -> int:
 
 
 def become_rank(rank: int, count: int, port: int) -> None:
-    """Gives this process the environment that torchrun would, on one machine."""
+    """Gives this process the environment variables of torchrun on one host."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -96,10 +96,10 @@ def _train(words: list[str], rank: int, count: int, port: int, log: Path) -> Non
 
 
 def finish(words: Sequence[str], count: int, log: Path) -> None:
-    """Trains to the end.
+    """Runs a training to its end.
 
     Raises:
-        RuntimeError: it failed; the message ends with what the processes said.
+        RuntimeError: if it failed; the message ends with the output of the processes.
     """
     processes = start(words, count, log)
     for process in processes:

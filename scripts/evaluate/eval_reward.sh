@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Scores and compares pictures, on every GPU or on the CPU:
+# Scores and compares sampled images, on all GPUs or on the CPU:
 #   bash scripts/evaluate/eval_reward.sh runs/base_pictures runs/tuned_pictures \
 #       --recipe shapes_mixgrpo --output runs/evaluation
 set -euo pipefail

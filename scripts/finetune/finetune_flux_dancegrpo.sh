@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tunes FLUX.1-dev by DanceGRPO on this machine's GPUs, or on the CPU; a --recipe of yours
-# counts instead of flux_dancegrpo:
+# Fine-tunes FLUX.1-dev with DanceGRPO on this machine's GPUs, or on the CPU; --recipe replaces the
+# default recipe flux_dancegrpo:
 #   bash scripts/finetune/finetune_flux_dancegrpo.sh --model.train lora --batch.prompts 8
 set -euo pipefail
 recipe=(--recipe flux_dancegrpo)

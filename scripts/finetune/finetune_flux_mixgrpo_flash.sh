@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tunes FLUX.1-dev by MixGRPO-Flash on this machine's GPUs, or on the CPU; a --recipe of yours
-# counts instead of flux_mixgrpo_flash:
+# Fine-tunes FLUX.1-dev with MixGRPO-Flash on this machine's GPUs, or on the CPU; --recipe replaces
+# the default recipe flux_mixgrpo_flash:
 #   bash scripts/finetune/finetune_flux_mixgrpo_flash.sh --model.train lora --batch.prompts 8
 set -euo pipefail
 recipe=(--recipe flux_mixgrpo_flash)

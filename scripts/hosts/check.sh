@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compares the machines of hosts/hostfile: whether they can be reached, Python, packages, revision,
-# the data that a recipe names, clocks, GPUs; then tries an all-reduce among them. Words of a
-# training may follow: bash scripts/hosts/check.sh --recipe shapes_mixgrpo
+# Compares the hosts of hosts/hostfile: whether they can be reached, Python, packages, revision, the
+# data that a recipe names, clocks and GPUs; then tries an all-reduce among them. It accepts the
+# options of a training: bash scripts/hosts/check.sh --recipe shapes_mixgrpo
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.."
 bash env_setup.sh

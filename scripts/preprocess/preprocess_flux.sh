@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Encodes prompts for FLUX.1-dev, on every GPU or on the CPU:
+# Encodes prompts for FLUX.1-dev, on all GPUs or on the CPU:
 #   bash scripts/preprocess/preprocess_flux.sh --prompts_files my_prompts.txt --output data/my_embeddings
 set -euo pipefail
 exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../launch.sh" preprocess \

@@ -1,7 +1,7 @@
-"""ImageReward by the package image-reward 1.5, installed apart and run in a process of its own.
+"""ImageReward by the package image-reward 1.5, installed separately and run in its own process.
 
-It cannot be imported beside this repository's packages: it needs timm 0.6 and a transformers from
-before version 5. ``install`` puts it and what it needs, all but torch, into ``.oracle/``.
+It cannot be installed together with this repository's packages: it needs timm 0.6 and transformers
+before version 5. ``install`` installs it and its requirements, except torch, into ``.oracle/``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FOLDER = HERE.parents[2] / ".oracle"
 
 
 class OracleUnavailable(RuntimeError):
-    """The package is not there and cannot be installed."""
+    """The package is not installed and cannot be installed."""
 
 
 def install(root: Path = FOLDER) -> Path:
@@ -58,7 +58,7 @@ def install(root: Path = FOLDER) -> Path:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Two processes that install at once would undo each other's work."""
+    """A lock, because concurrent installations would interfere with each other."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -68,7 +68,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _install_whole(folder: Path) -> None:
-    """Whole or not at all: installed beside, then renamed."""
+    """Installs atomically: into a temporary folder, which is then renamed."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         new = Path(beside) / "packages"
         _pip(new)
@@ -153,7 +153,7 @@ def _weights_in(model: Path) -> Path:
 
 
 def _as_pt(checkpoint: Path, folder: Path) -> Path:
-    """The package reads PyTorch files alone."""
+    """Converts the weights to a PyTorch file, because the package reads no other format."""
     if checkpoint.suffix != ".safetensors":
         return checkpoint
     from safetensors.torch import load_file
