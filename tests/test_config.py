@@ -151,7 +151,7 @@ def test_help_explains_the_knobs_of_a_reward(capsys):
     shown = squeezed(capsys.readouterr().out)
     for name in (field.name for field in fields(RewardConfig)):
         assert name in shown
-    assert squeezed("the weights are normalised to 1") in shown
+    assert squeezed("the weights are normalised to sum to 1") in shown
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"]])
