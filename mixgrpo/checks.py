@@ -1,4 +1,4 @@
-"""What no type can check: combinations of knobs that cannot work, before anything is loaded."""
+"""Checks that types cannot express: combinations of knobs that cannot work together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mixgrpo.config import Config, RunConfig, TextConfig, flatten
 
-# What a resumed run may change: nothing here alters the weights that training arrives at.
+# Knobs that a resumed run may change: none of them alters the weights that training produces.
 MAY_CHANGE = (
     "run.iterations",
     "run.folder",
@@ -16,19 +16,19 @@ MAY_CHANGE = (
     "run.threads",
     "run.patience",
     "run.grace",
-    "text.mode",  # stored embeddings are those of the encoders, to the last bit
+    "text.mode",  # stored embeddings equal those of the encoders bit for bit
     "text.embeddings",
     "validation.every",
     "validation.before",
     "validation.patience",
     "scoring.",
-    "sampling.micro_batch",  # batches of another size round differently, and nothing else
+    "sampling.micro_batch",  # another batch size only changes rounding
     "sampling.decode_batch",
     "update.micro_batch",
     "text.placement",
-    "contents.",  # of the prompt files; compared apart
+    "contents.",  # of the prompt files, which are compared separately
     "checkpoint.",
-    "engine.",  # as the number of processes: they round differently, and nothing else
+    "engine.",  # like the number of processes, it only changes rounding
     "model.gradient_checkpointing",
     "model.checkpoint_every",
     "ema.placement",
@@ -37,13 +37,13 @@ MAY_CHANGE = (
 
 
 def check(config: Config, world_size: int | None) -> None:
-    """Cross-field checks, all in one place, before anything is loaded.
+    """Runs all cross-field checks, before anything is loaded.
 
     Args:
-        world_size: processes of the run; None where it is of no matter.
+        world_size: number of processes of the run; None where it does not matter.
 
     Raises:
-        ValueError: the first combination that cannot work, with both numbers and the remedy.
+        ValueError: on the first combination that cannot work, with both numbers and the remedy.
     """
     for complaint in _complaints(config, world_size):
         raise ValueError(complaint)
@@ -59,7 +59,7 @@ def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
     yield from _weight_complaints(config)
     if batch.samples < 2:
         yield (
-            f"batch.samples is {batch.samples}: a group of one has nothing to be compared with; "
+            f"batch.samples is {batch.samples}, but advantages compare the samples of a group; "
             "set --batch.samples to at least 2"
         )
     if world_size and batch.prompts % world_size:
@@ -71,7 +71,7 @@ def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
     if batch.samples % update.optimizer_steps:
         yield (
             f"batch.samples ({batch.samples}) must be a multiple of update.optimizer_steps "
-            f"({update.optimizer_steps}), which takes an equal part of every group; set "
+            f"({update.optimizer_steps}), since each step uses an equal part of every group; set "
             f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
             "--update.optimizer_steps to a divisor"
         )
@@ -79,12 +79,14 @@ def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
     yield from _emphasis_complaints(config)
     yield from _text_complaints(config.text)
     if not config.rewards:
-        yield "there is no reward; add one, as the recipes in scripts/recipes show"
+        yield "no reward is configured; add one, as the recipes in scripts/recipes do"
     weights = {name: reward.weight for name, reward in config.rewards.items()}
     if config.rewards and (min(weights.values()) < 0 or not any(weights.values())):
-        yield f"reward weights are {weights}; they must not be negative, and one must be positive"
+        yield (
+            f"reward weights are {weights}; none may be negative, and at least one must be positive"
+        )
     if config.scoring.max_failed > 1:
-        yield f"scoring.max_failed is {config.scoring.max_failed}; it is a share, at most 1"
+        yield f"scoring.max_failed is {config.scoring.max_failed}; it is a fraction, at most 1"
     for part, knobs in (("prefix", config.prefix), ("tail", config.tail)):
         if not 0 < knobs.ratio <= 1:
             yield f"{part}.ratio is {knobs.ratio}; it must lie in (0, 1]"
@@ -98,42 +100,42 @@ def _engine_complaints(config: Config, world_size: int | None) -> Iterator[str]:
     engine = config.engine
     if engine.kind == "single" and world_size and world_size > 1:
         yield (
-            f"engine.kind is 'single', but there are {world_size} processes; start one, or set "
-            "--engine.kind ddp, fsdp or deepspeed"
+            f"engine.kind is 'single', but there are {world_size} processes; start one process, or "
+            "set --engine.kind to ddp, fsdp or deepspeed"
         )
     for knob in ("hybrid", "offload"):
         if getattr(engine, knob) and engine.kind != "fsdp":
             yield (
-                f"engine.{knob} is true, which only fsdp can do, but engine.kind is "
+                f"engine.{knob} is true, which only fsdp supports, but engine.kind is "
                 f"{engine.kind!r}; set --engine.kind fsdp or --engine.{knob} false"
             )
     if engine.offload and world_size == 1:
         yield (
-            "engine.offload is true, but one process has nothing to shard and holds all of the "
-            "model on its device; start several, or set --engine.offload false"
+            "engine.offload is true, but a single process shards nothing and keeps the whole model "
+            "on its device; start several processes, or set --engine.offload false"
         )
     if engine.kind == "deepspeed" and config.update.optimizer != "adamw":
         yield (
-            f"update.optimizer is {config.update.optimizer!r}, but DeepSpeed steps on flat float32 "
+            f"update.optimizer is {config.update.optimizer!r}, but DeepSpeed updates flat float32 "
             "copies of the weights; set --update.optimizer adamw or --engine.kind fsdp"
         )
     if engine.kind == "deepspeed" and config.model.weights != "float32":
         yield (
             f"model.weights is {config.model.weights!r}, but DeepSpeed keeps float32 copies of "
-            "them; set --model.weights float32 or --engine.kind fsdp"
+            "the weights; set --model.weights float32 or --engine.kind fsdp"
         )
 
 
 def _emphasis_complaints(config: Config) -> Iterator[str]:
-    """What is trained of a rollout, and how much it counts."""
+    """Checks which parts of a rollout are trained, and how they are weighted."""
     advantage, update, samples = config.advantage, config.update, config.batch.samples
     if not 0 <= advantage.trim < 0.5:
-        yield f"advantage.trim is {advantage.trim}; it is a share at each end, in [0, 0.5)"
+        yield f"advantage.trim is {advantage.trim}; it is a fraction at each end, in [0, 0.5)"
     kept, parts = advantage.best_of, update.optimizer_steps
     if kept and not (0 < kept <= samples and kept % 2 == 0 and kept % parts == 0):
         yield (
             f"advantage.best_of is {kept}; it must be even, a multiple of update.optimizer_steps "
-            f"({parts}), and at most batch.samples ({samples}), or 0 to train all"
+            f"({parts}), and at most batch.samples ({samples}), or 0 to train on all"
         )
     if not 0 < update.step_fraction <= 1:
         yield f"update.step_fraction is {update.step_fraction}; it must lie in (0, 1]"
@@ -145,32 +147,35 @@ def _emphasis_complaints(config: Config) -> Iterator[str]:
                 f"{steps - 1}, one for each but the last"
             )
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-            yield f"update.step_weight is {weights}; weights are finite and >= 0, one positive"
+            yield (
+                f"update.step_weight is {weights}; weights must be finite and >= 0, with at least "
+                "one positive"
+            )
     if update.kl_target > 0 and update.kl == 0:
         yield (
             f"update.kl_target is {update.kl_target}, but update.kl is 0; set --update.kl to the "
-            "weight to begin with"
+            "initial weight"
         )
 
 
 def _resume_complaints(run: RunConfig) -> Iterator[str]:
     if run.resume_from != "latest" and not run.resume:
         yield (
-            f"run.resume_from is {run.resume_from!r}, but run.resume is false, so nothing is "
-            "continued; set --run.resume true"
+            f"run.resume_from is {run.resume_from!r}, but run.resume is false, so the run would "
+            "not resume; set --run.resume true"
         )
 
 
 def _text_complaints(text: TextConfig) -> Iterator[str]:
     if text.mode == "embeddings" and not text.embeddings:
         yield (
-            "text.mode is 'embeddings', but no folder is given; set --text.embeddings to one that "
-            "`python -m mixgrpo preprocess` wrote"
+            "text.mode is 'embeddings', but no folder is given; set --text.embeddings to a folder "
+            "that `python -m mixgrpo preprocess` wrote"
         )
     if text.mode == "online" and text.embeddings:
         yield (
-            f"text.embeddings is {text.embeddings!r}, but text.mode is 'online', which reads "
-            "none; set --text.mode embeddings"
+            f"text.embeddings is {text.embeddings!r}, but text.mode is 'online', which does not "
+            "read embeddings; set --text.mode embeddings"
         )
 
 
@@ -185,9 +190,9 @@ def _weight_complaints(config: Config) -> Iterator[str]:
         )
     if config.ema.decay:
         yield (
-            f"ema.decay is {config.ema.decay} with model.weights {config.model.weights}: an "
-            "average moves by less than bfloat16 can tell; set --ema.decay 0 or --model.weights "
-            "float32"
+            f"ema.decay is {config.ema.decay} with model.weights {config.model.weights}, but the "
+            "average changes by less than bfloat16 can represent; set --ema.decay 0 or "
+            "--model.weights float32"
         )
 
 
@@ -200,7 +205,10 @@ def _sampling_complaints(config: Config) -> Iterator[str]:
     if config.sampling.transition == "cps" and config.sampling.eta > 1:
         yield f"sampling.eta is {config.sampling.eta}; with transition cps it must lie in (0, 1]"
     if config.sampling.shift < 0:
-        yield f"sampling.shift is {config.sampling.shift}; it must be positive, or 0 for dynamic"
+        yield (
+            f"sampling.shift is {config.sampling.shift}; it must be positive, or 0 for the "
+            "resolution-dependent shift"
+        )
 
 
 def _too_small(config: Config) -> Iterator[str]:
@@ -246,7 +254,7 @@ def _multiple(number: int, of: int) -> int:
 
 
 def check_resumable(saved: dict[str, Any], config: Config) -> None:
-    """Raises ValueError naming every knob that differs from the saved run and may not."""
+    """Raises ValueError naming every knob that differs from the saved run but must not."""
     now = flatten(config)
     differing = [
         f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"
@@ -255,6 +263,6 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
     ]
     if differing:
         raise ValueError(
-            f"this run cannot be resumed with another recipe: {'; '.join(differing)}; "
-            "give the saved values, or train into another --run.folder"
+            f"this run cannot be resumed with different settings: {'; '.join(differing)}; "
+            "use the saved values, or train in another --run.folder"
         )

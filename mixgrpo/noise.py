@@ -1,4 +1,4 @@
-"""Noise as a pure function of what it is for: no result depends on processes or resuming."""
+"""Noise as a pure function of its purpose, independent of process count and resuming."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 _INITIAL = -1  # the "step" of the initial noise
 _STEPS = -2  # the "step" of the draw of trained steps
-_SHARED = -1  # the "sample" of a noise that all samples of a prompt share
+_SHARED = -1  # the "sample" of noise that all samples of a prompt share
 
 
 def key_seed(*key: int) -> int:
-    """A seed from integers, everywhere the same; 32 bits, all that torch's generator uses."""
+    """A seed derived from integers, the same on every machine; 32 bits, as many as torch's
+    generator uses."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 1) & 0xFFFFFFFF
 
@@ -26,7 +27,7 @@ def drawn_steps(
 ) -> Tensor:
     """[prompts*samples, steps] bool: ``count`` of the window's steps for each sample of the batch.
 
-    Each sample's draw depends on (seed, iteration, prompt, sample) alone.
+    Each sample's draw depends only on (seed, iteration, prompt, sample).
     """
     drawn = torch.zeros(prompts * samples, steps, dtype=torch.bool)
     for row, chosen in enumerate(drawn):
@@ -40,8 +41,8 @@ def drawn_steps(
 class Noise:
     """Standard normal latents for the samples of one rollout.
 
-    Drawn on the CPU, one generator per (seed, iteration, prompt, sample, step), so that a GPU run
-    sees the same numbers as a CPU run, and any split over processes the same as one process.
+    Drawn on the CPU, with one generator per (seed, iteration, prompt, sample, step), so that a GPU
+    run sees the same numbers as a CPU run, and any number of processes the same as one process.
 
     Attributes:
         seed: the run's seed.
@@ -50,7 +51,7 @@ class Noise:
         samples: samples per prompt, G.
         shape: (S, C) of one latent.
         shared: whether a prompt's samples share their initial noise.
-        device: where the noise is wanted.
+        device: device on which the noise is returned.
     """
 
     seed: int
@@ -67,7 +68,7 @@ class Noise:
         return self._stack([(prompt, s, _INITIAL) for prompt in self.prompts for s in samples])
 
     def at(self, step: int, rows: range) -> Tensor:
-        """[len(rows), S, C], the noise of an SDE step for the samples at these rows of P*G."""
+        """[len(rows), S, C], the noise of an SDE step for the samples in these rows of P*G."""
         keys = [(self.prompts[r // self.samples], r % self.samples, step) for r in rows]
         return self._stack(keys)
 
@@ -81,5 +82,5 @@ class Noise:
         ]
         noise = torch.stack(drawn)
         if self.device.type == "cuda":
-            noise = noise.pin_memory()  # only from there does a copy not make the host wait
+            noise = noise.pin_memory()  # copies from unpinned memory would block the host
         return noise.to(self.device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""The values that travel between the stages of one iteration.
+"""Data types passed between the stages of an iteration: windows, embeddings, trajectories.
 
-Letters used for shapes everywhere: P prompts, G samples per prompt (a group), B = P*G samples in
+Symbols used for shapes throughout: P prompts, G samples per prompt (a group), B = P*G samples in
 prompt-major order, T denoising steps, w window size, S latent tokens, C channels per token, L text
 tokens. Sigma is 1 at pure noise and 0 at data.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Window:
-    """The steps ``start .. stop-1`` that are sampled by the SDE and trained. Never empty."""
+    """The steps ``start .. stop-1``, which are sampled with the SDE and trained. Never empty."""
 
     start: int
     stop: int
@@ -55,7 +55,7 @@ class TextEmbedding:
         return TextEmbedding(self.tokens[index], self.pooled[index])
 
     def repeat_each(self, times: int) -> TextEmbedding:
-        """[N] -> [N*times], every prompt's copies side by side."""
+        """[N] -> [N*times], the copies of each prompt next to each other."""
         if times == 1:
             return self
         return TextEmbedding(
@@ -67,7 +67,7 @@ class TextEmbedding:
 
 
 class Velocity(Protocol):
-    """All that sampling and training know of a model: v = x1 - x0 predicted at (x, sigma, text)."""
+    """The model as sampling and training see it: predicts v = x1 - x0 at (x, sigma, text)."""
 
     def __call__(self, x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
         """x [N, S, C] float32, sigma [N] float32 in (0, 1] -> velocity [N, S, C] float32."""
@@ -76,7 +76,7 @@ class Velocity(Protocol):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a rollout leaves for the update: the window's steps and the final latent, no more.
+    """What a rollout keeps for the update: only the window's steps and the final latent.
 
     Attributes:
         sigmas: [T+1] float32, decreasing from 1 to exactly 0; the tail may be compressed (Flash).
@@ -86,8 +86,8 @@ class Trajectory:
         final: [B, S, C] float32, the latent at sigma 0.
         text: the B samples' prompts are ``text[group]``; P embeddings.
         group: [B] int64 on the CPU, position of each sample's prompt in ``text``.
-        shared: whether a group's samples have one initial noise, hence one state at window.start.
-        evaluations: model evaluations that this rollout made, in all.
+        shared: whether a group's samples share the initial noise, and so the state at window.start.
+        evaluations: total number of model evaluations of this rollout.
     """
 
     sigmas: Tensor
@@ -104,7 +104,7 @@ class Trajectory:
         return self.states.shape[0]
 
     def select(self, rows: Tensor) -> Trajectory:
-        """Some of the samples; ``rows`` ascend, on the CPU, equally many of each group."""
+        """Selects samples; ``rows`` are ascending, on the CPU, and equally many for each group."""
         here = rows.to(self.states.device)
         return replace(
             self,

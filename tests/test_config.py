@@ -234,7 +234,11 @@ COMPLAINTS = {
     "no steps": ({"update.step_fraction": 0.0}, 1, r"step_fraction is 0.0.*\(0, 1\]"),
     "too many steps": ({"update.step_fraction": 1.2}, 1, "step_fraction is 1.2"),
     "step weights": ({"update.step_weight": [1.0, 2.0]}, 1, "has 2 weights; 25 .* need 24"),
-    "step weight": ({"update.step_weight": [0.0] * 23 + [-1.0]}, 1, "weights are finite and >= 0"),
+    "step weight": (
+        {"update.step_weight": [0.0] * 23 + [-1.0]},
+        1,
+        "weights must be finite and >= 0",
+    ),
     "target": ({"update.kl_target": 0.01}, 1, "kl_target is 0.01, but update.kl is 0"),
     "target below": ({"update.kl_target": -0.01}, 1, "kl_target is -0.01.*at least 0"),
     "decay": ({"ema.decay": 1.0}, 1, r"ema.decay is 1.0.*\[0, 1\)"),
@@ -286,9 +290,9 @@ def test_what_cannot_work_is_refused_before_anything_loads(case):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([], "there is no reward"),
+        ([], "no reward is configured"),
         ([0.0, 0.0], "one must be positive"),
-        ([1.0, -1.0], "must not be negative"),
+        ([1.0, -1.0], "none may be negative"),
     ],
 )
 def test_rewards_that_cannot_work(weights, message):

@@ -336,9 +336,9 @@ def test_every_second_block_is_recomputed(world, monkeypatch):
     ("kind", "processes", "more", "complaint"),
     [
         ("single", 2, {}, r"'single', but there are 2 processes"),
-        ("ddp", 2, {"hybrid": True}, r"engine.hybrid is true, which only fsdp can do"),
-        ("deepspeed", 2, {"offload": True}, r"engine.offload is true, which only fsdp can do"),
-        ("fsdp", 1, {"offload": True}, r"one process has nothing to shard"),
+        ("ddp", 2, {"hybrid": True}, r"engine.hybrid is true, which only fsdp supports"),
+        ("deepspeed", 2, {"offload": True}, r"engine.offload is true, which only fsdp supports"),
+        ("fsdp", 1, {"offload": True}, r"a single process shards nothing"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(kind, processes, more, complaint):
