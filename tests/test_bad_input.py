@@ -192,13 +192,13 @@ def test_a_python_without_the_packages(complain):
     missing = ModuleNotFoundError(name="yaml.loader")
     with mock.patch("mixgrpo.commands.importlib", importing_raises(missing)):
         line = complain(["train", "--recipe", "shapes_mixgrpo"])
-    assert "has no package yaml.loader" in line
+    assert "the package yaml.loader is not installed" in line
     assert "bash env_setup.sh" in line
 
 
 def test_an_interrupt_while_modules_are_imported(complain):
     with mock.patch("mixgrpo.commands.importlib", importing_raises(KeyboardInterrupt())):
-        assert "interrupted before it began" in complain(["train"])
+        assert "interrupted before the command started" in complain(["train"])
 
 
 def test_an_unknown_recipe(complain):

@@ -457,7 +457,7 @@ def test_flatten_is_what_json_gives_back():
             b"rewards: {a: {kind: jpeg_size, weight: abc}}\n",
             "^rewards.NAME.weight is 'abc'; it must be a number$",
         ),
-        (b"rewards: {a: {weight: 1}}\n", "a reward has no kind .*set --rewards.NAME.kind too"),
+        (b"rewards: {a: {weight: 1}}\n", "a reward has no kind .*also set --rewards.NAME.kind"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_clear_error(tmp_path, content, message):

@@ -263,7 +263,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("words", "message"),
     [
         (["--output", "windows.doc"], "--output is 'windows.doc'"),
-        (["--output"], "--output lacks its value"),
+        (["--output"], "--output needs a value"),
         (["--window.sise", "3"], "did you mean window.size?"),
         (["--window.size", "30"], "window of size 30"),
     ],

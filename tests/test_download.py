@@ -190,7 +190,7 @@ def test_usage_lists_names_sizes_and_places(
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("fluks", "you mean 'flux'?"), ("pick", "'pickscore'?"), ("zz", "fetch. ")],
+    [("fluks", "you mean 'flux'?"), ("pick", "'pickscore'?"), ("zz", "'zz'. ")],
 )
 def test_an_unknown_name(
     calls: Callable[[], list[str]], capsys: pytest.CaptureFixture[str], name: str, hint: str
@@ -214,7 +214,7 @@ def test_the_script_runs_the_command_in_the_repository(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_CALLS": str(tmp_path / "calls")}
     done = execute(["bash", str(script), "hpsv2"], cwd="/", env=environment)
     assert done.returncode == 0, done.stderr
-    assert "hpsv2: there, in data/models/hpsv2" in done.stdout
+    assert "hpsv2: complete, in data/models/hpsv2" in done.stdout
     assert (tmp_path / "data/models/hpsv2/HPS_v2.1_compressed.pt").is_file()
 
     shutil.rmtree(tmp_path / ".venv")
@@ -299,12 +299,12 @@ def test_an_interrupted_fetch_goes_on_with_the_same_command(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_KILLED": "xswu/HPSv2"}
     done = execute(command, env=environment)
     assert done.returncode == 130
-    assert done.stderr == "error: interrupted; the same command goes on where this one stopped\n"
-    assert "clip: there" in done.stdout
+    assert done.stderr == "error: interrupted; run the same command again to continue\n"
+    assert "clip: complete" in done.stdout
     del environment["HF_KILLED"]
     done = execute(command, env=environment)
     assert done.returncode == 0
-    assert "hpsv2: there" in done.stdout
+    assert "hpsv2: complete" in done.stdout
 
 
 def test_a_disk_that_is_too_small(

@@ -590,8 +590,8 @@ def complain(capfd, monkeypatch, tmp_path) -> Callable[..., str]:
 def test_a_reward_that_scores_nothing_is_told_after_the_others_report(base, tmp_path, complain):
     said = complain(base, "--rewards.dead.kind", "tiny_world:broken")
     assert said == (
-        "error: dead could score no picture, as the warnings say; mend that, and the same command "
-        "scores what is missing\n"
+        "error: dead could not score any image (see the warnings above); fix the cause and run the "
+        "same command again to compute the missing scores\n"
     )
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {row["reward"] for row in summary["rows"]} >= {"r", "dead"}
@@ -664,8 +664,8 @@ def test_names(base, tuned, monkeypatch):
 
 def test_options_that_cannot_be(base, tuned, tmp_path, complain):
     line = complain(base, tuned, "--baseline", "tune")
-    assert "--baseline is 'tune', which is none of base, tuned; did you mean tuned?" in line
-    assert "none of all, r" in complain(base, "--gallery_by", "q")
+    assert "--baseline is 'tune'; it must be one of base, tuned; did you mean tuned?" in line
+    assert "one of all, r" in complain(base, "--gallery_by", "q")
     assert "--basline; did you mean --baseline?" in complain(base, "--basline", "base")
     assert "there is no option --update.kl" in complain(base, "--update.kl", "1")
     assert "there is no knob rewards.NAME.knd" in complain(base, "--rewards.r.knd", "x")
@@ -685,7 +685,9 @@ def test_options_that_cannot_be(base, tuned, tmp_path, complain):
 
 
 def test_without_a_reward(base, tmp_path):
-    with pytest.raises(ValueError, match="there is no reward; take a recipe's with --recipe NAME"):
+    with pytest.raises(
+        ValueError, match="no reward is configured; use those of a recipe with --recipe NAME"
+    ):
         parse([str(base), "--output", str(tmp_path)])
 
 

@@ -562,7 +562,7 @@ def test_a_folder_that_holds_a_run_is_not_resumed_by_a_restart(tmp_path, capsys)
     (tmp_path / "checkpoints" / "latest").touch()
     words = ["train", "--recipe", "shapes_mixgrpo", "--run.folder", str(tmp_path)]
     assert main(["hosts", "--hostfile", str(hostfile(tmp_path, "a\nb\n")), *words]) == 1
-    assert "holds a run already; continue it with --run.resume true" in capsys.readouterr().err
+    assert "already contains a run; continue it with --run.resume true" in capsys.readouterr().err
 
 
 def test_times_that_cannot_be(tmp_path, capsys):
@@ -627,8 +627,8 @@ def test_on_this_machine_too_a_run_is_started_again(tmp_path, monkeypatch, capsy
     ("words", "said"),
     [
         (["train", "--run.sed", "1"], "there is no knob run.sed; did you mean run.seed?"),
-        (["trian"], "'trian' is no command for several processes"),
-        ([], "there is no command to run on the hosts"),
+        (["trian"], "'trian' does not run in several processes"),
+        ([], "no command to run on the hosts is given"),
         (["train", "--recipe", "shapes_mixgrpo"], "there is no pdsh on this machine"),
     ],
 )

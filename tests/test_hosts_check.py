@@ -200,11 +200,11 @@ def test_the_command_compares_and_tries_an_all_reduce(
     assert main(["hosts", "--hostfile", "hostfile", "check", *words]) == 0
     told = capfd.readouterr().out
     assert "127.0.0.2: all-reduce by gloo: right, " in told
-    assert told.endswith("2 hosts, no difference\n")
+    assert told.endswith("2 hosts, no differences\n")
 
 
 def test_one_machine_is_not_compared(tmp_path, capsys):
     (tmp_path / "hostfile").write_text("localhost\n")
     words = ["hosts", "--hostfile", str(tmp_path / "hostfile"), "check"]
     assert main([*words, "--recipe", "shapes_mixgrpo"]) == 0
-    assert "names this machine alone: there is nothing to compare" in capsys.readouterr().out
+    assert "names only this machine, so there is nothing to compare" in capsys.readouterr().out

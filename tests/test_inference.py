@@ -466,7 +466,7 @@ def test_a_signal_is_told_in_a_line(knobs, capfd):
     assert signal.getsignal(signal.SIGTERM) == before
     assert code == 128 + signal.SIGTERM
     said = capfd.readouterr().err
-    assert f"stopped by SIGTERM; the pictures in {knobs().folder} are whole" in said
+    assert f"stopped by SIGTERM; the images in {knobs().folder} are complete" in said
     assert len(read(Path(knobs().folder))) == 1
 
 
@@ -745,7 +745,7 @@ def test_the_command_line(knobs, tmp_path, capfd):
     assert "did you mean 'shapes'? Known: flux, shapes" in capfd.readouterr().err
     (tmp_path / "broken.yaml").write_text("steps: [1\n")
     assert main(["sample", "--recipe", str(tmp_path / "broken.yaml")]) == 1
-    assert "broken.yaml is no recipe: " in capfd.readouterr().err
+    assert "broken.yaml is not a valid recipe: " in capfd.readouterr().err
     assert main(["sample", "--recipe", "shapes", "--steps", "1"]) == 1
     assert capfd.readouterr().err == "error: steps is 1; it must be at least 2\n"
 

@@ -379,7 +379,7 @@ def test_the_command_writes_into_the_runs_folder_or_where_it_is_told(run, tmp_pa
     [
         ([], "runs"),
         (["RUN", "--outputs", "x"], "--outputs"),
-        (["RUN", "--output", "FOLDER"], "which is a folder; name a file in it"),
+        (["RUN", "--output", "FOLDER"], "which is a folder; name a file instead"),
     ],
 )
 def test_mistaken_words_are_one_sentence(run, tmp_path, capsys, words, sentence):

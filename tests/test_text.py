@@ -648,7 +648,7 @@ def test_launch_tells_of_a_mistyped_knob_of_any_command_before_it_starts(capfd):
         said = capfd.readouterr().err.splitlines()
         assert said == ["error: there is no knob outptu; did you mean output?"]
         assert main(["launch", "--nproc_per_node", "2", "shapes"]) == 2
-        assert "'shapes' is no command for several processes" in capfd.readouterr().err
+        assert "'shapes' does not run in several processes" in capfd.readouterr().err
 
 
 def test_launch_hands_the_words_on_as_they_are():
@@ -672,7 +672,7 @@ def test_ctrl_c_says_how_to_go_on(world, tmp_path, capfd):
     words = ["preprocess", "--prompts_files", str(world.prompts), "--output", str(tmp_path / "o")]
     with mock.patch("mixgrpo.text.preprocess.preprocess", side_effect=KeyboardInterrupt):
         assert main(words) == 130
-    assert "the same command continues" in capfd.readouterr().err
+    assert "run the same command to continue" in capfd.readouterr().err
 
 
 def test_the_threads_reach_the_process_group(world, tmp_path):

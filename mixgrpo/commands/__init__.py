@@ -1,4 +1,4 @@
-"""The command line: one file per command, imported when it is called."""
+"""The command line: one module per command, imported when the command is called."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "train": "fine-tune a model by a recipe",
-    "sample": "draw pictures of test prompts",
-    "evaluate": "score pictures of several models and compare them",
-    "report": "curves, pictures and knobs of runs, as one HTML file",
+    "train": "fine-tune a model with a recipe",
+    "sample": "generate images for test prompts",
+    "evaluate": "score the images of several models and compare them",
+    "report": "write curves, images and knobs of runs to one HTML file",
     "preprocess": "encode prompts in advance, so that training needs no text encoder",
-    "export": "a checkpoint's weights, or their average, as a diffusers folder or LoRA file",
-    "doctor": "look for what would stop a run, before it starts",
+    "export": "write a checkpoint's weights or their EMA as a diffusers folder or LoRA file",
+    "doctor": "look for problems that would stop a run, before it starts",
     "schedule": "show which steps a recipe trains, and how often",
     "plan": "estimate memory and time on any number of GPUs",
-    "launch": "a command in several processes: torchrun, with shorter errors",
-    "hosts": "a command on all hosts of a hostfile, looked after; hosts check compares them",
+    "launch": "run a command in several processes, like torchrun but with shorter errors",
+    "hosts": "run a command on all hosts of a hostfile; `hosts check` compares the hosts",
     "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code. An error that a user can mend is one line."""
+    """Runs one command; returns the exit code. Errors that a user can fix take one line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_usage())
@@ -37,15 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(f"mixgrpo.commands.{given[0]}").run(given[1:])
-    except KeyboardInterrupt:  # while modules are imported; later, commands say how to go on
-        print("error: interrupted before it began", file=sys.stderr)
+    except KeyboardInterrupt:  # during imports; after that, the command says how to continue
+        print("error: interrupted before the command started", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "mixgrpo":
             raise
         print(
-            f"error: {sys.executable} has no package {error.name}; bash env_setup.sh installs what "
-            "is missing, and .venv/bin/python runs with it",
+            f"error: the package {error.name} is not installed for {sys.executable}; run "
+            "`bash env_setup.sh`, which installs it, and use .venv/bin/python",
             file=sys.stderr,
         )
         return 1
@@ -54,5 +54,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
-        ["usage: python -m mixgrpo COMMAND [options]; COMMAND --help for its options", *lines]
+        ["usage: python -m mixgrpo COMMAND [options]; COMMAND --help lists its options", *lines]
     )

@@ -1,4 +1,4 @@
-"""What the commands share: knobs from words, and errors in one line."""
+"""Functions shared by the commands: parsing knobs, and reporting errors in one line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import jsonargparse
 
 
 def new_parser(command: str, description: str) -> jsonargparse.ArgumentParser:
-    """A parser that takes knobs from dataclasses, with their texts, and shortens no name."""
+    """A parser that reads knobs and their help from dataclasses and accepts no abbreviations."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return jsonargparse.ArgumentParser(
         prog=f"python -m mixgrpo {command}",
-        allow_abbrev=False,  # a shortened name is a mistyped one
+        allow_abbrev=False,  # an abbreviated name is treated as a typo
         description=description,
         exit_on_error=False,
     )
@@ -32,10 +32,10 @@ def read_words(
     words: Sequence[str],
     one_line: Callable[[str], str],
 ) -> jsonargparse.Namespace:
-    """The parsed and instantiated words.
+    """Parses and instantiates the words of a command line.
 
     Args:
-        one_line: makes the parser's message one line that helps.
+        one_line: turns the parser's message into one helpful line.
 
     Raises:
         ValueError: a knob is unknown or has a wrong value.
@@ -50,7 +50,7 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def _without_jargon(text: str) -> str:
-    """A wrong value's message without the parser's own names."""
+    """The message about a wrong value, without the parser's internal names."""
     wrong = re.search(
         r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>. Got value: (.*)""", text
     )
@@ -62,10 +62,12 @@ def _without_jargon(text: str) -> str:
 
 
 def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """The value of an option that is no knob (its last, None without), and the other words.
+    """The value of an option that is not a knob, and the other words.
+
+    The last occurrence of the option counts; its value is None if the option is not given.
 
     Raises:
-        ValueError: it has no value.
+        ValueError: the option has no value.
     """
     value, others = None, []
     words = iter(arguments)
@@ -78,12 +80,12 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list
             others.append(word)
             continue
         if not value:
-            raise ValueError(f"{option} lacks its value")
+            raise ValueError(f"{option} needs a value")
     return value, others
 
 
 def unknown_knob(message: str) -> str | None:
-    """The dotted path of the knob that a parser's message calls unknown."""
+    """The dotted path of the knob that a parser's message reports as unknown."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
         r"'([\w.]+)' does not accept option '([\w.]+)'", message
     )
@@ -91,20 +93,21 @@ def unknown_knob(message: str) -> str | None:
 
 
 def no_such_knob(knob: str, known: Iterable[str]) -> str:
-    """The message for a mistyped knob, with the nearest that there is."""
+    """The message for a mistyped knob, with the closest known name."""
     nearest = difflib.get_close_matches(knob, list(known), n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists them"
+    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all knobs"
     return f"there is no knob {knob}; {hint}"
 
 
 def carry_out(
     action: Callable[[], object], expected: tuple[type[Exception], ...], how_to_continue: str
 ) -> int:
-    """Runs a command's action; returns the exit code. Expected errors are told in one line.
+    """Runs a command's action; returns the exit code. Expected errors are printed in one line.
 
     Args:
-        expected: errors that explain themselves; an ``exit_code`` of theirs is the command's.
-        how_to_continue: told after Ctrl-C or SIGTERM.
+        expected: errors whose message suffices; their ``exit_code``, if they have one, is the
+            command's.
+        how_to_continue: printed after Ctrl-C or SIGTERM.
     """
     try:
         with _interruptible():
@@ -118,7 +121,7 @@ def carry_out(
             traceback.print_exc()
         return complain(error, getattr(error, "exit_code", 1))
     except RuntimeError as error:
-        # Communication fails where another process has left; that one has said why.
+        # Communication fails when another process has exited, which has reported the reason.
         if not re.search(r"gloo|NCCL", str(error)):
             raise
         first_line = str(error).splitlines()[0]
@@ -128,7 +131,7 @@ def carry_out(
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does, so that open files and processes are left in order."""
+    """Within the context, SIGTERM acts like Ctrl-C, so that files and processes are closed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
@@ -141,7 +144,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def complain(error: BaseException, exit_code: int = 1) -> int:
-    """Prints an error in one line; returns the exit code."""
+    """Prints an error in one line; returns ``exit_code``."""
     rank = os.environ.get("RANK", "0")
     prefix = f"error (rank {rank})" if rank != "0" else "error"
     print(f"{prefix}: {error}", file=sys.stderr)

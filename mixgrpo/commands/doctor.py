@@ -12,23 +12,23 @@ from mixgrpo.doctor.lines import Line, exit_code, render
 
 _USAGE = """\
 usage: python -m mixgrpo doctor --recipe NAME [--section.knob VALUE ...] [--processes N]
-Looks for what would stop a run before it starts. No weights are loaded, nothing is written. The
-exit code is 1 if anything is in error. The knobs are those of `python -m mixgrpo train --help`.
-  --processes N  processes of the run, on all machines together (default: one on each GPU)"""
+Looks for problems that would stop a run, before it starts. Loads no weights and writes nothing.
+The exit code is 1 if there is an error. The knobs are those of `python -m mixgrpo train --help`.
+  --processes N  processes of the run, on all machines together (default: one per GPU)"""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Prints a line for everything looked at; returns the exit code."""
+    """Prints one line per finding; returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(_USAGE)
         return 0
-    logging.disable(logging.WARNING)  # of libraries, whose weights are random here on purpose
+    logging.disable(logging.WARNING)  # libraries warn of random weights, which are intended here
     try:
         found = _told(examine(Config(), 0, ENVIRONMENT))
         config, processes = _parsed(arguments)
         found += _told(examine(config, processes, OF_THE_RUN))
     except ImportError as caught:
-        print(f"error: the recipe cannot be read: {caught}; bash env_setup.sh", file=sys.stderr)
+        print(f"error: the recipe cannot be read: {caught}; run bash env_setup.sh", file=sys.stderr)
         return 1
     except (ValueError, FileNotFoundError) as caught:
         print(f"error: {caught}", file=sys.stderr)
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _told(lines: Iterable[Line]) -> list[Line]:
-    """Printed as they come: some take seconds."""
+    """Prints the lines as they come, since some checks take seconds."""
     found = []
     for line in lines:
         print(render([line]), flush=True)
@@ -50,11 +50,11 @@ def _told(lines: Iterable[Line]) -> list[Line]:
 
 
 def _parsed(arguments: Sequence[str]) -> tuple[Config, int]:
-    # Only now: what they import may be what is missing.
+    # Imported here because the packages that these modules import may be missing.
     from mixgrpo.commands.command_line import take_option
     from mixgrpo.commands.train import parse
 
     processes, words = take_option(arguments, "--processes")
     if processes is not None and not (processes.isdecimal() and int(processes) > 0):
-        raise ValueError(f"--processes is {processes!r}; it must be a whole number from 1 up")
+        raise ValueError(f"--processes is {processes!r}; it must be a positive whole number")
     return parse(words), int(processes or 0)

@@ -25,11 +25,11 @@ def run(arguments: Sequence[str]) -> int:
             print(f"{name}: {ITEMS[name].what}", flush=True)
             for warning in fetch(ITEMS[name]):
                 print(f"warning: {warning}", file=sys.stderr)
-            print(f"{name}: there, in {', '.join(_folders(name))}", flush=True)
+            print(f"{name}: complete, in {', '.join(_folders(name))}", flush=True)
     except (DownloadError, ValueError, OSError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on where this one stopped", 130)
+        return _complain("interrupted; run the same command again to continue", 130)
     return 0
 
 
@@ -41,7 +41,7 @@ def _usage() -> str:
     return "\n".join(
         [
             "usage: bash scripts/download_models.sh NAME ...",
-            "Fetches from Hugging Face what is missing of the named; run again, it goes on.",
+            "Downloads the missing files of each NAME from Hugging Face; resumes if run again.",
             *rows,
         ]
     )
@@ -57,7 +57,7 @@ def _folders(name: str) -> list[str]:
 def _unknown(name: str) -> str:
     nearest = difflib.get_close_matches(name, ITEMS, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    return f"there is nothing called {name!r} to fetch{hint} Known: {', '.join(ITEMS)}"
+    return f"there is no download named {name!r}{hint} Known: {', '.join(ITEMS)}"
 
 
 def _complain(message: str, exit_code: int = 1) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mixgrpo.evaluation.manifests import Manifest
     from mixgrpo.evaluation.score_store import Store
 
-# What of a recipe is taken; the rest of it is about training.
+# The parts of a recipe that are used; the rest concerns training.
 OF_THE_RECIPE = ("recipe", "rewards", "scoring.", "run.threads", "log.progress")
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -28,16 +28,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": Path,
         "required": True,
         "metavar": "FOLDER",
-        "help": "for table.md, summary.json, gallery.html and scores.json, whose scores are reused",
+        "help": "folder for table.md, summary.json, gallery.html and scores.json, whose scores are "
+        "reused",
     },
     "baseline": {
         "metavar": "NAME",
-        "help": "manifest that the others are compared with (default: the first)",
+        "help": "name of the manifest that the others are compared with (default: the first)",
     },
     "resamples": {
         "type": int,
         "default": 2000,
-        "help": "resamples of the bootstrap (default: %(default)s)",
+        "help": "number of bootstrap resamples (default: %(default)s)",
     },
     "seed": {
         "type": int,
@@ -47,17 +48,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gallery_prompts": {
         "type": int,
         "default": 60,
-        "help": "prompts in the gallery, at most; 0 writes none (default: %(default)s)",
+        "help": "maximum number of prompts in the gallery; 0 writes no gallery (default: "
+        "%(default)s)",
     },
     "gallery_samples": {
         "type": int,
         "default": 4,
-        "help": "pictures of a prompt and manifest in the gallery, at most (default: %(default)s)",
+        "help": "maximum number of images per prompt and manifest in the gallery (default: "
+        "%(default)s)",
     },
     "gallery_by": {
         "default": "all",
         "metavar": "REWARD",
-        "help": "reward by which prompts are the best, the worst and the most changed "
+        "help": "reward by which the best, worst and most changed prompts are chosen "
         "(default: %(default)s, the mean of all rewards' z-scores)",
     },
 }
@@ -65,7 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be evaluated, with what, and where the results go."""
+    """The images to evaluate, the rewards to score them with, and where the results are written."""
 
     manifests: list[Manifest]
     baseline: str
@@ -88,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
 
     disable_progress_bar()
     expected = (ValueError, OSError, RewardError)
-    kept = f"{request.store.path}, where it is, keeps what was scored"
+    kept = f"scores computed so far are kept in {request.store.path}, if it exists"
     return carry_out(partial(_evaluate, request), expected, kept)
 
 
@@ -116,17 +119,18 @@ def _evaluate(request: Request) -> None:
             )
             if evaluation.silent:
                 raise RewardError(
-                    f"{', '.join(evaluation.silent)} could score no picture, as the warnings say; "
-                    "mend that, and the same command scores what is missing"
+                    f"{', '.join(evaluation.silent)} could not score any image (see the warnings "
+                    "above); fix the cause and run the same command again to compute the missing "
+                    "scores"
                 )
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """The request that a command line makes; manifests and known scores are read.
+    """Parses a command line into a request; reads the manifests and the scores computed so far.
 
     Raises:
-        FileNotFoundError: there is no such manifest or recipe.
-        ValueError: an option is unknown or has a wrong value, or a file is none of its kind.
+        FileNotFoundError: a manifest or recipe does not exist.
+        ValueError: an option is unknown or has a wrong value, or a file has the wrong content.
     """
     own, of_recipe = _divided(arguments)
     parser = _parser()
@@ -136,7 +140,7 @@ def parse(arguments: Sequence[str]) -> Request:
         raise ValueError(f"there is no option {unknown[0]}{_nearest(unknown[0], known)}")
     config = _in_own_scale(parse_recipe(of_recipe))
     _check(given, config)
-    # Only now: a mistyped option should not have to wait for torch.
+    # Imported here so that a mistyped option is reported without waiting for torch.
     from mixgrpo.evaluation.comparison import Bootstrap
     from mixgrpo.evaluation.gallery import ALL, Choice
     from mixgrpo.evaluation.manifests import read_manifests
@@ -168,10 +172,10 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m mixgrpo evaluate",
         allow_abbrev=False,
-        description="Scores pictures by a recipe's rewards and compares them prompt by prompt.",
-        epilog="The rewards are a recipe's, their weights aside: --recipe NAME, overridden as in "
-        "training by --rewards.NAME.KNOB; --scoring.micro_batch, --run.threads and --log.progress "
-        "are training's too.",
+        description="Scores images with a recipe's rewards and compares them prompt by prompt.",
+        epilog="The rewards are those of --recipe NAME, without their weights, and can be "
+        "overridden with --rewards.NAME.KNOB as in training; --scoring.micro_batch, --run.threads "
+        "and --log.progress also work as in training.",
     )
     parser.add_argument(
         "manifests",
@@ -185,7 +189,10 @@ def _parser() -> _Parser:
 
 
 def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words for this command, and those for the recipe. Every option takes one value."""
+    """Splits the words into those for this command and those for the recipe.
+
+    Every option takes one value.
+    """
     own: list[str] = []
     of_recipe: list[str] = []
     words = iter(arguments)
@@ -200,7 +207,7 @@ def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _in_own_scale(config: Config) -> Config:
-    """PickScore without the shift and scale that recipes give it for mixing with others."""
+    """Removes the shift and scale that recipes apply to PickScore when they combine rewards."""
     rewards = {name: _unscaled(knobs) for name, knobs in config.rewards.items()}
     return replace(config, rewards=rewards)
 
@@ -214,7 +221,7 @@ def _unscaled(knobs: RewardConfig) -> RewardConfig:
 
 def _check(given: argparse.Namespace, config: Config) -> None:
     if not config.rewards:
-        raise ValueError("there is no reward; take a recipe's with --recipe NAME")
+        raise ValueError("no reward is configured; use those of a recipe with --recipe NAME")
     least = {"resamples": 1, "seed": 0, "gallery_prompts": 0, "gallery_samples": 1}
     values = {f"--{name}": (getattr(given, name), bound) for name, bound in least.items()}
     values["--scoring.micro_batch"] = (config.scoring.micro_batch, 1)
@@ -227,7 +234,7 @@ def _one_of(option: str, name: str, known: Sequence[str]) -> str:
     if name in known:
         return name
     raise ValueError(
-        f"{option} is {name!r}, which is none of {', '.join(known)}{_nearest(name, known)}"
+        f"{option} is {name!r}; it must be one of {', '.join(known)}{_nearest(name, known)}"
     )
 
 

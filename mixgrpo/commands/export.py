@@ -21,32 +21,38 @@ _OPTIONS = ("output", "ema", "model")
 def run(arguments: Sequence[str]) -> int:
     """Writes the model of a checkpoint; returns the exit code."""
     parser = new_parser(
-        "export", "Writes the trained model of a checkpoint: a diffusers folder, or a LoRA's file."
+        "export", "Writes a checkpoint's trained model as a diffusers folder or a LoRA file."
     )
     parser.add_argument(
-        "source", type=str, help="a run's folder (its newest checkpoint), or a checkpoint's"
+        "source",
+        type=str,
+        help="a run's folder, for its newest checkpoint, or a checkpoint's folder",
     )
     parser.add_argument(
-        "--output", type=str, required=True, help="folder of the model; new, or empty"
+        "--output", type=str, required=True, help="folder to write the model to; new or empty"
     )
-    parser.add_argument("--ema", action="store_true", help="the weights' average instead of them")
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="write the exponential moving average instead of the weights",
+    )
     parser.add_argument(
         "--model",
         type=str,
         default="",
-        help="the folder of the model that was trained, if it was moved",
+        help="the folder of the base model, if it was moved",
     )
     try:
         given = read_words(parser, arguments, _in_one_line)
     except ValueError as error:
         return complain(error)
-    # Only now: a mistyped option should not have to wait for torch.
+    # Imported here so that a mistyped option is reported without waiting for torch.
     from mixgrpo.checkpoint import CheckpointError
 
     return carry_out(
         lambda: _export(given.source, given.output, given.ema, given.model),
         (ValueError, OSError, CheckpointError),
-        "empty the output folder, then the same command begins again",
+        "empty the output folder and run the same command again",
     )
 
 

@@ -1,4 +1,4 @@
-"""``python -m mixgrpo hosts [options] COMMAND [options]``: a command on the hosts of a hostfile.
+"""``python -m mixgrpo hosts [options] COMMAND [options]``: runs a command on a hostfile's hosts.
 
 ``python -m mixgrpo hosts check`` compares the hosts instead.
 """
@@ -39,8 +39,8 @@ def run(arguments: Sequence[str]) -> int:
         if words[:1] == ["check"]:
             return _check(hosts, given, words[1:])
         if words[:1] in ([], ["launch"], ["hosts"]):
-            raise ValueError("there is no command to run on the hosts; train, for example")
-        config = launch.parse_command(words)  # a mistyped knob is told of before any host starts
+            raise ValueError("no command to run on the hosts is given; give one, such as train")
+        config = launch.parse_command(words)  # reports a mistyped knob before any host starts
         _check_options(given, config)
         if is_this_machine(hosts):
             return _run_here(hosts[0], given, words, config)
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run_here(host: Host, given: argparse.Namespace, words: list[str], config: object) -> int:
-    """Without pdsh, but started again as other hosts are."""
+    """Runs the command on this machine, without pdsh but with the same restarts."""
     start = ["--nproc_per_node", str(_slots(host) or processes_here())]
     has_progress, again = _restarts(words, config)
     for attempt in range(given.max_restarts + 1):
@@ -77,23 +77,35 @@ def _supervise(job: Job) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixgrpo hosts",
-        allow_abbrev=False,  # what is not named in full is the command's
-        add_help=False,  # behind the command, it is asked of that
-        description="Runs COMMAND on every host of a hostfile, by pdsh.",
+        allow_abbrev=False,  # an option that is not spelled out belongs to the command
+        add_help=False,  # --help after the command belongs to the command
+        description="Runs COMMAND on every host of a hostfile, using pdsh.",
         usage="%(prog)s [options] COMMAND [options of COMMAND]",
     )
-    parser.add_argument("--hostfile", type=Path, default=ROOT / "hosts" / "hostfile")
     parser.add_argument(
-        "--settings", type=Path, default=ROOT / "hosts" / "nccl.env", help="NAME=VALUE lines"
+        "--hostfile",
+        type=Path,
+        default=ROOT / "hosts" / "hostfile",
+        help="file with one host per line: NAME or NAME slots=N",
+    )
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        default=ROOT / "hosts" / "nccl.env",
+        help="file of NAME=VALUE lines, which are set in every host's environment",
     )
     parser.add_argument(
         "--max-restarts",
         type=int,
         default=3,
-        help="restarts after a failure, if a checkpoint was saved before it or a host was lost",
+        help="maximum number of restarts after a failure; the run restarts only if it has saved a "
+        "checkpoint since it started or a host was lost",
     )
     parser.add_argument(
-        "--lost-after", type=int, default=30, help="seconds without an answer: a host is lost"
+        "--lost-after",
+        type=int,
+        default=30,
+        help="seconds without an answer after which a host counts as lost",
     )
     parser.add_argument(
         "--wait", type=int, default=1800, help="seconds to wait for a lost host before a restart"
@@ -117,14 +129,14 @@ def _job(hosts: list[Host], given: argparse.Namespace, words: list[str], config:
 def _restarts(
     words: list[str], config: object
 ) -> tuple[Callable[[], bool], Callable[[], list[str]]]:
-    """Whether a restart may help after a failure, and the words of it."""
+    """Two functions: whether a restart may help after a failure, and the words of a restart."""
     if not isinstance(config, Config):
         return lambda: False, lambda: words
     pointer = Path(config.run.folder) / "checkpoints" / "latest"
     begun = _content(pointer)
 
     def again() -> list[str]:
-        # Where the run went back to an older checkpoint, it does so once.
+        # A run that goes back to an older checkpoint does so only once.
         on = ["--run.resume_from", "latest"] if _content(pointer) != begun else []
         return [*words, "--run.resume", "true", *on]
 
@@ -137,21 +149,21 @@ def _check_options(given: argparse.Namespace, config: object) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be at least {least}"
             )
-    # Told here, and not by the first attempt: the next one would resume it.
+    # Checked here and not in the first attempt, since the next attempt would resume that run.
     if (
         isinstance(config, Config)
         and not config.run.resume
         and (Path(config.run.folder) / "checkpoints" / "latest").exists()
     ):
         raise ValueError(
-            f"{config.run.folder!r} holds a run already; continue it with --run.resume true, or "
+            f"{config.run.folder!r} already contains a run; continue it with --run.resume true, or "
             "choose another --run.folder"
         )
 
 
 def _progress(pointer: Path) -> Callable[[], bool]:
-    """Tells whether the file names another iteration than when it was last asked: a run that fails
-    again and again before its next checkpoint is not helped by starting it again."""
+    """Returns a function that reports whether the file names another iteration than at its last
+    call: restarting does not help a run that keeps failing before its next checkpoint."""
     before = _iteration(pointer)
 
     def ask() -> bool:
@@ -163,7 +175,7 @@ def _progress(pointer: Path) -> Callable[[], bool]:
 
 
 def _iteration(pointer: Path) -> str:
-    """Without how many times it was saved: a failing run saves where it fails."""
+    """The iteration without the save counter, since a failing run saves where it fails."""
     return "_".join(_content(pointer).split("_")[:2])
 
 
@@ -174,14 +186,16 @@ def _content(pointer: Path) -> str:
 def _slots(host: Host) -> int | None:
     wanted = os.environ.get("PROCESSES") or "0"
     if not wanted.isdecimal():
-        raise ValueError(f"PROCESSES is {wanted!r}; it is how many processes to start on each host")
+        raise ValueError(
+            f"PROCESSES is {wanted!r}; it must be the number of processes to start on each host"
+        )
     return int(wanted) or host.slots
 
 
 def _nodes(
     hosts: list[Host], given: argparse.Namespace, program: str, words: list[str], grace: int
 ) -> list[Node]:
-    """Every host's part."""
+    """Each host's part of the job."""
     environment = forwarded(os.environ, read_settings(given.settings))
     job, port = secrets.token_hex(8), 2 * random.randrange(10_000, 14_000)  # below ephemeral ports
     return [
@@ -205,9 +219,9 @@ def _nodes(
 
 
 def _check(hosts: list[Host], given: argparse.Namespace, words: list[str]) -> int:
-    """Compares the hosts; returns 0 if nothing is wrong with them."""
+    """Compares the hosts; returns 0 if there is no problem."""
     if is_this_machine(hosts):
-        print(f"{given.hostfile} names this machine alone: there is nothing to compare")
+        print(f"{given.hostfile} names only this machine, so there is nothing to compare")
         return 0
     config = launch.parse_command(["train", *words])
     check_tools()
@@ -217,7 +231,7 @@ def _check(hosts: list[Host], given: argparse.Namespace, words: list[str]) -> in
     found = list(complaints(reports, paths))
     if all(report.facts is not None for report in reports.values()) and len(hosts) > 1:
         found += _try_all_reduce(hosts, given)
-    print("\n".join(found) if found else f"{len(hosts)} hosts, no difference")
+    print("\n".join(found) if found else f"{len(hosts)} hosts, no differences")
     return 1 if found else 0
 
 
@@ -227,6 +241,6 @@ def _try_all_reduce(hosts: list[Host], given: argparse.Namespace) -> list[str]:
     if _supervise(Job(nodes, logs, 0, 0, is_worth_restarting=lambda: False, again=lambda: [])) == 0:
         return []
     return [
-        "all hosts: the all-reduce failed, as told above; open the ports among the hosts, and name "
+        "all hosts: the all-reduce failed (see above); open the ports between the hosts, and set "
         f"their network interface in {given.settings}"
     ]

@@ -1,6 +1,6 @@
-"""``python -m mixgrpo launch [torchrun's options] COMMAND [options]``: several processes at once.
+"""``python -m mixgrpo launch [torchrun's options] COMMAND [options]``: runs several processes.
 
-It is torchrun, but an error that a process has explained is not buried under the launcher's own.
+It calls torchrun, but an error that a process has reported is not buried under torchrun's own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mixgrpo.commands import COMMANDS
 from mixgrpo.commands.command_line import complain
 from mixgrpo.config import Config
 
-GRACE = 900  # seconds to save and end in, of commands without run.grace
-FAILED_PATIENCE = 10  # seconds for the other processes once one has failed
+GRACE = 900  # seconds for saving and exiting, for commands without run.grace
+FAILED_PATIENCE = 10  # seconds that the other processes get once one has failed
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 USAGE = (
     "usage: python -m mixgrpo launch [--nproc_per_node N] [torchrun's other options] "
@@ -31,7 +31,10 @@ USAGE = (
 def run(arguments: Sequence[str]) -> int:
     """Starts the processes, waits, and returns the exit code of the first that failed."""
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"{USAGE}\ntorchrun --help lists torchrun's options; COMMAND --help a command's")
+        print(
+            f"{USAGE}\ntorchrun --help lists torchrun's options; COMMAND --help lists those of a "
+            "command"
+        )
         return 0
     from torch.distributed.run import get_args_parser
 
@@ -42,16 +45,16 @@ def run(arguments: Sequence[str]) -> int:
     parser = get_args_parser()
     parser.error = _raise  # type: ignore[method-assign]
     try:
-        # torchrun takes the command for the script's name; it is this package's first argument.
+        # torchrun reads the command as the script's name; it is this package's first argument.
         given: argparse.Namespace = parser.parse_args(["--module", *arguments])
         _check_number(given.nproc_per_node)
     except ValueError as error:
         return _refuse(str(error))
     words = [given.training_script, *given.training_script_args]
     if _parser_of(words[0]) is None:
-        return _refuse(f"{words[0]!r} is no command for several processes")
+        return _refuse(f"{words[0]!r} does not run in several processes")
     try:
-        config = parse_command(words)  # a mistyped knob is told of once
+        config = parse_command(words)  # reports a mistyped knob once, not in every process
     except (ValueError, OSError) as error:
         return complain(error)
     given.training_script_args = words
@@ -65,17 +68,17 @@ def parse_command(words: Sequence[str]) -> object:
     """The configuration that a command reads from its words.
 
     Raises:
-        ValueError: it is no command for several processes, or a knob is wrong.
-        OSError: a file that its words name is not there.
+        ValueError: the command does not run in several processes, or a knob is wrong.
+        OSError: a file that the words name does not exist.
     """
     parse = _parser_of(words[0])
     if parse is None:
-        raise ValueError(f"{words[0]!r} is no command for several processes")
+        raise ValueError(f"{words[0]!r} does not run in several processes")
     return parse(words[1:])
 
 
 def grace_of(config: object) -> int:
-    """Seconds that a command has to save and end in when it is asked to."""
+    """Seconds that a command has for saving and exiting when it is stopped."""
     return config.run.grace if isinstance(config, Config) else GRACE
 
 
@@ -87,7 +90,7 @@ def _start(given: argparse.Namespace, grace: int) -> int:
 
     PContext.close = _closing(PContext.close, grace)  # type: ignore[method-assign]
     api._terminate_process_handler = _heeded_once(api._terminate_process_handler)
-    logging.disable(logging.ERROR)  # in this process alone, which only waits
+    logging.disable(logging.ERROR)  # only in this process, which does nothing but wait
     try:
         torchrun(given)
     except ChildFailedError as failed:
@@ -95,8 +98,8 @@ def _start(given: argparse.Namespace, grace: int) -> int:
         if first.exitcode > 0:
             return first.exitcode
         killed = RuntimeError(
-            f"process {rank} was killed by {signal.Signals(-first.exitcode).name}; if nobody did "
-            "so, the machine ran out of memory: start fewer processes, or lower the knobs "
+            f"process {rank} was killed by {signal.Signals(-first.exitcode).name}; unless someone "
+            "killed it, the machine ran out of memory: start fewer processes, or lower the knobs "
             "micro_batch and decode_batch"
         )
         return complain(killed, 128 - first.exitcode)
@@ -106,10 +109,10 @@ def _start(given: argparse.Namespace, grace: int) -> int:
 
 
 def _closing(close: Callable[..., None], grace: int) -> Callable[..., None]:
-    """Torchrun's way to end processes, with other times to wait; it has no knob for them.
+    """Wraps torchrun's method that ends processes, to set timeouts that torchrun does not expose.
 
-    Processes that were told to stop first end what they are doing and save. Where one has failed,
-    the others wait for it in vain.
+    Processes that are asked to stop need time to finish their work and save. If one has failed,
+    the others would wait for it in vain.
     """
 
     def closing(
@@ -124,8 +127,9 @@ def _closing(close: Callable[..., None], grace: int) -> Callable[..., None]:
 
 
 def _heeded_once(handler: Callable[..., None]) -> Callable[..., None]:
-    """A signal's handler that heeds the first alone: SLURM signals a job's every process, and each
-    passes it on. A second one would end the launcher, which waits for its processes to save."""
+    """Wraps a signal handler so that only the first signal takes effect: SLURM signals every
+    process of a job, and each passes the signal on. A second one would end the launcher while it
+    waits for its processes to save."""
     is_heeded = False
 
     def once(number: int, frame: FrameType | None) -> None:
@@ -138,7 +142,7 @@ def _heeded_once(handler: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parser_of(command: str) -> Callable[[Sequence[str]], object] | None:
-    """What reads a command's options; only commands that have one work in several processes."""
+    """The function that parses a command's options; only commands with one can be launched."""
     if command not in COMMANDS:
         return None
     return getattr(importlib.import_module(f"mixgrpo.commands.{command}"), "parse", None)
@@ -150,7 +154,7 @@ def _raise(message: str) -> NoReturn:
 
 def _check_number(processes: str) -> None:
     if processes not in ("auto", "gpu", "cpu") and not (processes.isdecimal() and int(processes)):
-        raise ValueError(f"--nproc_per_node is {processes!r}; it must be a number from 1 on")
+        raise ValueError(f"--nproc_per_node is {processes!r}; it must be a positive whole number")
 
 
 def _refuse(reason: str) -> int:

@@ -13,14 +13,15 @@ from mixgrpo.planning.plan import Question, report
 
 _USAGE = """\
 usage: python -m mixgrpo plan --recipe NAME [--gpus N] [--section.knob VALUE ...]
-Estimates memory on each GPU for full training and LoRA on 1, 8, 32 and N GPUs, by every way to
-spread it, and the time of an iteration. Nothing is loaded, and no GPU is needed; without the
-model's folder it takes FLUX.1-dev's numbers. Knobs: `python -m mixgrpo train --help`.
-  --gpus N           GPUs of the run (32)
-  --gpus-per-node N  of them in one machine (8)
-  --gpu-memory GIB   of each (80)
-  --share S          part of a GPU's peak that is reached; assumed until it is measured (0.4)
-  --peak TFLOPS      a GPU's dense bfloat16 TFLOP/s (989: H100, H200)"""
+Estimates the memory per GPU for full training and LoRA on 1, 8, 32 and N GPUs with every engine,
+and the time of an iteration. Loads nothing and needs no GPU; without the model's folder, it uses
+the sizes of FLUX.1-dev. The knobs are those of `python -m mixgrpo train --help`.
+  --gpus N           number of GPUs of the run (32)
+  --gpus-per-node N  GPUs per machine (8)
+  --gpu-memory GIB   memory of each GPU in GiB (80)
+  --share S          fraction of the peak throughput that is reached, an assumption until it is
+                     measured (0.4)
+  --peak TFLOPS      peak dense bfloat16 TFLOP/s of a GPU (989: H100, H200)"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -36,10 +37,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Question, Config]:
-    """What is asked, and the recipe.
+    """The question to answer, and the recipe.
 
     Raises:
-        FileNotFoundError: there is no such recipe.
+        FileNotFoundError: the recipe does not exist.
         ValueError: an option or a knob is unknown or has a wrong value.
     """
     given: dict[str, float] = {}
@@ -51,7 +52,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, Config]:
             given[field.name] = _number(option, text, whole=field.type == "int")
     question = Question(**given)  # type: ignore[arg-type]
     if question.share > 1:
-        raise ValueError(f"--share is {question.share}; it is a part of the peak, at most 1")
+        raise ValueError(f"--share is {question.share}; it is a fraction of the peak, at most 1")
     return question, parse_recipe(words)
 
 

@@ -23,11 +23,11 @@ def run(arguments: Sequence[str]) -> int:
         config = parse(arguments)
     except ValueError as error:
         return complain(error)
-    # Only now: a mistyped knob should not have to wait for torch.
+    # Imported here so that a mistyped knob is reported without waiting for torch.
     from mixgrpo.text.preprocess import preprocess
 
     return carry_out(
-        partial(preprocess, config), (ValueError, OSError), "the same command continues"
+        partial(preprocess, config), (ValueError, OSError), "run the same command to continue"
     )
 
 
@@ -35,16 +35,18 @@ def parse(arguments: Sequence[str]) -> PreprocessConfig:
     """The configuration that a command line gives.
 
     Raises:
-        ValueError: a knob is unknown, lacking, or has a wrong value.
+        ValueError: a knob is unknown or missing, or has a wrong value.
     """
-    parser = new_parser("preprocess", "Encodes prompts, so that training needs no text encoder.")
+    parser = new_parser(
+        "preprocess", "Encodes prompts in advance, so that training needs no text encoder."
+    )
     parser.add_argument(
         "--prompts_files",
         nargs="+",
         type=str,
         required=True,
         metavar="FILE",
-        help="files of prompts, one a line, UTF-8; each distinct prompt is encoded once",
+        help="files of prompts, one per line, UTF-8; each distinct prompt is encoded once",
     )
     parser.add_class_arguments(PreprocessConfig, skip={"prompts_files"})
     built = read_words(parser, arguments, _in_one_line)

@@ -24,24 +24,25 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     Raises:
         ValueError: an option is unknown, or no run is named.
     """
-    parser = new_parser("report", "Curves, pictures and knobs of runs, as one HTML file.")
+    parser = new_parser("report", "Writes the curves, images and knobs of runs to one HTML file.")
     parser.add_argument(
         "runs",
         nargs="+",
         metavar="RUN",
-        help="the --run.folder of a training, also one under way; NAME=FOLDER gives it a name",
+        help="the --run.folder of a training run, finished or not; NAME=FOLDER gives it a name",
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="default: report.html in the run's folder; of several runs, in this one",
+        help="file to write (default: report.html in the run's folder, or in the current folder "
+        "for several runs)",
     )
     given = read_words(parser, arguments, lambda text: f"{text}; --help shows the usage")
     return given.runs, given.output
 
 
 def _write(folders: Sequence[str], output: str | None) -> None:
-    # Only now: a mistyped option should not have to wait for torch.
+    # Imported here so that a mistyped option is reported without waiting for torch.
     from mixgrpo.report.page import write_report
     from mixgrpo.report.runs import read_runs
 
@@ -49,5 +50,5 @@ def _write(folders: Sequence[str], output: str | None) -> None:
     place = runs[0].folder if len(runs) == 1 else Path()
     file = Path(output or place / "report.html")
     if file.is_dir():
-        raise ValueError(f"--output is {str(file)!r}, which is a folder; name a file in it")
+        raise ValueError(f"--output is {str(file)!r}, which is a folder; name a file instead")
     print(f"report: {write_report(runs, file)}")

@@ -23,16 +23,16 @@ SAMPLING_RECIPES = RECIPES.parent / "inference"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Draws the pictures; returns the exit code."""
+    """Generates the images; returns the exit code."""
     try:
         config = parse(arguments)
     except (ValueError, FileNotFoundError) as error:
         return complain(error)
-    # Only now: a mistyped knob should not have to wait for torch.
+    # Imported here so that a mistyped knob is reported without waiting for torch.
     from mixgrpo.checkpoint import CheckpointError
     from mixgrpo.planning.memory import OutOfMemory
 
-    left = f"the pictures in {config.folder} are whole, and the same command draws the others"
+    left = f"the images in {config.folder} are complete; run the same command to add the others"
     return carry_out(
         partial(_sample, config), (ValueError, OSError, CheckpointError, OutOfMemory), left
     )
@@ -50,16 +50,16 @@ def parse(arguments: Sequence[str]) -> InferenceConfig:
     """The configuration that a command line gives: defaults < recipe < overrides.
 
     Raises:
-        FileNotFoundError: there is no such recipe.
+        FileNotFoundError: the recipe does not exist.
         ValueError: a knob is unknown or has a wrong value.
     """
     parser = new_parser(
-        "sample", "Draws pictures of test prompts with the base model or a tuned one."
+        "sample", "Generates images for test prompts with the base model or a tuned one."
     )
     parser.add_argument(
         "--recipe",
         action="config",
-        help="a recipe's name in scripts/inference, or the path of a YAML file",
+        help="name of a recipe in scripts/inference, or path of a YAML file",
     )
     parser.add_class_arguments(InferenceConfig)
     words = with_recipe_paths(arguments, SAMPLING_RECIPES)

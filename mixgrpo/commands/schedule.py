@@ -13,12 +13,12 @@ from mixgrpo.config import Config
 _USAGE = """\
 usage: python -m mixgrpo schedule --recipe NAME [--section.knob VALUE ...] [--output FILE.png]
 Shows which denoising steps a recipe's windows train, how often, and how many model evaluations
-the run makes. Nothing is loaded. The knobs are those of `python -m mixgrpo train --help`.
-  --output FILE  draw it too: a .png, .svg or .pdf"""
+the run makes. Loads nothing. The knobs are those of `python -m mixgrpo train --help`.
+  --output FILE  also plot the schedule to a .png, .svg or .pdf file"""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Prints and draws; returns the exit code."""
+    """Prints and plots the schedule; returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(_USAGE)
         return 0
@@ -41,4 +41,4 @@ def _show(config: Config, output: str | None) -> None:
     print(report(coverage))
     if output is not None:
         save_picture(coverage, Path(output))
-        print(f"drawn in {output}")
+        print(f"plot: {output}")

@@ -10,16 +10,25 @@ from pathlib import Path
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Builds the wanted parts in their order; returns the exit code."""
+    """Builds the chosen parts in their order; returns the exit code."""
     from mixgrpo.shapes.build import PARTS
 
     parser = argparse.ArgumentParser(
         prog="python -m mixgrpo shapes",
-        description="Rebuilds the Shapes world's captions and checkpoints, seeded.",
+        description="Rebuilds the captions and checkpoints of the Shapes world, with fixed seeds.",
     )
-    parser.add_argument("--folder", type=Path, default=Path("data/shapes"))
     parser.add_argument(
-        "--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to build"
+        "--folder",
+        type=Path,
+        default=Path("data/shapes"),
+        help="folder to write them to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(PARTS),
+        help="parts to build (default: all)",
     )
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
         config = parse(arguments)
     except (ValueError, FileNotFoundError) as error:
         return complain(error)
-    # Only now: a mistyped knob should not have to wait for torch.
+    # Imported here so that a mistyped knob is reported without waiting for torch.
     from transformers.utils.logging import disable_progress_bar
 
     from mixgrpo.checkpoint import CheckpointError
@@ -35,23 +35,23 @@ def run(arguments: Sequence[str]) -> int:
     from mixgrpo.run.stopping import TrainingStopped
     from mixgrpo.trainer import train
 
-    disable_progress_bar()  # of each model part's loading; training has its own
+    disable_progress_bar()  # for loading each part of the model; training has its own bar
     expected = (ValueError, OSError, CheckpointError, RewardError, TrainingStopped, OutOfMemory)
-    return carry_out(partial(train, config), expected, "--run.resume true continues")
+    return carry_out(partial(train, config), expected, "continue with --run.resume true")
 
 
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration that a command line gives: defaults < recipe < overrides.
 
     Raises:
-        FileNotFoundError: there is no such recipe.
+        FileNotFoundError: the recipe does not exist.
         ValueError: a knob is unknown or has a wrong value.
     """
     parser = new_parser("train", "Fine-tunes a flow-matching model with MixGRPO.")
     parser.add_argument(
         "--recipe",
         action="config",
-        help="a recipe's name in scripts/recipes, or the path of a YAML file",
+        help="name of a recipe in scripts/recipes, or path of a YAML file",
     )
     parser.add_class_arguments(Config)
     words = with_recipe_paths(arguments, RECIPES)
@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def _in_one_line(words: list[str], text: str) -> str:
-    """A parser's message, with the nearest knob where one was mistyped."""
+    """The parser's message, with the closest knob name where one was mistyped."""
     known = list(flatten(Config()))
     knob = unknown_knob(text)
     if knob is None and (bad := re.search(r"[Oo]ption '(\w+)' is not accepted", text)) is not None:
@@ -80,16 +80,16 @@ def _reward_without_kind(words: Sequence[str]) -> str:
     with_kind = {word.split(".")[1] for word in words if re.match(r"--rewards\.\w+\.kind\b", word)}
     named = ", ".join(sorted(given - with_kind)) or "in the recipe"
     return (
-        f"a reward has no kind (rewards {named}): if it is to be one of the recipe's, correct its "
-        "name; if it is new, set --rewards.NAME.kind too"
+        f"a reward has no kind (rewards {named}): if it should be one of the recipe's, correct its "
+        "name; if it is new, also set --rewards.NAME.kind"
     )
 
 
 def or_no_recipe(words: Sequence[str], text: str) -> str:
-    """A parser's message, with the recipe's name if that is what could not be parsed."""
+    """The parser's message, with the recipe's name if the recipe could not be parsed."""
     if text.startswith("Problems parsing config"):
         recipes = [word for word in words if word.startswith("--recipe=")]
-        return f"{' '.join(recipes)} is no recipe: {text}"
+        return f"{' '.join(recipes)} is not a valid recipe: {text}"
     return text
 
 
@@ -108,11 +108,11 @@ def with_recipe_paths(arguments: Sequence[str], folder: Path) -> list[str]:
 
 
 def recipe_path(name: str, folder: Path = RECIPES) -> Path:
-    """The file of a recipe, by its path or its name in ``folder``.
+    """The file of a recipe, given its path or its name in ``folder``.
 
     Raises:
-        FileNotFoundError: it is neither; the message lists the known ones and the nearest.
-        ValueError: the file holds nothing, or no text.
+        FileNotFoundError: it is neither; the message lists the known names and the closest one.
+        ValueError: the file is empty or not UTF-8 text.
     """
     path = Path(name)
     if path.is_file():
@@ -124,7 +124,8 @@ def recipe_path(name: str, folder: Path = RECIPES) -> Path:
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     raise FileNotFoundError(
-        f"there is no recipe {name!r}{hint} Known: {', '.join(known)}; or give a YAML file's path"
+        f"there is no recipe {name!r}{hint} Known: {', '.join(known)}; or give the path of a YAML "
+        "file"
     )
 
 
@@ -133,5 +134,5 @@ def _check_recipe(path: Path) -> None:
         if path.read_text(encoding="utf-8").strip():
             return
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text; a recipe is YAML") from error
+        raise ValueError(f"{path} is not UTF-8 text; a recipe is a YAML file") from error
     raise ValueError(f"{path} is empty; a recipe sets knobs, as those in scripts/recipes do")
