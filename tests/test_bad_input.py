@@ -121,9 +121,9 @@ def _json_items(values: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "is no file"),
-        (b"", "holds no prompt"),
-        (b"\n  \n\t\n", "holds no prompt"),
+        (None, "is not a file"),
+        (b"", "contains no prompt"),
+        (b"\n  \n\t\n", "contains no prompt"),
         ("ein roter Kreis\nein gr\xfcner Kreis\n".encode("latin-1"), "not UTF-8 (line 2)"),
     ],
 )
@@ -385,10 +385,10 @@ def test_a_gpu_that_is_too_small_is_told_with_an_estimate(world, folder, complai
         mock.patch("mixgrpo.trainer.memory_of", return_value=24 * 2**30),
     ):
         line = complain(quick(world, folder))
-    assert "the GPU's 24.0 GiB did not suffice" in line
+    assert "the GPU's 24.0 GiB are not enough" in line
     assert "lower --model.lora_rank" in line
     config = world.config(folder)
     count = sum(p.numel() for p in world.policy().module.parameters())
     said = explain_training(config, 2**30)
-    assert f"about {count * 4 * 5 / 2**30:.1f} GiB are held for the transformer (full)" in said
+    assert f"the transformer (full) needs about {count * 4 * 5 / 2**30:.1f} GiB" in said
     assert "--model.train lora" in said

@@ -212,7 +212,7 @@ def test_the_dance_recipe_trains_14_of_24_steps_of_its_windows() -> None:
 
 def test_the_best_and_worst_half_are_trained() -> None:
     coverage = recipe("shapes_mixgrpo", advantage__best_of=4)
-    assert "4 of a group's pictures are trained" in report(coverage)
+    assert "4 images of each group are trained" in report(coverage)
     assert coverage.mean.update == 4 * (1 + 1 * 3)
 
 

@@ -30,7 +30,7 @@ def test_a_folder_that_another_process_holds_is_refused_until_it_is_killed(tmp_p
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        refused = r"output is .*into which another command is writing; wait"
+        refused = r"output is .*to which another command is writing; wait"
         with pytest.raises(ValueError, match=refused), own_folder(str(tmp_path), "output"):
             pass
         other.kill()
@@ -50,7 +50,10 @@ def test_a_file_is_no_folder(tmp_path, below):
     file = tmp_path / "file"
     file.write_text("")
     name = f"{file}{below}"
-    with pytest.raises(ValueError, match="is or lies under a file"), own_folder(name, "run.folder"):
+    with (
+        pytest.raises(ValueError, match="is a file or lies below one"),
+        own_folder(name, "run.folder"),
+    ):
         pass
 
 

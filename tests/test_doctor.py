@@ -154,7 +154,7 @@ PINS = "# why\ntorch==2.11.0\njsonargparse[signatures]==4.53.0\nruff==0.17.5  # 
         ({}, "ok", "all 3"),
         ({"torch": "2.11.0+cpu"}, "ok", "all 3"),
         ({"torch": "2.10.0"}, "warning", "torch 2.10.0 instead of 2.11.0"),
-        ({"ruff": None}, "warning", "for the tests: ruff"),
+        ({"ruff": None}, "warning", "used by the tests: ruff"),
         ({"jsonargparse": None}, "error", "not installed: jsonargparse"),
     ],
 )
@@ -273,11 +273,11 @@ def name_a_missing_shard(model: Path) -> None:
         (remove("vae"), ["vae is missing"]),
         (remove("model_index.json"), ["model_index.json is missing"]),
         (remove("tokenizer_2/tokenizer.json"), ["tokenizer_2/tokenizer.json", "spiece.model"]),
-        (remove("text_encoder/model.safetensors"), ["text_encoder", "holds no weights"]),
+        (remove("text_encoder/model.safetensors"), ["text_encoder", "contains no weights"]),
         (truncate, ["transformer", "truncated"]),
         (rename_a_weight, ["vae", "missing: decoder.conv_in.bias", "unexpected: other"]),
         (resize_by_config, ["text_encoder_2", "of another size", "instead of"]),
-        (name_a_missing_shard, ["model-2.safetensors", "not there"]),
+        (name_a_missing_shard, ["model-2.safetensors", "does not exist"]),
         (lambda m: (m / "scheduler/scheduler_config.json").write_text("{"), ["cannot be read"]),
         (lambda m: (m / "transformer/config.json").write_text("[]"), ["transformer"]),
     ],
@@ -318,7 +318,7 @@ def test_reward_files(kind: str, folder: str, tmp_path: Path) -> None:
     model = Path(shutil.copytree(SHAPES / folder, tmp_path / folder))
     (line,) = rewards(tmp_path, kind=kind, model=str(model))
     assert line.level == "ok"
-    assert "names and sizes fit" in line.text
+    assert "names and shapes fit" in line.text
     (weights,) = model.glob("*.safetensors")
     state = load_file(weights)
     name = next(name for name, value in state.items() if value.ndim == 2)
@@ -432,10 +432,10 @@ def test_prompts_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "level", "words"),
     [
-        (b"", "error", "holds no prompt"),
+        (b"", "error", "contains no prompt"),
         (b"\xff\xfe", "error", "not UTF-8"),
-        (None, "error", "is no file"),
-        (b"a red circle\n" + b"a red circle and " * 9, "warning", "1 longer than"),
+        (None, "error", "is not a file"),
+        (b"a red circle\n" + b"a red circle and " * 9, "warning", "1 exceed"),
     ],
 )
 def test_prompts_that_are_wrong(
@@ -630,14 +630,14 @@ def save_state(config: Config, iteration: int = 25, **changed: Any) -> None:
 
 
 def test_a_free_folder(tmp_path: Path) -> None:
-    assert "is free" in only(check_folder(shapes(tmp_path), 1), "ok").text
+    assert "is unused" in only(check_folder(shapes(tmp_path), 1), "ok").text
 
 
 def test_a_folder_with_a_run(tmp_path: Path) -> None:
     config = shapes(tmp_path)
     save_state(config)
     line = only(check_folder(config, 1), "error")
-    assert "25 iterations that can go on to 300" in line.text
+    assert "25 iterations that can continue to 300" in line.text
     assert "--run.resume true" in line.remedy
     config.run.resume = True
     assert only(check_folder(config, 1), "ok")
@@ -670,7 +670,7 @@ def test_the_checkpoint_that_the_run_would_continue_from(tmp_path: Path) -> None
         config.run.resume_from = wanted
         assert said in only(check_folder(config, 1), "ok").text
     config.run.resume_from = "iteration_00000030"
-    assert "is no checkpoint in" in only(check_folder(config, 1), "error").text
+    assert "is not a checkpoint in" in only(check_folder(config, 1), "error").text
 
 
 def test_damaged_folders(tmp_path: Path) -> None:
@@ -681,11 +681,11 @@ def test_damaged_folders(tmp_path: Path) -> None:
     assert "without a checkpoint" in only(check_folder(config, 1), "warning").text
     save_state(config)
     (folder / "checkpoints" / "iteration_00000025" / "state.json").write_text("{")
-    assert "does not go on" in only(check_folder(config, 1), "error").text
+    assert "cannot continue" in only(check_folder(config, 1), "error").text
     (folder / "checkpoints" / "latest").write_text("iteration_00000050")
-    assert "is not there" in only(check_folder(config, 1), "error").text
+    assert "does not exist" in only(check_folder(config, 1), "error").text
     config.run.folder = str(tmp_path / "other.txt" / "run")
-    assert "cannot be made" in only(check_folder(config, 1), "error").text
+    assert "cannot be created" in only(check_folder(config, 1), "error").text
 
 
 @pytest.mark.parametrize(
@@ -720,7 +720,7 @@ def test_the_shapes_recipe_is_healthy(
     assert main(["doctor", *words]) == 0
     said = capsys.readouterr()
     assert "0 errors" in said.out
-    assert "check itself broke" not in said.out
+    assert "check itself failed" not in said.out
     assert SECRET not in said.out + said.err
     assert {row.split()[1] for row in said.out.splitlines() if row.startswith("ok")} == {
         *doctor.ENVIRONMENT, *doctor.OF_THE_RUN
@@ -746,11 +746,11 @@ def test_missing_everything(
     said = capsys.readouterr()
     for name in ("flux", "hpsv2", "pickscore", "imagereward", "clip"):
         assert f"-> bash scripts/download_models.sh {name}\n" in said.out
-    assert "batch.prompts_file is 'data/prompts.txt', which is no file" in " ".join(
+    assert "batch.prompts_file is 'data/prompts.txt', which is not a file" in " ".join(
         said.out.split()
     )
     assert "Traceback" not in said.out + said.err
-    assert "check itself broke" not in said.out
+    assert "check itself failed" not in said.out
     assert not list(tmp_path.iterdir())
 
 

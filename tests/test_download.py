@@ -273,7 +273,12 @@ def test_no_network(
 ) -> None:
     monkeypatch.setenv("HF_DRY", "Traceback\nConnectError: name not known\nHint: newer hf")
     assert main(["download", "clip"]) == 1
-    fails(capsys, "(ConnectError: name not known)", "check the network", "is kept")
+    fails(
+        capsys,
+        "(ConnectError: name not known)",
+        "check the network",
+        "keeps what has been downloaded",
+    )
 
 
 def test_a_fetch_that_fails_keeps_what_came_before_and_goes_on(
@@ -284,7 +289,7 @@ def test_a_fetch_that_fails_keeps_what_came_before_and_goes_on(
     monkeypatch.setenv("HF_FAILS", "xswu/HPSv2")
     assert main(["download", "clip", "hpsv2"]) == 1
     error = capfd.readouterr().err
-    assert error.startswith("hf: no route\nerror: fetching xswu/HPSv2 failed")
+    assert error.startswith("hf: no route\nerror: downloading xswu/HPSv2 failed")
     assert "run the same command again" in error
     assert Path(ITEMS["clip"].brings[0]).exists()
     monkeypatch.delenv("HF_FAILS")
@@ -314,7 +319,7 @@ def test_a_disk_that_is_too_small(
 ) -> None:
     disk(monkeypatch, 35.7)
     assert main(["download", "flux", "hpsv2"]) == 1
-    fails(capsys, "35.8 GB are still to be fetched", "has 35.7 GB free", "free some space")
+    fails(capsys, "35.8 GB are still to be downloaded", "has only 35.7 GB free", "free some space")
     assert calls() == []
     disk(monkeypatch, 35.9)
     assert main(["download", "flux", "hpsv2"]) == 0
@@ -331,7 +336,7 @@ def test_what_is_there_already_needs_no_disk(
         file.truncate(1_200_000_000)  # sparse
     disk(monkeypatch, 0.7)
     assert main(["download", "hpsv2"]) == 1
-    fails(capsys, "0.8 GB are still to be fetched", "has 0.7 GB free")
+    fails(capsys, "0.8 GB are still to be downloaded", "has only 0.7 GB free")
     disk(monkeypatch, 0.9)
     assert main(["download", "hpsv2"]) == 0
 
@@ -344,7 +349,10 @@ def test_a_repository_whose_files_have_other_names_now(
     moved: Item = replace(ITEMS["clip"], brings=("data/models/clip/other.bin",))
     monkeypatch.setitem(downloads.ITEMS, "clip", moved)
     assert main(["download", "clip"]) == 1
-    fails(capsys, "'data/models/clip/other.bin' did not come with apple/DFN5B-CLIP-ViT-H-14-378")
+    fails(
+        capsys,
+        "'data/models/clip/other.bin' is not among the files of apple/DFN5B-CLIP-ViT-H-14-378",
+    )
 
 
 @pytest.mark.parametrize("name", ["flux", "prompts"])
@@ -384,15 +392,15 @@ def test_another_number_of_prompts_is_told(
     assert main(["download", "prompts"]) == 0
     assert Path("data/prompts_hpdv2.txt").read_text() == "a\nb\n"
     error = capsys.readouterr().err
-    assert "warning: data/prompts_hpdv2.txt has 2 prompts, and 103,700 were published" in error
-    assert "warning: data/prompts_hpdv2_test.txt has 2 prompts, and 400 were published" in error
+    assert "warning: data/prompts_hpdv2.txt has 2 prompts, but 103,700 were published" in error
+    assert "warning: data/prompts_hpdv2_test.txt has 2 prompts, but 400 were published" in error
 
 
 @pytest.mark.parametrize("text", ["{", "{}x", '{"prompt": "a"}', '[{"text": "a"}]', "[3]", "3"])
 def test_files_that_are_no_records(tmp_path: Path, text: str) -> None:
     path = tmp_path / "train.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="is no list of records with a prompt"):
+    with pytest.raises(ValueError, match="is not a list of records with a prompt"):
         read_records(path)
     with pytest.raises(FileNotFoundError, match=r"there is no .*absent.json"):
         read_records(tmp_path / "absent.json")

@@ -650,7 +650,7 @@ def test_manifests_that_cannot_be_compared(base, tuned, tmp_path, complain):
     assert "same prompts file" in line
     assert "both named 'base'" in complain(base, base / "manifest.json")
     assert "both named 'a'" in complain(f"a={base}", f"a={base}")
-    assert "gives no name; write NAME=PATH" in complain(f"={base}")
+    assert "has no name before '='; write NAME=PATH" in complain(f"={base}")
 
 
 def test_names(base, tuned, monkeypatch):

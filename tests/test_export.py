@@ -166,7 +166,7 @@ def test_damage(refused, straight, tmp_path):
     damaged = bytearray(file.read_bytes())
     damaged[-len(damaged) // 3] ^= 1
     file.write_bytes(damaged)
-    assert "model_00000.distcp is not what was saved" in refused(str(run))
+    assert "model_00000.distcp differs from what was saved" in refused(str(run))
 
 
 def test_the_model_that_was_trained_is_gone_or_another(refused, straight, world, tmp_path):

@@ -52,16 +52,16 @@ def test_a_hostfile_is_read_in_its_order(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("# none\n", "names no host; write one a line"),
+        ("# none\n", "names no host; write one per line"),
         ("a\nb\na slots=2\n", "names a 2 times; write it once, with slots=N"),
-        ("a\nb slots=two\n", r"line 2: 'b slots=two' is no host; write NAME or NAME slots=N"),
-        ("a slots=0\n", "line 1: 'a slots=0' is no host"),
-        ("a slots=1 slots=2\n", "is no host"),
-        ("a 8\n", "is no host"),
+        ("a\nb slots=two\n", r"line 2: 'b slots=two' is not a host; write NAME, or NAME slots=N"),
+        ("a slots=0\n", "line 1: 'a slots=0' is not a host"),
+        ("a slots=1 slots=2\n", "is not a host"),
+        ("a 8\n", "is not a host"),
         ("me@a\n", r"user names and ports belong in ~/.ssh/config"),
-        ("-oProxyCommand=x\n", "is no host"),
-        ("node-[1-4]\n", "is no host"),
-        ("localhost\na\n", "names localhost beside other hosts"),
+        ("-oProxyCommand=x\n", "is not a host"),
+        ("node-[1-4]\n", "is not a host"),
+        ("localhost\na\n", "names localhost together with other hosts"),
     ],
 )
 def test_hostfiles_that_cannot_be(tmp_path, text, said):
@@ -103,7 +103,9 @@ def test_settings_are_read_and_shipped(tmp_path):
     assert read_settings(tmp_path / "none") == {}
     assert read_settings(ROOT / "hosts" / "nccl.env") == {"NCCL_DEBUG": "WARN"}
     file.write_text(f"A=1\nexport WANDB_API_KEY={CANARY}\n")
-    with pytest.raises(ValueError, match="line 2: 'export WANDB_API_KEY' is no setting") as error:
+    with pytest.raises(
+        ValueError, match="line 2: 'export WANDB_API_KEY' is not a setting"
+    ) as error:
         read_settings(file)
     assert CANARY not in str(error.value)
 
@@ -131,7 +133,9 @@ def test_a_part_that_others_could_touch_is_not_used(tmp_path, mode):
     path = tmp_path / "part.json"
     path.write_text(part().to_json())
     path.chmod(mode)
-    with pytest.raises(PermissionError, match="not this user's alone"):
+    with pytest.raises(
+        PermissionError, match="must belong to this user and be accessible to no other"
+    ):
         take(path)
     assert not path.exists()
 
@@ -255,12 +259,12 @@ def test_a_connection_asks_after_its_other_side():
 
 def test_hosts_that_do_not_come_are_named():
     hosts = ["127.0.0.1", "b", "c"]
-    with pytest.raises(HostLost, match=r"b, c did not come to 127.0.0.1:.* a firewall"):
+    with pytest.raises(HostLost, match=r"b, c did not connect to 127.0.0.1:.* a firewall"):
         open_link(part(port=free_port(2), hosts=hosts, join_within=1))
 
 
 def test_a_first_host_that_is_not_reached_is_named():
-    with pytest.raises(HostLost, match=r"127.0.0.2 does not reach 127.0.0.1:\d+ .*refused"):
+    with pytest.raises(HostLost, match=r"127.0.0.2 cannot reach 127.0.0.1:\d+ .*refused"):
         open_link(part(1, port=free_port(2), join_within=0))
 
 
@@ -269,7 +273,7 @@ def test_another_jobs_host_is_sent_away():
     stranger = part(1, port=port, job="another")
     late = threading.Thread(target=lambda: open_link(stranger), daemon=True)
     late.start()
-    with pytest.raises(HostLost, match=r"127\.0\.0\.2 did not come"):
+    with pytest.raises(HostLost, match=r"127\.0\.0\.2 did not connect"):
         open_link(part(port=port, join_within=2))
     late.join(timeout=10)
 
@@ -443,7 +447,7 @@ def test_a_host_that_fails_ends_the_others_and_is_named(here):
     assert code == 3
     assert "error: 127.0.0.2 failed (exit code 3): error: out of luck" in said
     assert "restart" not in said  # it would fail again
-    assert f"what each host said: {here / 'logs'}" in said
+    assert f"logs of each host: {here / 'logs'}" in said
     assert not is_running(here)
 
 
@@ -525,7 +529,7 @@ def test_the_reason_is_the_first_error_that_is_no_echo():
     assert seen.exit_code == 1
     assert not seen.has_lost_a_host
     silent = Attempt(exit_codes={"a": 0, "b": 137})
-    assert silent.reason() == "b failed (exit code 137): it said nothing"
+    assert silent.reason() == "b failed (exit code 137): it printed no error"
     assert Attempt(exit_codes={"a": 75, "b": 255}).has_lost_a_host
 
 
@@ -657,9 +661,9 @@ def test_slurm_says_which_part_is_a_hosts():
 
 
 def test_without_slurm_it_says_how_it_is_submitted():
-    with pytest.raises(ValueError, match=r"SLURM_NODEID not set; submit .* by sbatch"):
+    with pytest.raises(ValueError, match=r"SLURM_NODEID not set; submit .* with sbatch"):
         slurm.node_of({k: v for k, v in SLURM.items() if k != "SLURM_NODEID"}, [])
-    with pytest.raises(ValueError, match="names 2 hosts, SLURM has 3"):
+    with pytest.raises(ValueError, match="names 2 hosts, but SLURM has 3"):
         slurm.node_of({**SLURM, "SLURM_NNODES": "3"}, [])
 
 

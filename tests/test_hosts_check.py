@@ -81,7 +81,8 @@ def test_equal_hosts_are_no_complaint():
         ),
         (
             {"files": {"prompts.txt": "10 bytes, bb"}},
-            "b: prompts.txt is 10 bytes, bb, a's 10 bytes, aa; copy the right one to the other",
+            "b: prompts.txt is 10 bytes, bb, a has 10 bytes, aa; copy the correct one to the "
+            "other host",
         ),
         (
             {"files": {"prompts.txt": "missing"}},
@@ -199,7 +200,7 @@ def test_the_command_compares_and_tries_an_all_reduce(
     (tmp_path / "hostfile").write_text("127.0.0.4\n127.0.0.2\n")
     assert main(["hosts", "--hostfile", "hostfile", "check", *words]) == 0
     told = capfd.readouterr().out
-    assert "127.0.0.2: all-reduce by gloo: right, " in told
+    assert "127.0.0.2: all-reduce with gloo: correct, " in told
     assert told.endswith("2 hosts, no differences\n")
 
 

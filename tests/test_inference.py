@@ -590,7 +590,7 @@ def test_a_truncated_file(knobs, straight, lora_run, tmp_path, kind):
     file.write_bytes(source.read_bytes()[:-1000])
     message = refused(knobs, checkpoint=str(file))
     assert str(file) in message
-    assert "may be truncated, fetch it again" in message
+    assert "may be truncated, so download it again" in message
 
 
 def test_a_file_that_is_no_safetensors(knobs, world):
@@ -641,23 +641,25 @@ def test_a_lora_for_another_model(knobs, lora_run, tmp_path, change, message):
 
 
 def test_places_without_weights(knobs, straight, tmp_path):
-    assert "'no/such', where there are no weights" in refused(knobs, checkpoint="no/such")
+    assert "'no/such', which contains no weights" in refused(knobs, checkpoint="no/such")
     message = refused(knobs, checkpoint=str(straight))
     assert f"did you mean {str(straight / 'model')!r}?" in message
     newest = checkpoint_folder(straight, 4)
     message = refused(knobs, checkpoint=str(straight / "checkpoints"))
     assert f"did you mean {str(newest)!r}?" in message
     (tmp_path / INDEX).write_text("[]")
-    assert "is no index of weights" in refused(knobs, checkpoint=str(tmp_path))
+    assert "is not an index of weights" in refused(knobs, checkpoint=str(tmp_path))
     (tmp_path / INDEX).write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    assert "names gone.safetensors, which is not there" in refused(knobs, checkpoint=str(tmp_path))
+    assert "names gone.safetensors, which does not exist" in refused(
+        knobs, checkpoint=str(tmp_path)
+    )
 
 
 def test_an_average_where_there_is_none(knobs, straight, lora_run):
     message = refused(knobs, checkpoint=str(straight / "model"), weights="ema")
-    assert "is no checkpoints/iteration_N folder" in message
+    assert "is not a checkpoints/iteration_N folder" in message
     message = refused(knobs, checkpoint=str(checkpoint_folder(lora_run, 1)), weights="ema")
-    assert "holds no average: its run kept none; take --weights plain" in message
+    assert "holds no moving average, since its run kept none; set --weights plain" in message
 
 
 def test_a_lora_scale_for_whole_weights(knobs, straight):
@@ -676,10 +678,10 @@ def test_a_lora_scale_for_whole_weights(knobs, straight):
         ({"micro_batch": 0}, "micro_batch is 0"),
         ({"decode_batch": 0}, "decode_batch is 0"),
         ({"shift": -1.0}, "shift is -1.0; it must be at least 0"),
-        ({"hybrid": 1.5, "checkpoint": "a"}, "hybrid is 1.5; it is a share"),
-        ({"hybrid": 0.8}, "hybrid is 0.8, but there are no tuned weights; set --checkpoint"),
-        ({"lora_scale": 2.0}, "lora_scale is 2.0, but there are no tuned weights"),
-        ({"weights": "ema"}, "weights is ema, but there are no tuned weights"),
+        ({"hybrid": 1.5, "checkpoint": "a"}, "hybrid is 1.5; it is a fraction"),
+        ({"hybrid": 0.8}, "hybrid is 0.8, but no tuned weights are given; set --checkpoint"),
+        ({"lora_scale": 2.0}, "lora_scale is 2.0, but no tuned weights are given"),
+        ({"weights": "ema"}, "weights is ema, but no tuned weights are given"),
         ({"model": SampledModelConfig(height=100)}, "model.height is 100; it must be a positive"),
         ({"model": SampledModelConfig(text_length=0)}, "model.text_length is 0"),
     ],
@@ -693,7 +695,7 @@ def test_knobs_that_cannot_work(given, message):
 def test_prompt_files_without_prompts_and_models_without_parts(knobs, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     message = refused(knobs, prompts_file=str(tmp_path / "empty.txt"))
-    assert "holds no prompt" in message
+    assert "contains no prompt" in message
     assert "set --prompts_file" in refused(knobs, prompts_file="no/such.txt")
     model = replace(knobs().model, path="no/such")
     assert "set --model.path" in refused(knobs, model=model)
@@ -703,7 +705,7 @@ def test_prompt_files_without_prompts_and_models_without_parts(knobs, tmp_path):
 def test_truncated_prompts_are_told_of(knobs, tmp_path, capfd):
     (tmp_path / "long.txt").write_text("red " * 40 + "\na red circle\n")
     sample(knobs(prompts_file=str(tmp_path / "long.txt")))
-    assert "1 of 2 prompts are longer" in capfd.readouterr().out
+    assert "1 of 2 prompts exceed" in capfd.readouterr().out
 
 
 def test_every_knob_is_documented_and_read():
@@ -778,7 +780,7 @@ def test_weights_that_are_not_finite_are_told_of(knobs, straight, tmp_path):
     weights = saved_tensors(checkpoint_folder(straight, 4))
     next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, tmp_path / "nan.safetensors")
-    with pytest.raises(ValueError, match=r"nan\.safetensors gives pictures that are not finite"):
+    with pytest.raises(ValueError, match=r"nan\.safetensors produces images that are not finite"):
         sample(knobs(checkpoint=str(tmp_path / "nan.safetensors")))
 
 
@@ -793,7 +795,7 @@ def test_a_gpu_that_is_too_small(knobs):
     ):
         sample(knobs())
     said = str(caught.value)
-    assert "the GPU's 24.0 GiB did not suffice" in said
+    assert "the GPU's 24.0 GiB are not enough" in said
     for knob in ("--micro_batch", "--decode_batch", "--model.compute_dtype bfloat16"):
         assert knob in said
     bfloat16 = replace(knobs().model, compute_dtype="bfloat16")

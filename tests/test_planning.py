@@ -136,7 +136,7 @@ def test_another_models_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
     text = json.dumps({"_class_name": "QwenImageTransformer2DModel"})
     (tmp_path / "transformer" / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="known of FluxTransformer2DModel alone, this is a Qwen"):
+    with pytest.raises(ValueError, match="only for FluxTransformer2DModel, but this is a Qwen"):
         FluxSize.of_folder(tmp_path)
 
 
@@ -333,8 +333,8 @@ def test_the_table_is_markdown() -> None:
 def test_the_report_says_what_it_assumes() -> None:
     text = report(recipe(), Question(gpus=4, share=0.25), rollout=20, update=3)
     for part in (
-        "FLUX.1-dev (nowhere is not there): 11.90B parameters, 720x720",
-        "20.00 + 3.00 evaluations per picture (rollout + update), at 25% of 989 TFLOP/s",
+        "FLUX.1-dev (nowhere does not exist): 11.90B parameters, 720x720",
+        "20.00 + 3.00 evaluations per image (rollout + update) at 25% of 989 TFLOP/s",
         "full on   4 GPUs:",
         "full on 4 x 80 GiB: fits with fsdp",
     ):
@@ -345,7 +345,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--recipe", "flux_mixgrpo", "--gpus", "16", "--model.path", "no"]) == 0
     printed = capsys.readouterr().out
     # Windows begin at steps 0 to 11, 25 iterations each: (l+1 + 12 (24-l)) / 12, 40 / 12.
-    assert "19.04 + 3.33 evaluations per picture" in printed
+    assert "19.04 + 3.33 evaluations per image" in printed
     assert "| full | 16 | fsdp |" in printed
 
 

@@ -58,7 +58,7 @@ def test_not_utf8_names_the_line(tmp_path: Path, content: bytes, line: int) -> N
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n", b"\xef\xbb\xbf"])
 def test_no_prompt_at_all(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"batch\.prompts_file is .* holds no prompt"):
+    with pytest.raises(ValueError, match=r"batch\.prompts_file is .* contains no prompt"):
         read_prompts(written(tmp_path, content), "batch.prompts_file")
 
 

@@ -87,22 +87,22 @@ def damaged_picture(run: Path) -> None:
 
 
 DAMAGE = {
-    "the last line of metrics.jsonl is half-written": half_a_line,
-    "2 of 6 lines of metrics.jsonl are no records and left out, the first of them": bad_lines,
-    "the last line of metrics.jsonl is half-written or damaged, and": no_iteration,
+    "the last line of metrics.jsonl is incomplete": half_a_line,
+    "2 of 6 lines of metrics.jsonl are not records and are ignored, the first of them": bad_lines,
+    "the last line of metrics.jsonl is incomplete or damaged, and": no_iteration,
     "there is no metrics.jsonl: no curves": lambda run: (run / "metrics.jsonl").unlink(),
-    "metrics.jsonl holds no record yet": lambda run: (run / "metrics.jsonl").write_text(""),
+    "metrics.jsonl has no records yet": lambda run: (run / "metrics.jsonl").write_text(""),
     "there is no config.json: the configuration is unknown": lambda run: (
         run / "config.json"
     ).unlink(),
     "config.json cannot be read": lambda run: (run / "config.json").write_text('{"revision'),
-    "config.json holds no `config`": lambda run: (run / "config.json").write_text('{"a": 1}'),
-    "there are no validation pictures": lambda run: shutil.rmtree(run / "pictures"),
-    "pictures are missing at iteration 4": lambda run: (
+    "config.json has no `config`": lambda run: (run / "config.json").write_text('{"a": 1}'),
+    "there are no validation images": lambda run: shutil.rmtree(run / "pictures"),
+    "images are missing at iteration 4": lambda run: (
         run / "pictures" / "iteration_00000004" / "002.png"
     ).unlink(),
-    "iteration_00000004/001.png cannot be read as a picture": damaged_picture,
-    "no scores are kept beside the pictures of iteration 0": lambda run: (
+    "iteration_00000004/001.png cannot be read as an image": damaged_picture,
+    "no scores are stored with the images of iteration 0": lambda run: (
         run / "pictures" / "iteration_00000000" / "scores.json"
     ).write_text("[]"),
 }
@@ -151,7 +151,7 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys, make, sentenc
 
 def test_two_runs_of_one_name_need_names(run, tmp_path):
     other = write_run(tmp_path / "elsewhere" / "run")
-    with pytest.raises(ValueError, match=r"both named 'run'; give one another name: NAME="):
+    with pytest.raises(ValueError, match=r"both named 'run'; give one of them another name: NAME="):
         read_runs([str(run), str(other)])
     assert [each.name for each in read_runs([str(run), f"two={other}"])] == ["run", "two"]
 
@@ -260,9 +260,9 @@ def test_scores_of_other_prompts_are_told_apart(run, tmp_path):
     saved = json.loads((other / "config.json").read_text())
     saved["config"]["validation"]["seed"] += 1
     (other / "config.json").write_text(json.dumps(saved))
-    assert "do not compare" not in score_table(read_runs([str(run), str(same)]))
+    assert "are not comparable" not in score_table(read_runs([str(run), str(same)]))
     found = score_table(read_runs([str(run), str(other)]))
-    assert "These runs differ in validation.seed: their scores do not compare." in found
+    assert "These runs differ in validation.seed: their scores are not comparable." in found
 
 
 @pytest.mark.parametrize(

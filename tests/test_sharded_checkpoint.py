@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_for_one_process_is_one_error_on_all(tmp_path):
     assert len(messages) == 1
     (message,) = messages
     assert "rank 1: [Errno 28] No space left on device" in message
-    assert f"the newest whole checkpoint is {root / 'iteration_00000001'}" in message
+    assert f"the newest complete checkpoint is {root / 'iteration_00000001'}" in message
     assert latest(root).name == "iteration_00000003"
 
 
@@ -203,7 +203,7 @@ def _on_disks_of_their_own(root: str) -> None:
         if process.rank == 0:
             Saver(ALONE, own, 0, False).save({"model": {"a": torch.ones(3)}}, Position(1, 0, {}))
         dist.barrier()
-        with pytest.raises(CheckpointError, match=r"process 1 finds None: run\.folder must lie on"):
+        with pytest.raises(CheckpointError, match=r"process 1 finds None: run\.folder must be on"):
             choose(process, own, "latest")
         saver, seen = Saver(process, Path(root) / "0", 0, False), mock.Mock(return_value=False)
         with (

@@ -357,7 +357,7 @@ def test_killed_in_the_middle_of_a_shard(world, stored, tmp_path, encoded):
         preprocess_here(world, folder)
     assert encoded == ALL[:5]
     assert len(list(folder.glob("*.safetensors"))) == 1
-    with pytest.raises(ValueError, match=r"of whose 3 shards 3 are not finished; finish them with"):
+    with pytest.raises(ValueError, match=r"where 3 of 3 shards are not finished; finish them with"):
         opened(world, folder)
     encoded.clear()
     preprocess_here(world, folder)
@@ -423,7 +423,7 @@ def test_a_damaged_shard_is_named_and_its_command_mends_it(world, stored, mine):
     text, shard = opened(world, mine), shard_path(mine, 1)
     flip(shard, -5)  # in the last row of the tokens, which come last
     assert torch.equal(text.encode(ALL[3:5]).tokens, opened(world, stored).encode(ALL[3:5]).tokens)
-    with pytest.raises(ValueError, match="make it again with: ") as raised:
+    with pytest.raises(ValueError, match="create it again with: ") as raised:
         text.encode([ALL[0], ALL[5]])
     assert str(shard) in str(raised.value)
     assert repr(ALL[5]) in str(raised.value)
@@ -516,7 +516,9 @@ def test_missing_prompts_are_counted_and_the_first_is_shown(world, folder, mine,
 
 
 def test_a_folder_without_embeddings(world, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no index.json; make it with: python -m"):
+    with pytest.raises(
+        FileNotFoundError, match=r"contains no index.json; create it with: python -m"
+    ):
         opened(world, tmp_path)
 
 
@@ -535,9 +537,9 @@ def refused(world: World, output: Path, words: str, **knobs: Any) -> None:
 
 def test_prompt_files_that_are_none(world, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
-    refused(world, tmp_path / "o", "no file; set --prompts_files", prompts_files=["no/such"])
+    refused(world, tmp_path / "o", "not a file; set --prompts_files", prompts_files=["no/such"])
     empty = [str(world.prompts), str(tmp_path / "empty.txt")]
-    refused(world, tmp_path / "o", "empty.txt.*holds no prompt", prompts_files=empty)
+    refused(world, tmp_path / "o", "empty.txt.*contains no prompt", prompts_files=empty)
 
 
 def test_a_folder_of_another_encoder_is_left_alone(world, mine):
@@ -687,7 +689,7 @@ def test_the_threads_reach_the_process_group(world, tmp_path):
 def test_a_warning_counts_truncated_prompts(world, tmp_path, capfd):
     (tmp_path / "long.txt").write_text(f"{LONG}\n{ALL[0]}\n")
     preprocess_here(world, tmp_path / "a", prompts_files=[str(tmp_path / "long.txt")])
-    assert "warning: 1 of 2 prompts are longer" in capfd.readouterr().out
+    assert "warning: 1 of 2 prompts exceed" in capfd.readouterr().out
 
 
 def test_parts_are_required(world):

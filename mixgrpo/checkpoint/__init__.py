@@ -1,10 +1,10 @@
-"""Checkpoints: written whole or not at all, by all processes, and read back exactly by any number.
+"""Checkpoints: written atomically by all processes, and restored exactly by any number of them.
 
 A checkpoint is a folder ``iteration_00000025`` with one file for each part of the state and each
-process (``model_00000.distcp``, ``ema_...``, ``optimizer_...``; torch.distributed.checkpoint's
-format), its index ``.metadata``, and ``state.json``: position, configuration, and every file's
-size and digest. It is written under another name, flushed, renamed, and only then does ``latest``
-name it.
+process (``model_00000.distcp``, ``ema_...``, ``optimizer_...``, in the format of
+torch.distributed.checkpoint), its index ``.metadata``, and ``state.json`` with the position, the
+configuration, and the size and digest of every file. It is written under a temporary name, flushed
+and renamed; only then is ``latest`` updated to name it.
 """
 
 from mixgrpo.checkpoint.choice import choose, find

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and whether it is what was saved."""
+"""Chooses and verifies the checkpoint from which a run continues."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mixgrpo.engines.distributed import Process, gather_objects
 
 
 def choose(process: Process, root: Path, wanted: str) -> Saved | None:
-    """The checkpoint to continue from, verified by all processes together; None without any.
+    """The checkpoint to continue from, verified by all processes; None if there is none.
 
     Args:
-        wanted: ``latest``; ``undamaged``, the newest that is so, with a warning for every one that
-            is passed over; or a folder's name.
+        wanted: ``latest``; ``undamaged``, the newest undamaged checkpoint, with a warning for each
+            damaged one that is skipped; or the name of a folder.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -36,25 +36,26 @@ def choose(process: Process, root: Path, wanted: str) -> Saved | None:
         return open_verified(process, path)
     except Damaged as error:
         older = [other.name for other in newest_first(root) if other != path]
-        there = f" (there are {', '.join(older)})" if older else ", of which there is none"
+        there = f"older ones: {', '.join(older)}" if older else "there is no older one"
         raise Damaged(
-            f"{error}; --run.resume_from undamaged continues from the newest that is not{there}"
+            f"{error}; --run.resume_from undamaged continues from the newest checkpoint that is "
+            f"not damaged ({there})"
         ) from error
 
 
 def _check_same(process: Process, root: Path, found: Path | CheckpointError | None) -> None:
-    """Raises CheckpointError on every process if they do not all see the same."""
+    """Raises CheckpointError on every process if the processes see different checkpoints."""
     seen = gather_objects(process, str(found))
     for rank, other in enumerate(seen):
         if other != seen[0]:
             raise CheckpointError(
-                f"process 0 finds {seen[0]} in {root}, process {rank} finds {other}: run.folder "
-                "must lie on a disk that all hosts share"
+                f"process 0 finds {seen[0]} in {root}, but process {rank} finds {other}: "
+                "run.folder must be on a file system that all hosts share"
             )
 
 
 def find(root: Path, wanted: str) -> Path | None:
-    """As ``choose``, but that nothing is opened: for ``undamaged``, the first that it looks at.
+    """Like ``choose``, but opens nothing: for ``undamaged``, returns the first candidate.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -90,10 +91,10 @@ def _newest_undamaged(process: Process, root: Path) -> Saved | None:
             return open_verified(process, path)
         except Damaged as error:
             if process.rank == 0:
-                print(f"warning: {error}; it is passed over", file=sys.stderr)
+                print(f"warning: {error}; it is skipped", file=sys.stderr)
     if paths:
         raise CheckpointError(
-            f"every checkpoint in {root} is damaged; train into another --run.folder"
+            f"every checkpoint in {root} is damaged; train in another --run.folder"
         )
     return None
 
@@ -103,7 +104,7 @@ def _named(root: Path, name: str) -> Path:
     if path.parent != root or not (path / MANIFEST).is_file():
         there = ", ".join(other.name for other in newest_first(root)) or "none"
         raise CheckpointError(
-            f"run.resume_from is {name!r}, which is no checkpoint in {root} (there: {there}); give "
-            "one of them, latest, or undamaged"
+            f"run.resume_from is {name!r}, which is not a checkpoint in {root} (found: {there}); "
+            "set it to one of them, latest, or undamaged"
         )
     return path

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: names, ``latest``, and which are kept."""
+"""The folder of a run's checkpoints: names, ``latest``, and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def latest(root: Path) -> Path | None:
     """The checkpoint that ``latest`` names; None if nothing has been saved.
 
     Raises:
-        CheckpointError: ``latest`` names a checkpoint that is not there.
+        CheckpointError: ``latest`` names a checkpoint that does not exist.
     """
     pointer = root / "latest"
     if not pointer.exists():
@@ -28,16 +28,17 @@ def latest(root: Path) -> Path | None:
     path = root / pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not path.name.startswith(_PREFIX) or not path.is_dir():
         raise CheckpointError(
-            f"{pointer} names {path.name!r}, which is not there; --run.resume_from undamaged "
-            f"takes the newest whole checkpoint in {root}, or train into another --run.folder"
+            f"{pointer} names {path.name!r}, which does not exist; continue from the newest "
+            f"complete checkpoint in {root} with --run.resume_from undamaged, or train in another "
+            "--run.folder"
         )
     return path
 
 
 def newest_first(root: Path) -> list[Path]:
-    """The checkpoints from the one that ``latest`` names to the oldest; all, if it names none.
+    """The checkpoints from the one that ``latest`` names to the oldest; all if it names none.
 
-    Iterations behind ``latest`` are a run's that went back since.
+    Iterations after ``latest`` were saved before the run went back to an older checkpoint.
     """
     paths = [root / name for name in reversed(_names(root))]
     try:
@@ -48,7 +49,7 @@ def newest_first(root: Path) -> list[Path]:
 
 
 def make_partial(root: Path, iteration: int) -> Path:
-    """An empty folder for a new checkpoint; what an end at a bad moment left behind is removed."""
+    """Creates an empty folder for a new checkpoint; removes what interrupted saves left behind."""
     root.mkdir(parents=True, exist_ok=True)
     for abandoned in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(abandoned)
@@ -58,12 +59,12 @@ def make_partial(root: Path, iteration: int) -> Path:
 
 
 def final_path(partial: Path) -> Path:
-    """Where the checkpoint will be when it is whole."""
+    """The checkpoint's path once it is complete."""
     return partial.with_name(partial.name.removeprefix(PARTIAL))
 
 
 def publish(partial: Path, keep: int) -> None:
-    """Gives a whole checkpoint its name, points ``latest`` to it, drops all but ``keep``."""
+    """Renames a complete checkpoint, points ``latest`` to it, and removes all but ``keep``."""
     final = final_path(partial)
     partial.rename(final)
     flush(final.parent)
@@ -80,7 +81,8 @@ def _point(root: Path, name: str) -> None:
 
 
 def _free_name(root: Path, iteration: int) -> str:
-    """A run that went back may save an iteration again: beside the first, until it is whole."""
+    """A free name for the iteration: a run that went back may save an iteration again, and keeps
+    the first checkpoint until the new one is complete."""
     times = [time for number, time in map(_order, _names(root)) if number == iteration]
     again = f"_{max(times) + 1}" if times else ""
     return f"{_PREFIX}{iteration:08d}{again}"
@@ -92,7 +94,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _order(name: str) -> tuple[int, int]:
-    """(iteration, which time it was saved)."""
+    """(iteration, how many times it has been saved)."""
     numbers = name.removeprefix(_PREFIX).split("_")
     if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
         return _NOT_OURS
@@ -100,9 +102,9 @@ def _order(name: str) -> tuple[int, int]:
 
 
 def _drop_old(root: Path, newest: str, keep: int) -> None:
-    """Keeps the ``keep`` newest of those up to ``newest``, one of each iteration.
+    """Keeps the ``keep`` newest checkpoints up to ``newest``, one per iteration.
 
-    Later iterations, left by a run that went back, are not touched until they are saved again.
+    Later iterations, saved before the run went back, are kept until they are saved again.
     """
     iteration, _ = _order(newest)
     upto = [name for name in _names(root) if _order(name) <= _order(newest)]

@@ -1,7 +1,7 @@
-"""``state.json``: where a run was, by which settings, and what the files beside it must hold.
+"""``state.json``: a run's position and settings, and the digests of the checkpoint's files.
 
-torch.distributed.checkpoint notices a file that is cut short at best; a flipped bit becomes a
-weight. So every file's digest is taken while it is written, and compared before it is read.
+torch.distributed.checkpoint detects truncated files at best; a flipped bit silently changes a
+weight. Each file's digest is therefore computed while it is written and verified before it is read.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from mixgrpo.files.disk import flush
 MANIFEST = "state.json"
 _VERSION = 2
 _CHUNK = 1 << 22
-_READERS = 4  # files that are read at once; a disk array gives one reader but a part of its speed
+_READERS = 4  # files read in parallel; a single reader does not saturate a disk array
 
 
 class Damaged(CheckpointError):
-    """A checkpoint is not what was saved; the message names the file."""
+    """A checkpoint differs from what was saved; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is.
+    """A run's position.
 
     Attributes:
-        iteration: iterations that are done.
-        ema_updates: updates that the average of the weights has had; 0 if none is kept.
+        iteration: number of completed iterations.
+        ema_updates: number of updates of the weights' moving average; 0 if none is kept.
         config: the run's configuration, dotted path -> value.
-        kl_weight: of the KL to the reference, which may have been adapted.
+        kl_weight: current weight of the KL divergence from the reference, which may be adaptive.
     """
 
     iteration: int
@@ -47,7 +47,7 @@ class Position:
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What tells a file's contents: its length in bytes, and BLAKE2b over all of it."""
+    """Identifies a file's contents: its size in bytes, and the BLAKE2b digest of all of it."""
 
     size: int
     blake2b: str
@@ -67,7 +67,7 @@ class Saved:
 
 
 def new_digest() -> hashlib.blake2b:
-    """128 bits: accidents, not attackers, are to be told."""
+    """128 bits suffice, since digests detect accidents, not attacks."""
     return hashlib.blake2b(digest_size=16)
 
 
@@ -85,18 +85,18 @@ def write_manifest(folder: Path, position: Position, files: Mapping[str, FileDig
 
 
 def open_saved(path: Path) -> Saved:
-    """Reads ``state.json``, and nothing else.
+    """Reads only ``state.json``.
 
     Raises:
         Damaged: it is damaged or missing.
-        CheckpointError: it is another version's.
+        CheckpointError: another version of mixgrpo wrote it.
     """
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if content.get("version") != _VERSION:
             raise CheckpointError(
-                f"checkpoint {path} was written by another version of mixgrpo, and only that one "
-                "reads it; train into another --run.folder"
+                f"checkpoint {path} was written by another version of mixgrpo, and only that "
+                "version can read it; train in another --run.folder"
             )
         if content.pop("digest") != _digest_of(content):
             raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} was altered")
@@ -112,21 +112,21 @@ def open_saved(path: Path) -> Saved:
 
 
 def verify(saved: Saved, names: Iterable[str]) -> None:
-    """Compares these files' sizes; then reads them whole and compares their digests.
+    """Compares the sizes of these files, then reads them completely and compares their digests.
 
     Raises:
-        Damaged: naming the first that is not what was saved.
+        Damaged: a file differs from what was saved; the message names the first one.
     """
     wanted = list(names)
     for name in wanted:
         _check_size(saved.path / name, saved.files[name].size)
-    with ThreadPoolExecutor(_READERS) as readers:  # hashing lets other threads run
+    with ThreadPoolExecutor(_READERS) as readers:  # hashing releases the GIL
         found = readers.map(lambda name: _digest_of_file(saved.path / name), wanted)
         for name, digest in zip(wanted, found, strict=True):
             if digest != saved.files[name].blake2b:
                 raise Damaged(
-                    f"checkpoint {saved.path} is damaged: {name} is not what was saved (other "
-                    "contents of the same size)"
+                    f"checkpoint {saved.path} is damaged: {name} differs from what was saved (same "
+                    "size, different contents)"
                 )
 
 
@@ -137,7 +137,8 @@ def _check_size(file: Path, size: int) -> None:
         raise Damaged(f"checkpoint {file.parent} is damaged: {file.name} is missing") from error
     if found != size:
         raise Damaged(
-            f"checkpoint {file.parent} is damaged: {file.name} has {found} bytes, {size} were saved"
+            f"checkpoint {file.parent} is damaged: {file.name} has {found} bytes, but {size} were "
+            "saved"
         )
 
 

@@ -1,4 +1,4 @@
-"""Saving, while the run waits or while it goes on."""
+"""Saves checkpoints, synchronously or while training continues."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from mixgrpo.checkpoint.shards import ShardWriter, first_failure
 from mixgrpo.engines.distributed import Process, gather_objects, new_group
 
 T = TypeVar("T")
-SEEN_WITHIN = 30.0  # seconds until every host must see what the first has made on the shared disk
+SEEN_WITHIN = 30.0  # seconds within which every host must see a new file on the shared disk
 
 
 class _Copies(BlockingAsyncStager):
-    """Copies of a state on the CPU; beside a GPU in pinned memory, where copying is fast.
+    """Copies of a state on the CPU, in pinned memory for fast copies if there is a GPU.
 
-    Pinning is slow, so the memory is kept for the next save, as long as the state has its form.
+    Pinning is slow, so the memory is reused for the next save as long as the state's structure and
+    shapes are the same.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ def _form_of(state: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A save that is under way, perhaps written already."""
+    """A save in progress, whose files may already be written."""
 
     partial: Path
     iteration: int
@@ -64,13 +65,13 @@ class _Pending:
 
 
 class Saver:
-    """Writes a run's checkpoints; every method is called by all processes together.
+    """Writes a run's checkpoints; every method must be called by all processes.
 
-    Asynchronously, a save copies the state to the CPU and leaves the writing to a thread. What is
-    written becomes a checkpoint in ``poll`` or ``wait``, where errors are raised, too.
+    An asynchronous save copies the state to the CPU and writes it in a thread. The files become a
+    checkpoint in ``poll`` or ``wait``, which also raise errors of the writing.
 
     Attributes:
-        group: all processes, for what runs beside the training; None if there is just one.
+        group: process group for communication in parallel with training; None with one process.
     """
 
     def __init__(self, process: Process, root: Path, keep: int, asynchronous: bool) -> None:
@@ -84,14 +85,14 @@ class Saver:
         self._newest: tuple[int, Path] | None = None
 
     def save(self, state: dict[str, Any], position: Position) -> None:
-        """Writes the state, or begins to; a save under way is waited for.
+        """Writes the state, or starts writing it; waits first for a save in progress.
 
         Args:
-            state: nested, its first keys the parts; tensors by their full names, sharded ones as
-                DTensors. What several processes hold under one name must be the same.
+            state: nested dict whose first keys are the parts; tensors by their full names, sharded
+                ones as DTensors. Values that several processes hold under one name must be equal.
 
         Raises:
-            CheckpointError: on every process; what was there before is untouched.
+            CheckpointError: on every process; earlier checkpoints are untouched.
         """
         self.wait()
         partial = self._on_first(lambda: make_partial(self.root, position.iteration), None)
@@ -103,17 +104,17 @@ class Saver:
 
     @property
     def under_way(self) -> bool:
-        """Whether a save was begun and not finished."""
+        """Whether a save has started but not finished."""
         return self._pending is not None
 
     def poll(self) -> None:
-        """Finishes the save under way if every process has written its part."""
+        """Finishes the save in progress if every process has written its part."""
         pending = self._pending
         if pending and all(gather_objects(self.process, pending.written.done())):
             self.wait()
 
     def wait(self) -> Path | None:
-        """Finishes the save under way; returns the newest checkpoint of this run's saves."""
+        """Finishes the save in progress; returns the newest checkpoint that this run has saved."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             wait([pending.written])
@@ -121,13 +122,13 @@ class Saver:
         return self._newest[1] if self._newest else None
 
     def has(self, iteration: int) -> bool:
-        """Whether the newest save, under way or done, is this iteration's."""
+        """Whether the newest save, finished or not, is that of this iteration."""
         if self._pending is not None:
             return self._pending.iteration == iteration
         return self._newest is not None and self._newest[0] == iteration
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What ``state`` holds now, on the CPU, for the next ``save``; as it is with ``state``."""
+        """A copy on the CPU of what ``state`` holds now, to pass to the next ``save``."""
         return self._own.stage(state)
 
     def _start(self, state: dict[str, Any], writer: ShardWriter) -> Future[Any]:
@@ -159,13 +160,13 @@ class Saver:
         error = pending.written.exception()
         if isinstance(error, CheckpointException):
             self._give_up(pending.partial, first_failure(error), error)
-        if error is not None:  # no failure to write: another process is gone
+        if error is not None:  # not a write failure: another process has exited
             raise error
         self._on_first(lambda: publish(pending.partial, self.keep), pending.partial)
         self._newest = (pending.iteration, final_path(pending.partial))
 
     def _on_first(self, do: Callable[[], T], partial: Path | None) -> T:
-        """What ``do`` returns on the first process, on all; so it is with its failure to write."""
+        """Calls ``do`` on the first process; returns its result, or raises its failure, on all."""
         result, failure = None, ""
         if self.process.rank == 0:
             try:
@@ -178,18 +179,18 @@ class Saver:
         return result  # type: ignore[return-value]
 
     def check_shared(self, path: Path, partial: Path | None = None) -> None:
-        """Whether every process sees what the first has made. Else every host would write to a disk
-        of its own, and nothing whole would be anywhere.
+        """Checks that every process sees the path that the first one created. Otherwise every host
+        would write to its own disk, and no checkpoint would be complete.
 
         Args:
-            partial: removed if one does not.
+            partial: folder to remove if a process does not see the path.
 
         Raises:
             CheckpointError: on every process.
         """
         deadline = monotonic() + SEEN_WITHIN
         while not (is_seen := path.exists()) and monotonic() < deadline:
-            sleep(0.1)  # network disks show new files with a delay
+            sleep(0.1)  # network file systems show new files with a delay
         blind = [
             rank for rank, seen in enumerate(gather_objects(self.process, is_seen)) if not seen
         ]
@@ -198,7 +199,7 @@ class Saver:
                 partial,
                 f"process {blind[0]} does not see {path}",
                 None,
-                "take a --run.folder on a disk that all hosts share",
+                "set --run.folder to a file system that all hosts share",
             )
 
     def _give_up(
@@ -211,7 +212,7 @@ class Saver:
         if partial is not None and self.process.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         newest = latest(self.root)
-        left = f"the newest whole checkpoint is {newest}" if newest else "none was saved before"
+        left = f"the newest complete checkpoint is {newest}" if newest else "none was saved before"
         what = final_path(partial) if partial else f"in {self.root}"
         raise CheckpointError(
             f"checkpoint {what} could not be written ({reason}); {left}; {remedy}, then "

@@ -1,8 +1,8 @@
-"""The state's tensors on disk: torch.distributed.checkpoint, with digests, reading no code.
+"""Stores the state's tensors with torch.distributed.checkpoint, with digests and without code.
 
-Every process writes what it holds, once; what all hold alike is dealt out among them. Reading
-fills given tensors with whatever parts of files they need, so that the number of processes and the
-way that they share the tensors may be another than at saving.
+Every process writes what it holds; tensors that all processes hold are divided among them, so that
+each is written once. Reading fills given tensors from the parts of files that they need, so that
+the number of processes and the sharding may differ from those at saving.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.futures import Future
 from mixgrpo.checkpoint.folder import CheckpointError
 from mixgrpo.checkpoint.manifest import FileDigest, Position, new_digest, write_manifest
 
-# One process alone is no mistake.
+# Running a single process without torch.distributed is intended.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 _CODE_FREE = {
@@ -43,13 +43,13 @@ _CODE_FREE_MODULES = {"torch.distributed.checkpoint.metadata"}
 
 
 class ShardWriter(dcp.FileSystemWriter):
-    """Writes each part of the state, by its first key, to a file of its own.
+    """Writes each part of the state, given by its first key, to a separate file.
 
-    So whoever wants the weights alone reads, and verifies, nothing else.
+    The weights can then be read and verified without the other parts.
     """
 
     def __init__(self, folder: Path, position: Position, staged: bool) -> None:
-        """``staged``: the tensors are on the CPU, and the thread that writes may have no GPU."""
+        """``staged``: the tensors are on the CPU, and the writing thread may have no GPU."""
         ahead = 0 if staged else 10_000_000
         super().__init__(folder, sync_files=False, per_thread_copy_ahead=ahead)
         self.position = position
@@ -57,7 +57,7 @@ class ShardWriter(dcp.FileSystemWriter):
         self.fs = self.files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
-        """What this process wrote: DCP's results, and the files' digests."""
+        """Writes this process's items; returns DCP's results and the files' digests."""
         parts: dict[str, list[Any]] = {}
         for item in plan.items:
             parts.setdefault(item.index.fqn.partition(".")[0], []).append(item)
@@ -74,10 +74,10 @@ class ShardWriter(dcp.FileSystemWriter):
         return written
 
     def storage_meta(self) -> None:
-        """None: it would name a folder that is renamed."""
+        """Returns None, since the metadata would name a folder that is renamed later."""
 
     def finish(self, metadata: Metadata, results: list[Any]) -> None:
-        """Called on rank 0 when all have written: the index, and last the manifest."""
+        """Called on rank 0 after all have written; writes the index, then the manifest."""
         super().finish(metadata, [written for written, _ in results])
         digests = dict(self.files.digests)  # with the index's
         for _, theirs in results:
@@ -86,14 +86,14 @@ class ShardWriter(dcp.FileSystemWriter):
 
 
 def _disks_own(error: BaseException | None) -> OSError | None:
-    """What the disk said, where torch.save could not close its archive after that."""
+    """The OSError behind an error: torch.save hides it when it cannot close its archive."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 class _DigestedFiles(FileSystem):
-    """Files that are flushed to the disk when they are closed, and whose digests are known."""
+    """Files that are flushed to the disk when they are closed, and whose digests are recorded."""
 
     def __init__(self) -> None:
         self.digests: dict[str, FileDigest] = {}
@@ -103,7 +103,7 @@ class _DigestedFiles(FileSystem):
         assert mode == "wb"
         with _DigestedFile(path) as stream:
             yield stream
-        # The index is written under another name, too.
+        # The index is first written under a temporary name.
         name = Path(path).name.removesuffix(".tmp")
         self.digests[name] = FileDigest(stream.size, stream.digest.hexdigest())
 
@@ -131,9 +131,9 @@ class _DigestedFile(io.BufferedWriter):
 
 
 class Shards:
-    """A checkpoint's tensors, to be read.
+    """Reads a checkpoint's tensors.
 
-    Every method but ``read`` with a ``group`` is for one process alone.
+    Except for ``read`` with a ``group``, every method works in a single process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -144,10 +144,10 @@ class Shards:
         """Fills the tensors of a nested dict in place, and replaces its other leaves.
 
         Args:
-            group: of the processes that read together; None if there is just this one.
+            group: the processes that read together; None for a single process.
 
         Raises:
-            CheckpointError: something is not there, of another size, or cannot be read.
+            CheckpointError: a value is missing, has another shape, or cannot be read.
         """
         try:
             dcp.load(
@@ -163,7 +163,7 @@ class Shards:
             ) from error
 
     def shapes(self, part: str) -> dict[str, Tensor]:
-        """Name -> tensor without memory (on the meta device); empty if there is no such part."""
+        """Name -> tensor on the meta device; empty if the checkpoint has no such part."""
         found = {}
         try:
             described = self.reader.read_metadata().state_dict_metadata
@@ -196,7 +196,7 @@ class Shards:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the index once, and builds nothing from it but descriptions of tensors."""
+    """Reads the index once, and only unpickles descriptions of tensors from it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -214,11 +214,11 @@ class _CodeFreeUnpickler(pickle.Unpickler):
         known = (module, name) in _CODE_FREE or module in _CODE_FREE_MODULES
         if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
 
 
 class _Planner(dcp.DefaultLoadPlanner):
-    """Leaves that are no tensors are numbers, words and lists of them; never code."""
+    """Loads leaves that are not tensors as numbers, strings and lists of them, never as code."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         content = io.BytesIO()
@@ -231,7 +231,7 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 
 def first_failure(error: CheckpointException) -> str:
-    """In one line, why DCP failed, and on which rank."""
+    """The first failure of DCP in one line, with its rank."""
     rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
     text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     return text if len(error.failures) == 1 and rank == 0 else f"rank {rank}: {text}"

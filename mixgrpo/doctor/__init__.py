@@ -1,4 +1,4 @@
-"""Looks for what would stop a run, before it starts. Nothing is loaded, nothing is written."""
+"""Checks for problems that would stop a run, before it starts. Loads and writes nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from mixgrpo.doctor.lines import SETUP, Line, error, warning
 
 Check = Callable[[Config, int], Iterable[Line]]
 
-# Subject -> the function that looks. Imported one by one: a missing package costs its checks alone.
+# Subject -> the check's function. Each is imported on its own, so that a missing package disables
+# only the checks that need it.
 ENVIRONMENT = {
     "python": "mixgrpo.doctor.environment:check_python",
     "packages": "mixgrpo.doctor.environment:check_packages",
@@ -30,26 +31,27 @@ OF_THE_RUN = {
 
 
 def examine(config: Config, processes: int, checks: dict[str, str]) -> Iterable[Line]:
-    """The lines of every check, one after the other as they are made. Raises nothing.
+    """Yields the lines of every check as they become available. Never raises.
 
     Args:
-        processes: of the run, on all its machines together; 0 for one on each GPU of this machine.
+        processes: number of processes of the run on all its machines together; 0 for one per GPU
+            of this machine.
     """
     for subject, place in checks.items():
         yield from guarded(subject, place, config, processes)
 
 
 def guarded(subject: str, place: str, config: Config, processes: int) -> list[Line]:
-    """What the check at ``module:function`` says; if it breaks, a line that says so."""
+    """The lines of the check at ``module:function``; if the check fails, a line that reports it."""
     module, _, function = place.partition(":")
     try:
         check: Check = getattr(importlib.import_module(module), function)
         return list(check(config, processes))
     except ImportError as caught:
-        return [error(subject, f"could not be looked at: {_reason(caught)}", SETUP)]
-    except Exception as caught:  # whatever it is, the other checks go on
-        remedy = "the other checks count; please report this one"
-        return [warning(subject, f"the check itself broke: {_reason(caught)}", remedy)]
+        return [error(subject, f"could not be checked: {_reason(caught)}", SETUP)]
+    except Exception as caught:  # whatever happened, the other checks continue
+        remedy = "the other checks are still valid; please report this failure"
+        return [warning(subject, f"the check itself failed: {_reason(caught)}", remedy)]
 
 
 def _reason(caught: Exception) -> str:

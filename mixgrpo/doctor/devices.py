@@ -1,4 +1,4 @@
-"""What the run computes on."""
+"""Checks of the devices: GPUs and their driver, or the CPU."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def check_devices(config: Config, processes: int) -> Iterator[Line]:
     if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
         yield error(
             "devices",
-            f"the NVIDIA driver {driver_version()} is there, but torch (built for CUDA "
+            f"the NVIDIA driver {driver_version()} is installed, but torch (built for CUDA "
             f"{torch.version.cuda}) cannot use it",
-            "update the driver, or TORCH_INDEX_URL=... bash env_setup.sh with a torch for an older "
-            "CUDA, or set CUDA_VISIBLE_DEVICES= to run on the CPU",
+            "update the driver, or run TORCH_INDEX_URL=... bash env_setup.sh to install a torch "
+            "for an older CUDA, or set CUDA_VISIBLE_DEVICES= to run on the CPU",
         )
         return
     cores, memory = len(os.sched_getaffinity(0)), memory_available()
@@ -52,23 +52,23 @@ def _gpus(processes: int) -> Iterator[Line]:
         )
     if processes > count:
         machines = -(-processes // count)
-        text = f"{processes} processes, one on each GPU: takes {machines} machines of {count} GPUs"
+        text = f"{processes} processes, one per GPU, need {machines} machines of {count} GPUs"
         if processes % count:
             yield error("devices", text, f"start a multiple of {count} processes")
         else:
-            text = f"{text}; only this one is looked at"
-            yield warning("devices", text, "bash scripts/hosts/check.sh looks at all of them")
+            text = f"{text}; only this machine is checked"
+            yield warning("devices", text, "run bash scripts/hosts/check.sh to check all of them")
 
 
 def processes_here(processes: int) -> int:
-    """Processes on this machine, of ``processes`` in all; 0: one on each GPU, else one."""
+    """Number of processes on this machine, out of ``processes``; 0 means one per GPU, or one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = processes or max(1, count)
     return min(wanted, count) if count else wanted
 
 
 def memory_of_a_process(processes: int) -> int | None:
-    """Bytes that one process has: a GPU's, or its share of what the machine can give."""
+    """Bytes available to one process: those of a GPU, or its share of the free memory."""
     if torch.cuda.is_available():
         return min(
             torch.cuda.get_device_properties(number).total_memory
@@ -79,7 +79,7 @@ def memory_of_a_process(processes: int) -> int | None:
 
 
 def memory_available() -> int | None:
-    """Bytes that programs can still get; None where the system does not say."""
+    """Bytes that programs can still allocate; None where the system does not report it."""
     try:
         found = re.search(r"^MemAvailable:\s*(\d+) kB", _MEMORY.read_text(), re.MULTILINE)
     except OSError:

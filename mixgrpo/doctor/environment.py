@@ -1,4 +1,4 @@
-"""Python and the packages. Needs neither of them beyond the standard library."""
+"""Checks of Python and the installed packages, using only the standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mixgrpo.doctor.lines import SETUP, Line, error, ok, warning
 
 REQUIREMENTS = RECIPES.parent.parent / "requirements.txt"
 PYTHONS = ((3, 11), (3, 12))
-# They check the repository; no run needs them.
+# Tools for developing the repository; no run needs them.
 _TOOLS = ("pytest", "pytest-xdist", "ruff", "mypy")
 
 
@@ -27,8 +27,8 @@ def check_python(config: Config, processes: int) -> Iterator[Line]:
 
 def check_packages(config: Config, processes: int) -> Iterator[Line]:
     if not REQUIREMENTS.is_file():
-        yield warning("packages", f"{REQUIREMENTS} is not there, so their versions are unknown",
-                      "run it from a clone of the repository")  # fmt: skip
+        yield warning("packages", f"{REQUIREMENTS} does not exist, so the pins are unknown",
+                      "run the doctor from a clone of the repository")  # fmt: skip
         return
     pinned = read_pins(REQUIREMENTS)
     found = {name: _installed(name) for name in pinned}
@@ -43,19 +43,19 @@ def check_packages(config: Config, processes: int) -> Iterator[Line]:
         yield error("packages", f"not installed: {', '.join(needed)}", SETUP)
     yield from _lesser_faults([name for name in missing if name in _TOOLS], differing)
     if not missing and not differing:
-        yield ok("packages", f"all {len(pinned)} as pinned in requirements.txt")
+        yield ok("packages", f"all {len(pinned)} are installed as pinned in requirements.txt")
 
 
 def _lesser_faults(tools: Sequence[str], differing: Sequence[str]) -> Iterator[Line]:
     if tools:
-        yield warning("packages", f"not installed, for the tests: {', '.join(tools)}", SETUP)
+        yield warning("packages", f"not installed, used by the tests: {', '.join(tools)}", SETUP)
     if differing:
-        text = f"other versions than the tested ones: {', '.join(differing)}"
+        text = f"versions differ from the tested ones: {', '.join(differing)}"
         yield warning("packages", text, SETUP)
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """Name -> version of every line ``name==version`` or ``name[extra]==version``."""
+    """Name -> version for every line ``name==version`` or ``name[extra]==version``."""
     pin = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?==([^\s;#]+)", re.MULTILINE)
     return dict(pin.findall(path.read_text(encoding="utf-8")))
 

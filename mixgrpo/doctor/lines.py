@@ -1,4 +1,4 @@
-"""What a check says: a line that is ok, a warning or an error, with the command that mends it."""
+"""The lines that checks report: ok, warning or error, with the command that fixes the problem."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Line:
     """One finding.
 
     Attributes:
-        level: whether a run can start (ok), may go wrong (warning), or will (error).
-        subject: what was looked at, in a word.
+        level: whether a run can start (ok), may fail (warning), or will fail (error).
+        subject: what was checked, in one word.
         text: what was found.
-        remedy: the command or setting that mends it; empty where there is nothing to mend.
+        remedy: the command or setting that fixes it; empty where there is nothing to fix.
     """
 
     level: Literal["ok", "warning", "error"]
@@ -44,7 +44,7 @@ def error(subject: str, text: str, remedy: str) -> Line:
 
 
 def render(lines: Iterable[Line]) -> str:
-    """For a terminal of 100 columns; a table within a text keeps its lines."""
+    """Formats lines for a terminal of 100 columns; a table within a text keeps its line breaks."""
     return "\n".join(_rendered(line) for line in lines)
 
 
@@ -57,7 +57,7 @@ def _rendered(line: Line) -> str:
 
 
 def _wrapped(paragraph: str) -> str:
-    # Commands and paths must survive being copied: they are not cut.
+    # Commands and paths are not broken, so that they can be copied.
     return textwrap.fill(
         paragraph,
         _WIDTH,
@@ -70,12 +70,12 @@ def _wrapped(paragraph: str) -> str:
 
 
 def exit_code(lines: Iterable[Line]) -> int:
-    """1 if there is an error; warnings alone do not count."""
+    """1 if there is an error; warnings do not count."""
     return int(any(line.level == "error" for line in lines))
 
 
 def size(count: float) -> str:
-    """Bytes, readable."""
+    """Formats a number of bytes for reading."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -84,7 +84,7 @@ def size(count: float) -> str:
 
 
 def fetching(path: str | Path, otherwise: str) -> str:
-    """The command that downloads what belongs at ``path``, if it is one that downloads know."""
+    """The command that downloads ``path`` if it is a known download, else ``otherwise``."""
     from mixgrpo.downloads.items import ITEMS
 
     for name, item in ITEMS.items():

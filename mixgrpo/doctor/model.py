@@ -1,4 +1,4 @@
-"""The model folder: its parts, and what their weight files hold."""
+"""Checks of the model folder: its parts and the contents of their weight files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mixgrpo.models.flux import PARTS
 from mixgrpo.models.flux_files import WEIGHTED, check_part
 
 _OTHER_PATH = "set --model.path to a diffusers FLUX pipeline folder"
-# Each of the others is there if one of these is.
+# Each of the other parts counts as present if one of these files exists.
 _FILES = {
     "model_index.json": ("",),
     "scheduler": ("scheduler_config.json",),
@@ -25,7 +25,7 @@ def check_model(config: Config, processes: int) -> Iterator[Line]:
     folder = Path(config.model.path)
     remedy = fetching(folder, _OTHER_PATH)
     if not folder.is_dir():
-        yield error("model", f"model.path is {str(folder)!r}, which is no folder", remedy)
+        yield error("model", f"model.path is {str(folder)!r}, which is not a folder", remedy)
         return
     for part in ("model_index.json", *PARTS):
         yield _weights(folder / part, remedy) if part in WEIGHTED else _small(folder / part, remedy)
@@ -56,4 +56,4 @@ def _small(path: Path, remedy: str) -> Line:
             json.loads(there[0].read_text(encoding="utf-8"))
         except (OSError, ValueError) as caught:
             return error("model", f"{there[0]} cannot be read ({caught})", remedy)
-    return ok("model", f"{path.name}: there")
+    return ok("model", f"{path.name}: present")

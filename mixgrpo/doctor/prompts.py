@@ -1,4 +1,4 @@
-"""The prompt files, and the text encoders or stored embeddings that they meet."""
+"""Checks of the prompt files, their lengths in tokens, and stored embeddings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_prompts(config: Config, processes: int) -> Iterator[Line]:
         try:
             found[knob] = read_prompts(path, knob)
         except (ValueError, OSError) as caught:
-            remedy = fetching(path, f"set --{knob} to a text file, one prompt a line, UTF-8")
+            remedy = fetching(path, f"set --{knob} to a UTF-8 text file with one prompt per line")
             yield error("prompts", str(caught), remedy)
     for knob, prompts in found.items():
         yield _told(config, knob, prompts)
@@ -43,12 +43,13 @@ def _told(config: Config, knob: str, prompts: list[str]) -> Line:
     text = f"{knob}: {len(prompts):,} prompts{again}"
     truncated = _count_truncated(config, prompts)
     if truncated is None:
-        text = f"{text}; without a tokenizer their lengths are unknown"
-        return warning("prompts", text, "mend the model first")
+        text = f"{text}; their lengths are unknown without a tokenizer"
+        return warning("prompts", text, "fix the errors of the model first")
     if truncated:
         return warning(
             "prompts",
-            f"{text}, {truncated:,} longer than the text encoder's {length} tokens: truncated",
+            f"{text}, of which {truncated:,} exceed the text encoder's {length} tokens and are "
+            "truncated",
             "shorten them, or raise --model.text_length",
         )
     return ok("prompts", f"{text}, none longer than {length} tokens")
@@ -63,7 +64,7 @@ def _count_truncated(config: Config, prompts: Sequence[str]) -> int | None:
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError):  # told of with the model
+        except (OSError, ValueError):  # the model's check reports it
             return None
         times = Counter(prompts)
         ids = tokenizer(list(times), verbose=False).input_ids
@@ -76,15 +77,16 @@ def _overlap(training: Sequence[str], validation: Sequence[str]) -> Iterator[Lin
     if both:
         yield warning(
             "prompts",
-            f"{len(both):,} of {len(set(validation)):,} validation prompts are trained on too",
-            "take others for --validation.prompts_file",
+            f"{len(both):,} of {len(set(validation)):,} validation prompts are also trained on",
+            "use other prompts for --validation.prompts_file",
         )
 
 
 def check_text(config: Config, processes: int) -> Iterator[Line]:
-    """Stored embeddings are those of the run's encoders, and hold every prompt."""
+    """Checks that stored embeddings come from the run's encoders and cover every prompt."""
     if config.text.mode == "online":
-        yield ok("text", f"prompts are encoded in the run (text.placement {config.text.placement})")
+        placement = config.text.placement
+        yield ok("text", f"prompts are encoded during the run (text.placement {placement})")
         return
     try:
         limit = {"validation.prompts_file": config.validation.prompts or None}
@@ -97,5 +99,5 @@ def check_text(config: Config, processes: int) -> Iterator[Line]:
     except (ValueError, OSError) as caught:
         yield error("text", str(caught), preprocess_command(config))
         return
-    yield ok("text", f"{config.text.embeddings} holds all {len(set(prompts)):,} prompts, of this "
-             "model's encoders")  # fmt: skip
+    yield ok("text", f"{config.text.embeddings} holds all {len(set(prompts)):,} prompts, encoded "
+             "by this model's encoders")  # fmt: skip

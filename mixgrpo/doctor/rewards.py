@@ -1,4 +1,4 @@
-"""The rewards: what they are made of, and whether a judge's servers answer."""
+"""Checks of the rewards: their files and options, and whether a judge's servers answer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def check_rewards(config: Config, processes: int) -> Iterator[Line]:
         try:
             yield from _check(name, knobs)
         except NotReadable as caught:
-            text = f"{name}: {caught}, so its names are seen only when loaded"
-            yield warning("rewards", text, "a .safetensors file of the same weights can be read")
+            text = f"{name}: {caught}, so its weights are only checked when they are loaded"
+            yield warning("rewards", text, "use a .safetensors file, which can be checked")
         except (ValueError, OSError) as caught:
             wanted = knobs.checkpoint or knobs.model or ""
             otherwise = (
-                f"set --rewards.{name}.model and --rewards.{name}.checkpoint to what is there"
+                f"set --rewards.{name}.model and --rewards.{name}.checkpoint to existing files"
             )
             yield error("rewards", f"{name}: {caught}", fetching(wanted, otherwise))
 
@@ -44,13 +44,13 @@ def _check(name: str, knobs: RewardConfig) -> Iterator[Line]:
         file: Path = target.check_files(**options)
         files = find_shards(file) if file.suffix == ".json" else [file]
         total = size(sum(each.stat().st_size for each in files))
-        yield ok("rewards", f"{name}: {total}, names and sizes fit the model{held_out}")
+        yield ok("rewards", f"{name}: {total}, weight names and shapes fit the model{held_out}")
     else:
         yield ok("rewards", f"{name}: {knobs.kind} is importable{held_out}")
 
 
 def options_of(knobs: RewardConfig) -> dict[str, Any]:
-    """What the reward is made with."""
+    """The arguments with which the reward is constructed."""
     given = {"model": knobs.model, "checkpoint": knobs.checkpoint}
     return {key: value for key, value in given.items() if value is not None} | knobs.options
 
@@ -70,11 +70,11 @@ def _check_server(name: str, url: str, judge: Vlm) -> Line:
         return error(
             "rewards",
             f"{name}: {listing} does not answer within {TIMEOUT:g} s ({type(caught).__name__})",
-            f"start the server, or set --rewards.{name}.options.urls to where it runs",
+            f"start the server, or set --rewards.{name}.options.urls to its address",
         )
     if found.status_code in _REFUSED:
         sent = "the key that it was sent" if key else "a request without a key"
-        remedy = "export the key under the name in the reward's option api_key_env"
+        remedy = "export the key in the variable that the reward's option api_key_env names"
         return error("rewards", f"{name}: {listing} refuses {sent}", remedy)
     models = _listed(found)
     wanted = judge.server.body.get("model")

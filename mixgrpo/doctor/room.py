@@ -1,4 +1,4 @@
-"""Room for the run: on the device, and on the disk."""
+"""Checks whether the run fits on the device and on the disk."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from mixgrpo.text.embeddings import read_index, shard_path
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.text.stored import preprocess_command
 
-# An estimate that leaves less than this share free is called close.
+# An estimate above this fraction of the memory is reported as close to the limit.
 _CLOSE = 0.9
 _LESS = (
-    "lower --update.micro_batch, --sampling.micro_batch and --sampling.decode_batch; "
-    "--model.gradient_checkpointing true; --scoring.placement offload; --text.placement offload; "
-    "--model.train lora; several GPUs with --engine.kind fsdp; python -m mixgrpo plan compares"
+    "lower --update.micro_batch, --sampling.micro_batch and --sampling.decode_batch, or use "
+    "--model.gradient_checkpointing true, --scoring.placement offload, --text.placement offload, "
+    "--model.train lora, or several GPUs with --engine.kind fsdp; python -m mixgrpo plan compares "
+    "them"
 )
 _NAMES = {
     "whole": "gathered or cast",
     "average": "moving average",
-    "states": "the rollout's latents",
-    "kept": "update's activations",
+    "states": "rollout latents",
+    "kept": "update activations",
     "evaluating": "sampling",
-    "visiting": "rewards, visiting",
+    "visiting": "offloaded rewards",
     "text": "text encoders",
-    "context": "CUDA's own",
+    "context": "CUDA context",
 }
 
 
@@ -52,21 +53,21 @@ def check_memory(config: Config, processes: int) -> Iterator[Line]:
         needed = memory_needed(config, processes or here, here)
     except (OSError, ValueError, KeyError) as caught:
         text = f"cannot be estimated without the model's files ({type(caught).__name__})"
-        yield warning("memory", text, "mend the model first")
+        yield warning("memory", text, "fix the errors of the model first")
         return
     there, table = memory_of_a_process(processes), _table(needed)
     if there is None:
-        yield warning("memory", f"{table}\nwhat there is could not be found out", _LESS)
+        yield warning("memory", f"{table}\nthe available memory is unknown", _LESS)
     elif needed.peak > there:
-        yield error("memory", f"{table}\nmore than the {size(there)} there are", _LESS)
+        yield error("memory", f"{table}\nmore than the available {size(there)}", _LESS)
     elif needed.peak > _CLOSE * there:
-        yield warning("memory", f"{table}\nclose to the {size(there)} there are", _LESS)
+        yield warning("memory", f"{table}\nclose to the available {size(there)}", _LESS)
     else:
-        yield ok("memory", f"{table}\nof the {size(there)} there are")
+        yield ok("memory", f"{table}\nof the available {size(there)}")
 
 
 def memory_needed(config: Config, processes: int, here: int) -> DeviceMemory:
-    """Of each process; rewards as large as their files say."""
+    """Memory of each process, with the sizes of rewards taken from their files."""
     found, of_rewards = training_memory(config, processes, here), reward_bytes(config)
     placement = config.scoring.placement
     return replace(
@@ -78,18 +79,18 @@ def memory_needed(config: Config, processes: int, here: int) -> DeviceMemory:
 
 
 def _table(needed: DeviceMemory) -> str:
-    """A row for each thing that takes something; the peak is that of the largest phase."""
+    """One row per item that takes memory; the peak is that of the largest phase."""
     rows = [
         f"{_NAMES.get(name, name):<20}{size(count):>10}"
         for name, count in vars(needed).items()
         if count
     ]
     peak = f"{'at the peak':<20}{size(needed.peak):>10}"
-    return "\n".join(["of each process, estimated:", *rows, peak])
+    return "\n".join(["estimated for each process:", *rows, peak])
 
 
 def reward_bytes(config: Config) -> int:
-    """Of all reward models whose files can be read; what is wrong with the others is told there."""
+    """Bytes of all reward models whose files can be read; the rewards' check reports the others."""
     return sum(map(_bytes_of_reward, config.rewards.values()))
 
 
@@ -117,7 +118,7 @@ def check_disk(config: Config, processes: int) -> Iterator[Line]:
             needed[Path(config.text.embeddings)] = missing_embedding_bytes(config)
     except (OSError, ValueError, KeyError) as caught:
         text = f"cannot be estimated without the model's files ({type(caught).__name__})"
-        yield warning("disk", text, "mend the model first")
+        yield warning("disk", text, "fix the errors of the model first")
         return
     disks: dict[int, list[Path]] = defaultdict(list)
     for folder in needed:
@@ -129,19 +130,20 @@ def check_disk(config: Config, processes: int) -> Iterator[Line]:
 def _compared(config: Config, folders: list[Path], needed: int) -> Line:
     free = shutil.disk_usage(existing(folders[0])).free
     names = " and ".join(map(str, folders))
-    text = f"{names}: at most {size(needed)} to be written, {size(free)} free"
+    text = f"{names}: at most {size(needed)} to write, {size(free)} free"
     if needed <= free:
         return ok("disk", text)
     keep = config.checkpoint.keep
     fewer = "--checkpoint.keep 2" if keep != 1 else "--checkpoint.keep 1"
     remedy = f"free some space, choose folders on a larger disk, or keep fewer: {fewer}"
     if len(folders) == 1 and str(folders[0]) == config.text.embeddings:
-        remedy = f"free some space, then {preprocess_command(config)}"
+        remedy = f"free some space, then run {preprocess_command(config)}"
     return error("disk", text, remedy)
 
 
 def run_bytes(config: Config) -> int:
-    """Of the checkpoints that are there at once and the exported model, less what is there."""
+    """Bytes of the checkpoints that exist at the same time and of the exported model, minus what
+    is already there."""
     total = checkpoint_bytes(config) * kept_checkpoints(config) + exported_bytes(config)
     there = sum(_bytes_in(Path(config.run.folder) / part) for part in ("checkpoints", "model"))
     return max(0, total - there)
@@ -152,21 +154,21 @@ def _bytes_in(folder: Path) -> int:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Trained weights, AdamW's two moments and the average."""
+    """Bytes of the trained weights, AdamW's two moments and the moving average."""
     weights = 4 if config.model.weights == "float32" else 2
     moments = 2 if config.update.optimizer == "adamw_8bit" else 8
     return trained_weights(config) * (weights + moments + 4 * bool(config.ema.decay))
 
 
 def kept_checkpoints(config: Config) -> int:
-    """The most that are there at once: those that are kept, and the one that is being written."""
+    """Maximum number of checkpoints at the same time: those kept and the one being written."""
     knobs, iterations = config.checkpoint, config.run.iterations
     written = -(-iterations // knobs.every) if knobs.every else 1
     return min(written, knobs.keep + 1) if knobs.keep else written
 
 
 def exported_bytes(config: Config) -> int:
-    """The trained model: the base's other parts beside the transformer in float32, or a LoRA."""
+    """Bytes of the exported model: a float32 transformer and the base's other parts, or a LoRA."""
     trained = trained_weights(config) * 4
     if config.model.train == "lora":
         return trained
@@ -176,7 +178,7 @@ def exported_bytes(config: Config) -> int:
 
 
 def missing_embedding_bytes(config: Config) -> int:
-    """Of the embeddings that preprocessing has still to write."""
+    """Bytes of the embeddings that preprocessing still has to write."""
     folder = Path(config.text.embeddings)
     shards = index.shards if (index := read_index(folder)) is not None else []
     begun = {
@@ -196,6 +198,6 @@ def missing_embedding_bytes(config: Config) -> int:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or its nearest parent folder that exists."""
     whole = path.absolute()
     return next(place for place in (whole, *whole.parents) if place.exists())

@@ -1,4 +1,4 @@
-"""The recipe's knobs, an earlier run in its folder, and wandb."""
+"""Checks of the recipe's knobs, of an earlier run in its folder, and of wandb."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _ANOTHER = "choose another --run.folder"
 
 
 def check_knobs(config: Config, processes: int) -> Iterator[Line]:
-    """Combinations that cannot work, and steps that no window reaches."""
+    """Reports combinations of knobs that cannot work, and steps that no window reaches."""
     count = processes or processes_here(0)
     try:
         check(config, count)
         windows = make_windows(config)
     except ValueError as caught:
-        yield error("knobs", str(caught), "python -m mixgrpo train --help tells of every knob")
+        yield error("knobs", str(caught), "python -m mixgrpo train --help explains every knob")
         return
-    yield ok("knobs", f"they fit together, for {count} process{'es' if count > 1 else ''}")
+    yield ok("knobs", f"consistent, for {count} process{'es' if count > 1 else ''}")
     done = visits(windows, config.run.iterations)
     missed = never_trained(windows, iterations_by_step(done, config.sampling.steps))
     if missed:
         yield warning(
             "knobs",
             f"{len(missed)} of {config.sampling.steps} steps are never trained",
-            "the same knobs to python -m mixgrpo schedule show which",
+            "run python -m mixgrpo schedule with the same knobs to see which",
         )
 
 
 def check_folder(config: Config, processes: int) -> Iterator[Line]:
-    """Whether the folder is free, or holds a run that goes on with these knobs."""
+    """Checks that the folder is unused, or holds a run that can continue with these knobs."""
     folder = config.run.folder
     try:
         wanted = config.run.resume_from if config.run.resume else "latest"
@@ -53,9 +53,9 @@ def check_folder(config: Config, processes: int) -> Iterator[Line]:
     try:
         done = _resumable(saved, config)
     except (ValueError, OSError, checkpoints.CheckpointError) as caught:
-        yield error("folder", f"{folder} holds a run that does not go on: {caught}", _ANOTHER)
+        yield error("folder", f"{folder} holds a run that cannot continue: {caught}", _ANOTHER)
         return
-    text = f"{folder} holds a run of {done} iterations that can go on to {config.run.iterations}"
+    text = f"{folder} holds a run of {done} iterations that can continue to {config.run.iterations}"
     if config.run.resume:
         yield ok("folder", text)
     else:
@@ -67,18 +67,20 @@ def _without_checkpoint(config: Config) -> Iterator[Line]:
     above = next(place for place in (folder.absolute(), *folder.absolute().parents)
                  if place.exists())  # fmt: skip
     if not above.is_dir() or not os.access(above, os.W_OK):
-        yield error("folder", f"{folder} cannot be made or written: {above} is no folder that this "
-                    "user may write into", _ANOTHER)  # fmt: skip
+        yield error("folder", f"{folder} cannot be created or written: {above} is not a folder "
+                    "that this user can write to", _ANOTHER)  # fmt: skip
     elif (folder / "metrics.jsonl").exists():
         yield warning(
-            "folder", f"{folder} has the records of a run without a checkpoint, which go", _ANOTHER
+            "folder",
+            f"{folder} holds the records of a run without a checkpoint, which will be deleted",
+            _ANOTHER,
         )
     else:
-        yield ok("folder", f"{folder} is free")
+        yield ok("folder", f"{folder} is unused")
 
 
 def _resumable(checkpoint: Path, config: Config) -> int:
-    """Iterations that are done. Raises ValueError or CheckpointError where it would not go on."""
+    """Completed iterations. Raises ValueError or CheckpointError if the run cannot continue."""
     position = checkpoints.open_saved(checkpoint).position
     check_same_run(position, config)
     if position.iteration > config.run.iterations:
@@ -90,7 +92,7 @@ def _resumable(checkpoint: Path, config: Config) -> int:
 
 
 def check_wandb(config: Config, processes: int) -> Iterator[Line]:
-    """Whether there is a key, never which."""
+    """Reports whether a key is set, never its value."""
     there = bool(os.environ.get("WANDB_API_KEY", "").strip())
     mode = config.log.wandb
     if mode == "online" and not there:

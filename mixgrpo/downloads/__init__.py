@@ -1,1 +1,1 @@
-"""What a run on FLUX.1-dev needs, fetched from Hugging Face."""
+"""Downloads from Hugging Face of what a run on FLUX.1-dev needs."""

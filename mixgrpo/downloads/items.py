@@ -1,4 +1,4 @@
-"""What a run on FLUX.1-dev needs from Hugging Face, and fetching it with the ``hf`` program."""
+"""The files that a run on FLUX.1-dev needs, and their download with the ``hf`` program."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _REFUSED = (
 
 
 class DownloadError(Exception):
-    """A download that cannot go on; the message says what to do."""
+    """A download cannot continue; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one repository, and the folder they go to.
+    """Files of one repository, and their local folder.
 
     Attributes:
-        include: glob patterns; nothing else is fetched.
-        dataset: whether the repository is one of data, not of a model.
+        include: glob patterns of the files to download.
+        dataset: whether the repository is a data set, not a model.
     """
 
     repository: str
@@ -54,12 +54,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Item:
-    """What one name of the command line stands for.
+    """What one name on the command line stands for.
 
     Attributes:
-        gigabytes: of all its files, 10^9 bytes.
-        brings: paths that are there once it has been fetched.
-        finish: turns what was fetched into what is used; returns warnings.
+        gigabytes: size of all its files, in 10^9 bytes.
+        brings: paths that exist once it has been downloaded.
+        finish: converts the downloaded files into those that are used; returns warnings.
     """
 
     what: str
@@ -76,8 +76,8 @@ _FLUX_PARTS = (
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.*")
 
 ITEMS = {
-    # The repository also holds all of it a second time, as flux1-dev.safetensors (24 GB) and
-    # ae.safetensors: not fetched.
+    # The repository also holds the same weights as flux1-dev.safetensors (24 GB) and
+    # ae.safetensors, which are not downloaded.
     "flux": Item(
         "FLUX.1-dev as a diffusers folder",
         33.8,
@@ -96,9 +96,9 @@ ITEMS = {
         (Source("xswu/HPSv2", "data/models/hpsv2", ("HPS_v2.1_compressed.pt",)),),
         ("data/models/hpsv2/HPS_v2.1_compressed.pt",),
     ),
-    # The weights lie there in two formats; one is enough.
+    # The repository holds the weights in two formats; one is enough.
     "pickscore": Item(
-        "PickScore, and the processor of the CLIP that it comes from",
+        "PickScore, and the processor of the CLIP model that it is based on",
         4.0,
         (
             Source(
@@ -137,7 +137,7 @@ ITEMS = {
     ),
     # Papers cite apple/DFN5B-CLIP-ViT-H-14-384; this is the name that open_clip loads it by.
     "clip": Item(
-        "CLIP score's model, DFN5B ViT-H/14",
+        "the model of CLIP score, DFN5B ViT-H/14",
         4.0,
         (
             Source(
@@ -149,13 +149,13 @@ ITEMS = {
         ("data/models/clip/open_clip_pytorch_model.bin",),
     ),
     "prompts": Item(
-        "HPDv2's prompts: 103,700 to train on, 400 to test with",
+        "the prompts of HPDv2: 103,700 for training, 400 for testing",
         0.2,
         (Source("ymhao/HPDv2", "data/hpdv2", ("train.json", "test.json"), dataset=True),),
         ("data/prompts_hpdv2.txt", "data/prompts_hpdv2_test.txt"),
         finish=lambda: write_prompts(Path("data/hpdv2"), Path("data")),
     ),
-    # Its precision, and so its size, could not be looked up: 48 GB in float32, half in bfloat16.
+    # Its precision, and so its size, is unknown: 48 GB in float32, half of that in bfloat16.
     "mixgrpo": Item(
         "the transformer published with the MixGRPO paper",
         48.0,
@@ -172,15 +172,15 @@ ITEMS = {
 
 
 def check_program() -> None:
-    """Raises DownloadError where there is no ``hf``."""
+    """Raises DownloadError if ``hf`` is not installed."""
     if shutil.which("hf") is None:
         raise DownloadError(
-            "there is no program `hf`, which comes with huggingface_hub: run `bash env_setup.sh`"
+            "there is no program `hf`, which is part of huggingface_hub; run `bash env_setup.sh`"
         )
 
 
 def check_disk(items: Iterable[Item]) -> None:
-    """Raises DownloadError if the items' missing part does not fit where it goes."""
+    """Raises DownloadError if the items' missing files do not fit on the disk."""
     needed: dict[int, float] = defaultdict(float)
     places: dict[int, Path] = {}
     for item in items:
@@ -194,8 +194,8 @@ def check_disk(items: Iterable[Item]) -> None:
         free = shutil.disk_usage(place).free
         if needed[device] > free:
             raise DownloadError(
-                f"{needed[device] / 1e9:.1f} GB are still to be fetched, and the disk of "
-                f"{str(place)!r} has {free / 1e9:.1f} GB free: free some space, or make "
+                f"{needed[device] / 1e9:.1f} GB are still to be downloaded, but the disk of "
+                f"{str(place)!r} has only {free / 1e9:.1f} GB free; free some space, or make "
                 "data/models a link to a folder on a larger disk"
             )
 
@@ -205,9 +205,9 @@ def _size(folder: Path) -> int:
 
 
 def fetch(item: Item) -> list[str]:
-    """Fetches what is missing of an item; returns warnings.
+    """Downloads the missing files of an item; returns warnings.
 
-    What has been fetched before is left alone, and what was cut off goes on.
+    Existing files are kept, and interrupted downloads are resumed.
 
     Raises:
         DownloadError: access is refused, or ``hf`` fails.
@@ -216,34 +216,34 @@ def fetch(item: Item) -> list[str]:
         _check_access(source)
         if subprocess.run(source.command(), check=False).returncode != 0:
             raise DownloadError(
-                f"fetching {source.repository} failed, as `hf` says above: mend it and run the "
-                "same command again; what has been fetched is kept"
+                f"downloading {source.repository} failed (see the message of `hf` above); fix the "
+                "cause and run the same command again, which keeps what has been downloaded"
             )
     warnings = item.finish() if item.finish else []
     for path in item.brings:
         if not Path(path).exists():
             raise DownloadError(
-                f"{path!r} did not come with {item.sources[0].repository}: look at "
-                f"{item.sources[0].page} whether its files have other names now"
+                f"{path!r} is not among the files of {item.sources[0].repository}; check at "
+                f"{item.sources[0].page} whether its files have been renamed"
             )
     return warnings
 
 
 def _check_access(source: Source) -> None:
-    """Asks for a list of what would be fetched: all that can be refused is refused here."""
+    """Lists what would be downloaded, so that a refused access is reported before any download."""
     asked = subprocess.run(source.command("--dry-run"), check=False, capture_output=True, text=True)
     if asked.returncode == 0:
         return
     said = asked.stderr.strip() or asked.stdout.strip()
     if any(word in said.lower() for word in _REFUSED):
         raise DownloadError(
-            f"access to {source.repository} is refused: accept its licence at {source.page}, then "
+            f"access to {source.repository} is refused; accept its licence at {source.page}, then "
             "log in with `hf auth login` or set HF_TOKEN to a valid token"
         )
     lines = [line for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()] or lines[-1:]
     reason = errors[-1].strip() if errors else f"exit code {asked.returncode}"
     raise DownloadError(
-        f"{source.repository} cannot be fetched ({reason}): check the network and run the same "
-        "command again; what has been fetched is kept"
+        f"{source.repository} cannot be downloaded ({reason}); check the network and run the same "
+        "command again, which keeps what has been downloaded"
     )

@@ -1,1 +1,1 @@
-"""Files that are whole or not there, and how weights and folders are recognised."""
+"""Atomic writes, locks on folders, weight files, and fingerprints of files and code."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one command at a time writes into."""
+"""Atomic writes of files, and folders that only one command at a time may write to."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PARTIAL = "partial_"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` make a file under another name, flushes it, and only then names it ``path``.
+    """Lets ``write`` create a file under a temporary name, flushes it, and renames it to ``path``.
 
     Raises:
-        OSError: it could not be written; what was there before is untouched.
+        OSError: the file could not be written; an existing file is untouched.
     """
     partial = path.with_name(PARTIAL + path.name)
     try:
@@ -30,7 +30,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Until the disk has it, a rename may survive a crash that the contents do not."""
+    """Flushes a path to the disk; otherwise a rename may survive a crash but not the contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -40,18 +40,18 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def own_folder(name: str, knob: str) -> Iterator[None]:
-    """Makes the folder if it is not there; inside, no other command gets it.
+    """Creates the folder if it does not exist, and locks it against other commands.
 
-    A new one in which nothing was written goes again with an error.
+    If an error occurs, a new folder in which nothing was written is removed.
 
-    The lock ends with the process, however that ends. File systems without locks do without.
+    The lock ends with the process, however it ends. On file systems without locks, there is none.
 
     Args:
         knob: the dotted name of the setting that holds ``name``, for the messages.
 
     Raises:
-        ValueError: the name is empty or a file's, or another command has the folder.
-        OSError: the folder cannot be made.
+        ValueError: the name is empty or that of a file, or another command holds the lock.
+        OSError: the folder cannot be created.
     """
     if not name.strip():
         raise ValueError(f"{knob} is empty; name a folder")
@@ -60,7 +60,7 @@ def own_folder(name: str, knob: str) -> Iterator[None]:
         os.makedirs(name, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(
-            f"{knob} is {name!r}, which is or lies under a file; name a folder"
+            f"{knob} is {name!r}, which is a file or lies below one; name a folder"
         ) from error
     handle = os.open(name, os.O_RDONLY)
     try:
@@ -68,7 +68,7 @@ def own_folder(name: str, knob: str) -> Iterator[None]:
         yield
     except BaseException:
         if is_new:
-            with suppress(OSError):  # where something was written, it stays
+            with suppress(OSError):  # a folder that is not empty is kept
                 os.rmdir(name)
         raise
     finally:
@@ -81,6 +81,6 @@ def _lock(handle: int, name: str, knob: str) -> None:
     except OSError as error:
         if error.errno == errno.EWOULDBLOCK:
             raise ValueError(
-                f"{knob} is {name!r}, into which another command is writing; wait for it, or "
-                "choose another folder"
+                f"{knob} is {name!r}, to which another command is writing; wait for it to finish, "
+                "or choose another folder"
             ) from error

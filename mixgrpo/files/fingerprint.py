@@ -1,4 +1,4 @@
-"""Telling large files apart in a moment."""
+"""Fast fingerprints that distinguish large files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _STRETCH, _STRETCHES = 4096, 512
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of the names, sizes and contents of a folder's files, hidden ones left out.
+    """A digest of the names, sizes and contents of a folder's files, without hidden ones.
 
-    Files up to 2 MiB are read whole. Of larger ones 512 stretches of 4 KiB are: in 10 GB one every
-    20 MB, so that each matrix of T5-XXL is met more than once. Other weights differ everywhere;
-    a few altered bytes may go unseen.
+    Files up to 2 MiB are read completely. Of larger files, 512 pieces of 4 KiB are read: one every
+    20 MB in a file of 10 GB, so that each matrix of T5-XXL is sampled more than once. Different
+    weights differ everywhere, but a few altered bytes may go undetected.
     """
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(folder.rglob("*")):
@@ -26,7 +26,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
-    """The same of single files, whatever their names."""
+    """The same for single files, regardless of their names."""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
         digest.update(f"{file.stat().st_size}\0".encode())

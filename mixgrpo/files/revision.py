@@ -1,4 +1,4 @@
-"""Which version of the code runs."""
+"""The revision of the running code."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ HERE = Path(__file__).parent
 
 
 def git_revision(folder: Path = HERE) -> str:
-    """The commit, with "-dirty" after changes; "unknown" without git."""
+    """The commit, with "-dirty" if there are uncommitted changes; "unknown" without git."""
     found = _git(folder, "describe", "--always", "--dirty", "--abbrev=40")
     return "unknown" if found is None else found.decode().strip()
 
 
 def exact_revision(folder: Path = HERE) -> str:
-    """As ``git_revision``, with a digest of the changes: two with other changes differ."""
+    """Like ``git_revision``, with a digest of uncommitted changes to tell them apart."""
     revision = git_revision(folder)
     if not revision.endswith("-dirty"):
         return revision

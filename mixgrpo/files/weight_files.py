@@ -1,4 +1,4 @@
-"""Weights on disk: which files hold them, whether they fit a module, and filling it from them."""
+"""Weight files: finding them, checking that they fit a module, reading and writing them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-NAME = "diffusion_pytorch_model.safetensors"  # as diffusers names a model's weights
+NAME = "diffusion_pytorch_model.safetensors"  # diffusers' name for a model's weights
 _SHOWN = 3
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The safetensors files that make up ``path``: itself, an index's, or those of a folder.
+    """The safetensors files of ``path``, which is a file, an index or a folder.
 
     Raises:
-        FileNotFoundError: there are none, or one that the index names is missing.
-        ValueError: the index is no index.
+        FileNotFoundError: there are none, or a file that the index names is missing.
+        ValueError: the index is not valid.
     """
     if path.is_dir():
         path = next((p for p in (path / NAME, path / f"{NAME}.index.json") if p.exists()), path)
     if path.name.endswith(".index.json") and path.exists():
         return _of_index(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} holds no weights: there is no {NAME}, nor its index")
+        raise FileNotFoundError(
+            f"{path} contains no weights: there is neither {NAME} nor its index"
+        )
     return [path]
 
 
@@ -36,19 +38,19 @@ def _of_index(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights: fetch it again") from error
+        raise ValueError(f"{index} is not an index of weights; download it again") from error
     files = [index.parent / name for name in names]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{index} names {file.name}, which is not there: fetch it")
+            raise FileNotFoundError(f"{index} names {file.name}, which does not exist; download it")
     return files
 
 
 def read_shapes(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Name -> tensor without memory (on the meta device), from the files' heads alone.
+    """Name -> tensor on the meta device, read from the files' headers only.
 
     Raises:
-        ValueError: a file is damaged or none of safetensors.
+        ValueError: a file is damaged or not in the safetensors format.
     """
     shapes = {}
     for file in files:
@@ -59,14 +61,14 @@ def read_shapes(files: Iterable[Path]) -> dict[str, Tensor]:
                     shapes[key] = torch.empty(shape, device="meta")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{file} cannot be read as safetensors ({str(error).splitlines()[0]}): it may be "
-                "truncated, fetch it again"
+                f"{file} cannot be read as safetensors ({str(error).splitlines()[0]}); it may be "
+                "truncated, so download it again"
             ) from error
     return shapes
 
 
 def open_slices(files: Iterable[Path]) -> dict[str, Any]:
-    """Name -> a tensor in a file, of which parts can be read: ``slices[name][2:5]``."""
+    """Name -> slice of a tensor in a file, which can be read in parts: ``slices[name][2:5]``."""
     slices = {}
     for file in files:
         opened = safe_open(file, "pt")
@@ -76,7 +78,7 @@ def open_slices(files: Iterable[Path]) -> dict[str, Any]:
 
 @torch.no_grad()
 def fill(module: nn.Module, files: Iterable[Path]) -> None:
-    """Copies the weights into the module's own, tensor by tensor: no second copy is held."""
+    """Copies the weights into the module's own, tensor by tensor, without a second full copy."""
     own = module.state_dict()
     for file in files:
         with safe_open(file, "pt") as opened:
@@ -85,11 +87,11 @@ def fill(module: nn.Module, files: Iterable[Path]) -> None:
 
 
 def write_streamed(path: Path, shapes: Mapping[str, Tensor], tensors: Iterable[Tensor]) -> None:
-    """Writes a safetensors file tensor by tensor, so that no more than one is held.
+    """Writes a safetensors file tensor by tensor, so that only one is in memory at a time.
 
     Args:
-        shapes: what the file will hold, by name; their memory is not looked at.
-        tensors: the same in the same order, on the CPU.
+        shapes: names, shapes and dtypes of the file's tensors; their values are not used.
+        tensors: the tensors in the same order, on the CPU.
     """
     head: dict[str, object] = {"__metadata__": {"format": "pt"}}
     stop = 0
@@ -109,10 +111,10 @@ def write_streamed(path: Path, shapes: Mapping[str, Tensor], tensors: Iterable[T
 
 
 def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
-    """Every key of ``own`` must be in ``state``, none more, all of the right shape.
+    """Checks that ``state`` has exactly the keys of ``own``, all with the right shapes.
 
     Raises:
-        ValueError: naming ``path`` and the first keys that do not fit.
+        ValueError: they differ; the message names ``path`` and the first keys that do not fit.
     """
     faults = [
         _listed("missing", [key for key in own if key not in state]),

@@ -1,1 +1,1 @@
-"""A run on several machines: the hostfile, starting by pdsh, watching, comparing the machines."""
+"""Runs on several machines: the hostfile, launching with pdsh, supervising and comparing hosts."""

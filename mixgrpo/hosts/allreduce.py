@@ -1,4 +1,4 @@
-"""A small all-reduce among hosts, one process on each: ``python -m mixgrpo.hosts.allreduce``."""
+"""A small all-reduce with one process per host: ``python -m mixgrpo.hosts.allreduce``."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ ELEMENTS = 1 << 22  # float32: 16 MiB
 
 
 def main() -> int:
-    """Sums a tensor over all hosts, twice; returns 0 if the sum is right."""
+    """Sums a tensor over all hosts, twice; returns 0 if the sum is correct."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, hosts = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         dist.init_process_group(backend, timeout=WITHIN)
-        for _ in range(2):  # the first makes the connections
+        for _ in range(2):  # the first one opens the connections
             tensor = torch.full((ELEMENTS,), float(rank + 1), device=device)
             start = perf_counter()
             dist.all_reduce(tensor)
             is_right = bool((tensor == hosts * (hosts + 1) / 2).all())
             seconds = perf_counter() - start
         dist.destroy_process_group()
-    except RuntimeError as error:  # which is also what torch.distributed's own errors are
-        print(f"error: no all-reduce by {backend}: {str(error).splitlines()[0]}", flush=True)
+    except RuntimeError as error:  # the base class of torch.distributed's own errors
+        print(f"error: all-reduce with {backend} failed: {str(error).splitlines()[0]}", flush=True)
         return 1
     speed = ELEMENTS * 4 / 2**20 / seconds
-    print(f"all-reduce by {backend}: {'right' if is_right else 'WRONG'}, {speed:.0f} MiB/s")
+    print(f"all-reduce with {backend}: {'correct' if is_right else 'WRONG'}, {speed:.0f} MiB/s")
     return 0 if is_right else 1
 
 

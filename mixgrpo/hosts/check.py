@@ -1,4 +1,4 @@
-"""Whether hosts are alike enough to train together: a table, and a remedy for each difference."""
+"""Compares the hosts of a run: a table, and a remedy for each difference that matters."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from time import time
 from mixgrpo.hosts.facts import Facts
 from mixgrpo.hosts.remote import ROOT, ROOT_COMMAND, Unreachable, on_all, on_host
 
-CLOCKS_APART = 1.0  # seconds that are told of
+CLOCKS_APART = 1.0  # seconds; larger clock differences are reported
 FACTS_WITHIN = 300  # seconds, for many large files on a slow disk
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found out about one host.
+    """What is known about one host.
 
     Attributes:
-        clock: seconds by which its clock is ahead; 0 where the answer's travel can explain it.
-        facts: None if it could not be asked.
-        fault: why not.
+        clock: seconds by which its clock is ahead; 0 if network latency can explain the difference.
+        facts: None if the host could not be queried.
+        fault: why it could not be queried.
     """
 
     clock: float = 0.0
@@ -31,7 +31,7 @@ class Report:
 
 
 def ask(hosts: Sequence[str], folder: str, paths: list[str]) -> dict[str, Report]:
-    """Every host's report, asked all at once."""
+    """Queries all hosts at the same time; returns each host's report."""
 
     def report(host: str) -> Report:
         try:
@@ -55,11 +55,11 @@ _REACH = (
     "`ssh HOST true` must work from here without a password: check the name, ssh-copy-id, and that "
     "sshd runs there"
 )
-_INSTALL = f"have the same repository at {ROOT} there and run bash env_setup.sh in it"
+_INSTALL = f"clone the same repository to {ROOT} there and run bash env_setup.sh in it"
 
 
 def clock_ahead(host: str) -> float:
-    """Seconds by which a host's clock is ahead; 0 if it lies between question and answer.
+    """Seconds by which a host's clock is ahead; 0 if its time lies between request and answer.
 
     Raises:
         Unreachable: see ``on_host``.
@@ -71,7 +71,7 @@ def clock_ahead(host: str) -> float:
 
 
 def complaints(reports: Mapping[str, Report], paths: Sequence[str]) -> Iterator[str]:
-    """One line for each thing that is wrong; the first host that answered is the measure."""
+    """One line per problem; hosts are compared with the first one that answered."""
     asked = {host: report.facts for host, report in reports.items() if report.facts is not None}
     measure = next(iter(asked), "")
     for host, report in reports.items():
@@ -114,7 +114,10 @@ def _differences(
                 "host that has it"
             )
         elif there not in (here, "missing"):
-            yield f"{host}: {path} is {here}, {measure}'s {there}; copy the right one to the other"
+            yield (
+                f"{host}: {path} is {here}, {measure} has {there}; copy the correct one to the "
+                "other host"
+            )
     for what, is_, wanted in (
         ("GPUs", facts.gpus, expected.gpus),
         ("driver", facts.driver, expected.driver),
@@ -127,7 +130,7 @@ def _differences(
 
 
 def table(reports: Mapping[str, Report]) -> str:
-    """A row for each host."""
+    """A table with one row per host."""
     head = ["host", "reached", "Python", "packages", "revision", "data", "clock", "GPUs", "driver"]
     rows = [head, *(_row(host, report) for host, report in reports.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -152,9 +155,9 @@ def _row(host: str, report: Report) -> list[str]:
 
 
 def data_paths(knobs: Mapping[str, object], folder: Path) -> list[str]:
-    """The files and folders that a configuration names, dotted path -> value.
+    """The files and folders that a configuration (dotted path -> value) names.
 
-    Those of rewards may be names instead; they count where they are paths here.
+    The values of rewards may be model names instead; they are included if they are paths here.
     """
     always = ("batch.prompts_file", "validation.prompts_file", "model.path", "text.embeddings")
     named = [str(knobs[key]) for key in always if knobs.get(key)]

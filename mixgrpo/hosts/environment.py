@@ -1,4 +1,4 @@
-"""The environment that the hosts get: this one, without what belongs to one machine or login."""
+"""The environment passed to the hosts: this one, without variables of a single machine or login."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _SETTING = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)")
 
 
 def forwarded(environment: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
-    """What goes to every host; where the environment has a setting of the file's, it counts."""
+    """The variables passed to every host; the environment overrides the settings file."""
     ours = {k: v for k, v in environment.items() if not _OF_ONE_MACHINE.fullmatch(k)}
     return {**settings, **ours}
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """NAME=VALUE lines of a file, comments left out; a file that is not there sets nothing.
+    """The NAME=VALUE lines of a file, without comments; a missing file sets nothing.
 
     Raises:
-        ValueError: a line is neither.
+        ValueError: a line is neither a setting nor a comment.
     """
     settings = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -36,8 +36,8 @@ def read_settings(path: Path) -> dict[str, str]:
         setting = _SETTING.fullmatch(text)
         if setting is None:
             raise ValueError(
-                f"{path}, line {number}: {text.split('=')[0]!r} is no setting; write NAME=VALUE, "
-                "or # in front of a comment"
+                f"{path}, line {number}: {text.split('=')[0]!r} is not a setting; write "
+                "NAME=VALUE, or # in front of a comment"
             )
         settings[setting["name"]] = setting["value"].strip()
     return settings

@@ -1,7 +1,7 @@
-"""What there is on a host: ``python -m mixgrpo.hosts.facts`` answers in JSON.
+"""Describes a host's installation: ``python -m mixgrpo.hosts.facts`` prints it as JSON.
 
-The standard input names a folder and paths from it. No torch is imported: it must work, and fast,
-where an installation is half-made.
+The standard input names a folder and paths relative to it. Torch is not imported, so that this is
+fast and works with an incomplete installation.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ REQUIREMENTS = Path(__file__).parent.parent.parent / "requirements.txt"
 
 @dataclass(frozen=True)
 class Facts:
-    """What can differ between hosts.
+    """Properties that can differ between hosts.
 
     Attributes:
-        python: its version.
-        packages: required package -> installed version, "none" if it is not.
-        revision: the commit, with "-dirty" and a digest after changes.
-        files: path -> bytes and digest of a file or folder, "missing" if it is not there.
-        gpus: their number and kind.
-        driver: NVIDIA's version; "none" without one.
+        python: version of Python.
+        packages: required package -> installed version, or "none" if it is not installed.
+        revision: the commit, with "-dirty" and a digest if there are uncommitted changes.
+        files: path -> size in bytes and digest of a file or folder, or "missing".
+        gpus: number and model of the GPUs.
+        driver: version of the NVIDIA driver, or "none".
     """
 
     python: str
@@ -44,7 +44,7 @@ class Facts:
 
 
 def gather(folder: Path, paths: list[str]) -> Facts:
-    """This host's facts; ``paths`` are from ``folder``."""
+    """This host's facts; ``paths`` are relative to ``folder``."""
     names = re.findall(r"^([\w.-]+)(?:\[.*\])?==", REQUIREMENTS.read_text(), re.MULTILINE)
     cards = _nvidia("name")
     return Facts(

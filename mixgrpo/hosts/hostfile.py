@@ -1,4 +1,4 @@
-"""The hostfile: which machines a run takes, and how many processes on each."""
+"""The hostfile: which machines a run uses, and how many processes run on each."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Host:
     """A machine of a run.
 
     Attributes:
-        name: under which ssh reaches it.
-        slots: processes there; None for one on each GPU, or one on the CPU.
+        name: name by which ssh reaches it.
+        slots: number of processes on it; None for one per GPU, or one on the CPU.
     """
 
     name: str
@@ -26,21 +26,22 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a file, in its order; the first is where the processes meet.
+    """The hosts of a file, in its order; the processes connect to the first one.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line that is none of ``NAME`` and ``NAME slots=N``, a name twice, no host, or
-            localhost beside others.
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is neither ``NAME`` nor ``NAME slots=N``, a name occurs twice, there is
+            no host, or localhost is listed with other hosts.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no hostfile {path}; write one with a host a line, localhost for this machine"
+            f"there is no hostfile {path}; write one with one host per line, localhost for this "
+            "machine"
         )
     hosts = list(_hosts(path))
     names = [host.name for host in hosts]
     if not hosts:
-        raise ValueError(f"{path} names no host; write one a line, localhost for this machine")
+        raise ValueError(f"{path} names no host; write one per line, localhost for this machine")
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
@@ -49,14 +50,14 @@ def read_hostfile(path: Path) -> list[Host]:
             )
         if name in LOCAL and len(names) > 1:
             raise ValueError(
-                f"{path} names {name} beside other hosts, where it would be each one's own name; "
-                "write the name by which the others reach this machine"
+                f"{path} names {name} together with other hosts, on each of which it means that "
+                "host itself; write the name by which the others reach this machine"
             )
     return hosts
 
 
 def is_this_machine(hosts: Sequence[Host]) -> bool:
-    """Whether the hosts are this machine alone, which needs no ssh."""
+    """Whether the only host is this machine, which needs no ssh."""
     own = socket.gethostname()
     names = {*LOCAL, own, own.split(".")[0], socket.getfqdn()}
     return len(hosts) == 1 and hosts[0].name in names
@@ -75,7 +76,7 @@ def _hosts(path: Path) -> Iterator[Host]:
         )
         if not _NAME.fullmatch(name) or len(settings) > 1 or not is_counted:
             raise ValueError(
-                f"{path}, line {number}: {line.strip()!r} is no host; write NAME or NAME slots=N "
-                "with N from 1 on (user names and ports belong in ~/.ssh/config)"
+                f"{path}, line {number}: {line.strip()!r} is not a host; write NAME, or NAME "
+                "slots=N with N at least 1 (user names and ports belong in ~/.ssh/config)"
             )
         yield Host(name, int(slots[0]) if slots else None)

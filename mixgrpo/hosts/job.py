@@ -1,7 +1,7 @@
-"""What a host is told of a job: one file, for its owner's eyes, read once.
+"""One host's part of a job, passed to the host in a file that only its owner can read.
 
-It holds the environment, keys among it, and the command's words. Neither is seen in a list of
-processes on the way, and no shell can change them.
+The file is read once. It holds the environment, including keys, and the command's words, which
+therefore never appear in a process list and are not interpreted by a shell.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-MARK = "MIXGRPO_NODE"  # in the environment of every process that a node started
+MARK = "MIXGRPO_NODE"  # set in the environment of every process that a node starts
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,17 @@ class Node:
 
     Attributes:
         job: identifier of the job.
-        attempt: counted from 0; a restart is another attempt.
-        hosts: names of all hosts; the first is where they meet.
-        rank: this host's place among them.
-        slots: processes here; None for one on each GPU, or one on the CPU.
-        port: on the first host, for torchrun's store; the next one is for the hosts' link.
+        attempt: counted from 0; each restart is a new attempt.
+        hosts: names of all hosts; the others connect to the first.
+        rank: this host's index among them.
+        slots: number of processes on this host; None for one per GPU, or one on the CPU.
+        port: port on the first host for torchrun's store; the next port is for the hosts' link.
         program: the module to run, with ``words``.
-        environment: what its processes get beside this machine's own.
-        folder: where they work.
-        grace: seconds to save and end in, when asked to.
-        lost_after: seconds without an answer after which a host is lost.
-        join_within: seconds in which all hosts must have met.
+        environment: variables of its processes in addition to this machine's environment.
+        folder: working directory of the processes.
+        grace: seconds allowed for saving and exiting when the job is stopped.
+        lost_after: seconds without an answer after which a host counts as lost.
+        join_within: seconds within which all hosts must have connected.
     """
 
     job: str
@@ -62,7 +62,7 @@ class Node:
 
 
 def node_file(job: str, host: str) -> str:
-    """Where a host finds its part; ``%h`` for the host lets pdsh put in its name."""
+    """Path of the file with a host's part; with ``%h`` as the host, pdsh inserts its name."""
     return f"/tmp/mixgrpo-{job}-{host}.json"
 
 
@@ -70,15 +70,17 @@ def take(path: Path) -> Node:
     """Reads a host's part, and deletes the file.
 
     Raises:
-        FileNotFoundError: it is not there.
-        PermissionError: others could read or have written it.
+        FileNotFoundError: the file does not exist.
+        PermissionError: other users can read or write it.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(handle) as file:
             status = os.fstat(handle)
             if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-                raise PermissionError(f"{path} is not this user's alone; it is not used")
+                raise PermissionError(
+                    f"{path} is not used: it must belong to this user and be accessible to no other"
+                )
             return Node(**json.load(file))
     finally:
         path.unlink(missing_ok=True)

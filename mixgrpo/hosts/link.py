@@ -1,7 +1,7 @@
-"""Connections between the hosts of a job, by which each learns how the others fare.
+"""Connections between the hosts of a job, through which each learns when another ends or is lost.
 
-They carry almost nothing: TCP's own keepalive asks after the other side and, where a cable or a
-machine is gone and nothing will ever be sent again, ends the connection within seconds.
+They carry almost no data: TCP keepalive probes the other side and closes the connection within
+seconds if a cable or a machine fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's address
 
 
 class HostLost(ConnectionError):
-    """A host did not come, or does not answer any more."""
+    """A host did not connect, or no longer answers."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class HostEnded:
     """A host's command has ended.
 
     Attributes:
-        exit_code: its command's; None if the host was lost instead.
+        exit_code: exit code of its command; None if the host was lost instead.
     """
 
     host: str
@@ -38,13 +38,13 @@ class HostEnded:
 
 
 class Link:
-    """This host's connections: the first host's to all others, the others' to the first."""
+    """This host's connections: from the first host to all others, or from this one to the first."""
 
     def __init__(self, peers: dict[str, socket.socket]) -> None:
         self.peers = peers
 
     def watch(self, report: Callable[[HostEnded], None]) -> None:
-        """Reports of every peer how it ended, once, from a thread of its own."""
+        """Reports once for every peer how it ended, from one thread per peer."""
 
         def follow(host: str, connection: socket.socket) -> None:
             report(_end_of(host, connection))
@@ -53,7 +53,7 @@ class Link:
             threading.Thread(target=follow, args=(host, connection), daemon=True).start()
 
     def tell(self, exit_code: int) -> None:
-        """Tells all peers how this host's command ended."""
+        """Sends the exit code of this host's command to all peers."""
         for connection in self.peers.values():
             with contextlib.suppress(OSError):
                 connection.sendall(f"{exit_code}\n".encode())
@@ -68,18 +68,18 @@ class Link:
 
 
 class NotMet(Exception):
-    """Somebody asked for an end before all hosts had met."""
+    """The job was stopped before all hosts had connected."""
 
 
 def open_link(node: Node, is_asked: Callable[[], bool] = lambda: False) -> Link:
-    """Meets the other hosts.
+    """Connects to the other hosts.
 
     Args:
-        is_asked: whether to end instead; asked every second or more often.
+        is_asked: whether the job was asked to stop; called at least once per second.
 
     Raises:
-        HostLost: not all of them came in time; says which.
-        NotMet: ``is_asked`` said so.
+        HostLost: not all of them connected in time; the message names those that did not.
+        NotMet: ``is_asked`` returned True.
     """
     if node.rank == 0:
         return Link(_await_others(node, is_asked))
@@ -106,9 +106,9 @@ def _await_others(node: Node, is_asked: Callable[[], bool]) -> dict[str, socket.
                     came[host] = _kept_alive(connection, node.lost_after)
     if awaited:
         raise HostLost(
-            f"{', '.join(awaited.values())} did not come to {node.host}:{node.port + 1} within "
-            f"{node.join_within} s; if it runs, a firewall is between: open the ports among the "
-            "hosts"
+            f"{', '.join(awaited.values())} did not connect to {node.host}:{node.port + 1} within "
+            f"{node.join_within} s; if the host is running, a firewall blocks it: open the ports "
+            "between the hosts"
         )
     return came
 
@@ -133,8 +133,9 @@ def _connect(first: str, node: Node, is_asked: Callable[[], bool]) -> socket.soc
         except OSError as error:
             if monotonic() > deadline:
                 raise HostLost(
-                    f"{node.host} does not reach {first}:{node.port + 1} ({error}): the name must "
-                    "mean the same machine everywhere, and the ports among the hosts must be open"
+                    f"{node.host} cannot reach {first}:{node.port + 1} ({error}): the name must "
+                    "resolve to the same machine on every host, and the ports between the hosts "
+                    "must be open"
                 ) from error
         sleep(0.2)
 
@@ -151,7 +152,7 @@ def _kept_alive(connection: socket.socket, lost_after: int) -> socket.socket:
         (socket.TCP_KEEPIDLE, third),
         (socket.TCP_KEEPINTVL, third),
         (socket.TCP_KEEPCNT, 2),
-        (socket.TCP_USER_TIMEOUT, lost_after * 1000),  # for what was sent and is not acknowledged
+        (socket.TCP_USER_TIMEOUT, lost_after * 1000),  # for sent data that is not acknowledged
     ):
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
     return connection
@@ -163,7 +164,7 @@ def _end_of(host: str, connection: socket.socket) -> HostEnded:
     except OSError as error:
         return HostEnded(host, None, error.strerror or str(error))
     if not line:
-        return HostEnded(host, None, "its launcher ended without a word")
+        return HostEnded(host, None, "its launcher ended without reporting an exit code")
     return HostEnded(host, int(line))
 
 

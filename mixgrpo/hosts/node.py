@@ -1,7 +1,7 @@
 """One host's part: ``python -m mixgrpo.hosts.node FILE`` starts its processes and watches them.
 
-They end when a signal asks for it, when another host has failed or is lost, and when the
-connection that started them closes: nothing is left running, whatever goes wrong elsewhere.
+The processes end when a signal requests it, when another host has failed or is lost, and when the
+connection that started them closes: whatever fails elsewhere, nothing is left running.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from time import monotonic, sleep
 from mixgrpo.hosts.job import MARK, Node, take
 from mixgrpo.hosts.link import HostEnded, HostLost, Link, NotMet, open_link
 
-LOST = 75  # exit code: another host does not answer any more; sysexits.h's "try again"
+LOST = 75  # exit code: another host no longer answers; "try again" in sysexits.h
 ECHO = 76  # exit code: another host has failed
-STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes that are no failures
+STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes that are not failures
 FAILED_PATIENCE = 5  # seconds for processes to notice that others have failed
-CONTROL = "::mixgrpo "  # begins the lines that are for the supervisor
+CONTROL = "::mixgrpo "  # prefix of the lines that are meant for the supervisor
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Somebody asked for an end; by SIGQUIT, for one at once."""
+    """A signal asked the job to stop; SIGQUIT asks it to stop immediately."""
 
     signal: int
 
@@ -46,7 +46,7 @@ Event = Asked | Ended | HostEnded
 
 
 def main(path: str) -> int:
-    """Runs the part in the file; returns the exit code."""
+    """Runs the part described in the file; returns the exit code."""
     node = take(Path(path))
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     listen_to_signals(events)
@@ -58,18 +58,18 @@ def main(path: str) -> int:
 
 
 def listen_to_signals(events: queue.SimpleQueue[Event]) -> None:
-    """Makes events of the signals that ask for an end."""
+    """Turns the signals that stop the job into events."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda given, frame: events.put(Asked(_as_stop(given))))
 
 
 def run(node: Node, events: queue.SimpleQueue[Event]) -> int:
-    """Meets the other hosts, runs this one's processes to their end; returns the exit code."""
-    kill_marked(node.mark)  # what an earlier attempt has left
+    """Connects to the other hosts and runs this host's processes; returns the exit code."""
+    kill_marked(node.mark)  # processes left by an earlier attempt
     try:
         link = open_link(node, lambda: not events.empty()) if len(node.hosts) > 1 else Link({})
     except NotMet:
-        asked = events.get()  # nobody else reports anything yet
+        asked = events.get()  # at this point, no other source sends events
         return 128 + (asked.signal if isinstance(asked, Asked) else signal.SIGTERM)
     except (HostLost, OSError) as error:
         say(f"error: {error}")
@@ -82,7 +82,7 @@ def run(node: Node, events: queue.SimpleQueue[Event]) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # what signals this process's group is passed on once, from here
+        start_new_session=True,  # signals to this process's group are passed on once, from here
     )
     reader = threading.Thread(target=_pass_on, args=(process,), daemon=True)
     reader.start()
@@ -95,7 +95,7 @@ def run(node: Node, events: queue.SimpleQueue[Event]) -> int:
 
 
 def _follow(process: subprocess.Popen[bytes], events: queue.SimpleQueue[Event], node: Node) -> int:
-    """Waits for the end, or brings it about; returns the exit code."""
+    """Waits until the processes end, or ends them; returns the exit code."""
     deadline, code, asked = float("inf"), 1, False
     while True:
         try:
@@ -119,7 +119,7 @@ def _follow(process: subprocess.Popen[bytes], events: queue.SimpleQueue[Event], 
 
 
 def command(node: Node) -> list[str]:
-    """What runs on this host: torchrun's part for a command, or a program of one process."""
+    """The command to run on this host: its part of a launch, or a single-process program."""
     python = [sys.executable, "-m"]
     if node.program != "mixgrpo":
         return [*python, node.program, *node.words]
@@ -134,8 +134,8 @@ def command(node: Node) -> list[str]:
 
 
 def environment(node: Node, own: Mapping[str, str], interface: str | None) -> dict[str, str]:
-    """This machine's environment, under that of the job."""
-    # Else gloo takes the address that the machine's own name has, which often is 127.0.1.1.
+    """This machine's environment, overridden by that of the job."""
+    # Otherwise gloo uses the address of the machine's own host name, often 127.0.1.1.
     found = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
     place = {
         "RANK": str(node.rank),
@@ -145,7 +145,7 @@ def environment(node: Node, own: Mapping[str, str], interface: str | None) -> di
         "MASTER_ADDR": node.hosts[0],
         "MASTER_PORT": str(node.port),
     }
-    alone = place if node.program != "mixgrpo" else {}  # launch gives its processes theirs
+    alone = place if node.program != "mixgrpo" else {}  # `launch` sets these for its processes
     return {**own, **found, **node.environment, **alone, MARK: node.mark}
 
 
@@ -187,14 +187,14 @@ def has_ended(process: Path) -> bool:
 
 
 def say(line: str) -> None:
-    """Prints a line, if there is still somebody to hear it."""
+    """Prints a line; does nothing if the output has been closed."""
     with contextlib.suppress(OSError):
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 
 
 def lines_of(stream: Iterator[bytes]) -> Iterator[str]:
-    """The lines of a stream's chunks; a progress bar's carriage returns end lines too."""
+    """The lines of a stream of chunks; carriage returns of progress bars also end lines."""
     rest = b""
     for chunk in stream:
         *whole, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
@@ -211,7 +211,7 @@ def _pass_on(process: subprocess.Popen[bytes]) -> None:
 
 
 def _await_closing(events: queue.SimpleQueue[Event]) -> None:
-    """The connection's end, which is the standard input's, asks for one here too."""
+    """Stops the job when the connection, and so the standard input, closes."""
     with contextlib.suppress(OSError):
         while os.read(0, 4096):
             pass
@@ -223,7 +223,7 @@ def _as_stop(number: int) -> int:
 
 
 def processes_here() -> int:
-    """One for each GPU of this machine, or one on its CPU."""
+    """Number of processes on this machine: one per GPU, or one on the CPU."""
     import torch
 
     return max(1, torch.cuda.device_count())

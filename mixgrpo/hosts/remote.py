@@ -1,6 +1,6 @@
-"""Reaching hosts: by pdsh for what runs on all of them, by ssh for a word to one.
+"""Runs commands on hosts: with pdsh on all of them, with ssh on a single one.
 
-Nothing secret is in a command line: what a host is told goes through ssh's standard input.
+Command lines contain no secrets: data for a host is sent through ssh's standard input.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ Result = TypeVar("Result")
 
 
 class Unreachable(ConnectionError):
-    """ssh could not do what it should on a host; says what it said."""
+    """An ssh command on a host failed; the message is its last line of output."""
 
 
 def check_tools() -> None:
-    """Raises FileNotFoundError if this machine lacks a program that reaches the others."""
+    """Raises FileNotFoundError if this machine lacks a program needed to reach the hosts."""
     for program, package in (("pdsh", "pdsh"), ("ssh", "openssh-client")):
         if shutil.which(program) is None:
             raise FileNotFoundError(
-                f"there is no {program} on this machine, by which the hosts are reached; install "
-                f"it (Debian, Ubuntu: apt install {package}), or give a hostfile with localhost "
-                "alone"
+                f"there is no {program} on this machine, which is needed to reach the hosts; "
+                f"install it (Debian, Ubuntu: apt install {package}), or use a hostfile with only "
+                "localhost"
             )
 
 
 def ssh_options(lost_after: int) -> list[str]:
-    """No questions; an end within ``lost_after`` seconds where the other side is silent."""
+    """Options for no prompts and a disconnect after ``lost_after`` seconds without an answer."""
     third = max(1, lost_after // 3)
     given = ("BatchMode=yes", f"ServerAliveInterval={third}", "ServerAliveCountMax=3")
     own = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
@@ -46,7 +46,7 @@ def ssh_options(lost_after: int) -> list[str]:
 
 
 def pdsh_command(hosts: Sequence[str], job: str) -> list[str]:
-    """What starts every host's part: the same words for all, in which ``%h`` is the host."""
+    """The command that starts every host's part; pdsh replaces ``%h`` with the host's name."""
     script = ROOT_COMMAND.replace("%", "%%") + f" -m mixgrpo.hosts.node {node_file(job, '%h')}"
     all_at_once = ["-f", str(len(hosts))]
     return [
@@ -56,7 +56,7 @@ def pdsh_command(hosts: Sequence[str], job: str) -> list[str]:
 
 
 def pdsh_environment(lost_after: int) -> dict[str, str]:
-    """This process's, with ssh's options for pdsh."""
+    """This process's environment, with the ssh options for pdsh."""
     return {**os.environ, "PDSH_SSH_ARGS_APPEND": shlex.join(ssh_options(lost_after))}
 
 
@@ -64,10 +64,10 @@ ROOT_COMMAND = f"cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable
 
 
 def on_host(host: str, script: str, text: str = "", timeout: float = 60) -> str:
-    """What a shell script on a host prints; ``text`` is its standard input.
+    """Runs a shell script on a host and returns its output; ``text`` is its standard input.
 
     Raises:
-        Unreachable: ssh or the script failed; with the last line that was said.
+        Unreachable: ssh or the script failed; the message is its last line of error output.
     """
     options = ["-o", f"ConnectTimeout={CONNECT_WITHIN}", *ssh_options(30)]
     try:
@@ -88,23 +88,23 @@ def on_host(host: str, script: str, text: str = "", timeout: float = 60) -> str:
 
 
 def deliver(node: Node) -> None:
-    """Puts a host's part where it will look for it, readable by its owner alone.
+    """Writes a host's part to the file where the host expects it, readable only by its owner.
 
     Raises:
         Unreachable: see ``on_host``.
     """
     path = node_file(node.job, node.host)
-    # "set -C" makes the file anew or fails, so that nobody can have put another one there.
+    # With "set -C", creating the file fails if another user has put one there.
     on_host(node.host, f"umask 077 && rm -f {path} && set -C && cat >{path}", node.to_json())
 
 
 def withdraw(job: str, host: str) -> None:
-    """Removes what ``deliver`` put there, if it was not taken."""
+    """Removes the file that ``deliver`` wrote, if the host has not read it."""
     on_host(host, f"rm -f {node_file(job, host)}")
 
 
 def on_all(hosts: Sequence[str], do: Callable[[str], Result]) -> dict[str, Result | Unreachable]:
-    """``do(host)`` for all hosts at once: what it gave, or why it failed."""
+    """Calls ``do(host)`` for all hosts in parallel; returns each result or the failure."""
 
     def attempt(host: str) -> Result | Unreachable:
         try:

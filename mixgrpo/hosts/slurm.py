@@ -1,7 +1,7 @@
 """One host's part in a SLURM job: ``srun python -m mixgrpo.hosts.slurm COMMAND [options]``.
 
-SLURM starts it once on every host, with the environment, and stops it; the rest is as with pdsh.
-MIXGRPO_HOSTS names the hosts, in SLURM's order.
+SLURM starts this once on every host, passes the environment, and stops it; everything else works as
+with pdsh. MIXGRPO_HOSTS names the hosts, in SLURM's order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mixgrpo.hosts.job import Node
 from mixgrpo.hosts.node import Event, listen_to_signals, run
 from mixgrpo.hosts.remote import ROOT
 
-GRACE = 900  # seconds; SLURM's own KillWait or --signal decides
+GRACE = 900  # seconds; an upper bound, since SLURM's KillWait or --signal decides
 LOST_AFTER = 30  # seconds
 JOIN_WITHIN = 300  # seconds
 
@@ -35,23 +35,24 @@ def main(words: Sequence[str]) -> int:
 
 
 def node_of(environment: Mapping[str, str], words: Sequence[str]) -> Node:
-    """This host's part, by what SLURM says in the environment.
+    """This host's part, read from SLURM's environment variables.
 
     Raises:
-        ValueError: it says nothing, or the hosts are not as many as SLURM's nodes.
+        ValueError: a variable is missing, or the number of hosts differs from SLURM's nodes.
     """
     names = ("MIXGRPO_HOSTS", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID", "SLURM_NNODES")
     missing = [name for name in names if not environment.get(name)]
     if missing:
         raise ValueError(
-            f"{', '.join(missing)} not set; submit scripts/finetune/finetune_flux_mixgrpo.slurm by "
-            "sbatch, which sets them"
+            f"{', '.join(missing)} not set; submit scripts/finetune/finetune_flux_mixgrpo.slurm "
+            "with sbatch, which sets them"
         )
     hosts = environment["MIXGRPO_HOSTS"].split(",")
     if len(hosts) != int(environment["SLURM_NNODES"]):
         raise ValueError(
-            f"MIXGRPO_HOSTS names {len(hosts)} hosts, SLURM has {environment['SLURM_NNODES']}; "
-            "take them from `scontrol show hostnames`, and start one task on each node"
+            f"MIXGRPO_HOSTS names {len(hosts)} hosts, but SLURM has "
+            f"{environment['SLURM_NNODES']}; set it from `scontrol show hostnames`, and start one "
+            "task on each node"
         )
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     settings = read_settings(ROOT / "hosts" / "nccl.env")
@@ -61,7 +62,7 @@ def node_of(environment: Mapping[str, str], words: Sequence[str]) -> Node:
         hosts=hosts,
         rank=int(environment["SLURM_NODEID"]),
         slots=int(environment.get("PROCESSES") or 0) or None,
-        port=20_000 + 2 * ((7 * job + step) % 4000),  # other jobs and steps take others
+        port=20_000 + 2 * ((7 * job + step) % 4000),  # differs between jobs and steps
         program="mixgrpo",
         words=list(words),
         environment={k: v for k, v in settings.items() if k not in environment},

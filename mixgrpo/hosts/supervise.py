@@ -1,4 +1,4 @@
-"""Starting a job on all hosts, passing on what they say, ending and restarting it."""
+"""Starts a job on all hosts, forwards their output, stops it and restarts it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from mixgrpo.hosts.remote import (
     withdraw,
 )
 
-SSH_FAILED = 255  # ssh's exit code where the connection, not the command, has failed
-RETRY = 3  # seconds between tries to reach a host
+SSH_FAILED = 255  # ssh's exit code if the connection, not the command, has failed
+RETRY = 3  # seconds between attempts to reach a host
 _prctl = ctypes.CDLL(None).prctl
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SAID = re.compile(r"(?P<host>[\w.-]+): (?P<text>.*)")
@@ -41,20 +41,20 @@ _ERROR = re.compile(r"error\b.*[^:]|[\w.]*(Error|Exception|Interrupt)\b.*")
 
 @dataclass
 class Attempt:
-    """What is known of one attempt, by host."""
+    """What is known about one attempt, by host."""
 
     pids: dict[str, int] = field(default_factory=dict)
-    exit_codes: dict[str, int] = field(default_factory=dict)  # in the order of their ends
-    errors: list[tuple[str, str]] = field(default_factory=list)  # host and line, as they came
+    exit_codes: dict[str, int] = field(default_factory=dict)  # in the order in which hosts ended
+    errors: list[tuple[str, str]] = field(default_factory=list)  # host and line, in order
 
     @property
     def failed(self) -> list[str]:
-        """The hosts that failed, the first first."""
+        """The hosts that failed, in order of failure."""
         return [host for host, code in self.exit_codes.items() if code not in STOPPED]
 
     @property
     def failed_alone(self) -> list[str]:
-        """Those that failed by themselves: that lost nobody, echoed nothing, were not killed."""
+        """The hosts that failed on their own: not because of another host, and not killed."""
         others = (LOST, ECHO, SSH_FAILED, 128 + signal.SIGKILL)
         return [host for host in self.failed if self.exit_codes[host] not in others]
 
@@ -64,30 +64,30 @@ class Attempt:
 
     @property
     def exit_code(self) -> int:
-        """The first failure's that is not the echo of another's; without one, the largest."""
+        """The exit code of the first host that failed on its own; otherwise the largest code."""
         own = [self.exit_codes[host] for host in self.failed_alone]
         return own[0] if own else max(self.exit_codes.values(), default=0)
 
     def reason(self) -> str:
-        """Which host failed, and why: the first error that does not tell of another's."""
+        """Which host failed, and why: the first error that does not report another's failure."""
         echo = re.compile(r"lost another process of this run|its processes end$")
         errors = [e for e in self.errors if not echo.search(e[1])] or self.errors
         host = errors[0][0] if errors else (self.failed or ["a host"])[0]
-        said = errors[0][1] if errors else "it said nothing"
+        said = errors[0][1] if errors else "it printed no error"
         return f"{host} failed (exit code {self.exit_codes.get(host, '?')}): {said}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job and how it is looked after.
+    """A job and how it is supervised.
 
     Attributes:
         nodes: every host's part, as in the first attempt.
-        logs: folder for a log of each host.
-        max_restarts: how often it is started again.
-        wait: seconds to wait for a host that is away before a restart.
-        is_worth_restarting: asked after a failure in which no host was lost.
-        again: tells the words of a restart.
+        logs: folder for the log of each host.
+        max_restarts: maximum number of restarts.
+        wait: seconds to wait before a restart for a host that cannot be reached.
+        is_worth_restarting: called after a failure in which no host was lost.
+        again: returns the words of a restart.
     """
 
     nodes: list[Node]
@@ -103,14 +103,14 @@ class Job:
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """What pdsh calls each host -> its name. It leaves out a domain that all of them share."""
+        """The label that pdsh prints for each host -> its name. pdsh omits a shared domain."""
         short = Counter(_short(host) for host in self.hosts)
         shortened = {_short(host): host for host in self.hosts if short[_short(host)] == 1}
         return {**shortened, **{host: host for host in self.hosts}}
 
 
 class Supervisor:
-    """Runs a job to its end. ``stop`` may be called from a signal's handler."""
+    """Runs a job to its end. ``stop`` may be called from a signal handler."""
 
     def __init__(self, job: Job, say: Callable[[str], None]) -> None:
         self.job = job
@@ -119,11 +119,11 @@ class Supervisor:
         self._events: queue.SimpleQueue[str | int | None] = queue.SimpleQueue()
 
     def stop(self, number: int) -> None:
-        """Asks for an end; once more, for an end at once."""
+        """Asks the job to stop; a second call stops it immediately."""
         self._events.put(number)
 
     def run(self) -> int:
-        """Starts, and starts again where that helps; returns the exit code."""
+        """Runs the job, restarting it where that may help; returns the exit code."""
         for attempt in range(self.job.max_restarts + 1):
             again = self.job.again() if attempt else []
             nodes = [_of_attempt(node, attempt, again) for node in self.job.nodes]
@@ -140,7 +140,7 @@ class Supervisor:
                 on_all(untaken, lambda host: withdraw(self.job.nodes[0].job, host))
             is_done = bool(seen.exit_codes) and not any(seen.exit_codes.values())
             if self.asked is not None and not is_done:
-                if seen.failed_alone:  # at saving, say
+                if seen.failed_alone:  # for example while saving
                     self.say(f"error: {seen.reason()}")
                     return seen.exit_code
                 return 128 + self.asked
@@ -151,13 +151,13 @@ class Supervisor:
                 break
             if attempt < self.job.max_restarts:
                 self.say(f"restart {attempt + 1} of {self.job.max_restarts}")
-        self.say(f"what each host said: {self.job.logs}")
+        self.say(f"logs of each host: {self.job.logs}")
         return seen.exit_code
 
     # ---- before an attempt
 
     def _deliver(self, nodes: list[Node], wait: int) -> str:
-        """Tells every host its part; returns what is wrong with those that cannot be told."""
+        """Sends every host its part; returns a message about the hosts that cannot be reached."""
         parts = {node.host: node for node in nodes}
         left = list(parts)
         deadline, told_of = monotonic() + wait, ""
@@ -172,7 +172,7 @@ class Supervisor:
                 waited = f" within {wait} s" if wait else ""
                 return (
                     f"not reached{waited}: {listed}; `ssh HOST true` must work without a "
-                    "password; bash scripts/hosts/check.sh tells what is wrong"
+                    "password; bash scripts/hosts/check.sh shows what is wrong"
                 )
             if ", ".join(away) != told_of:
                 told_of = ", ".join(away)
@@ -195,7 +195,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C is for this process to pass on
+                start_new_session=True,  # so that only this process receives and forwards Ctrl-C
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call
             )
             reader = threading.Thread(target=self._read, args=(pdsh,), daemon=True)
@@ -205,7 +205,7 @@ class Supervisor:
             finally:
                 _end(pdsh)
                 reader.join(timeout=FAILED_PATIENCE)
-                self._was_asked()  # nothing of this attempt is left for the next
+                self._was_asked()  # empties the queue, so that no event reaches the next attempt
         for host in self.job.hosts:
             seen.exit_codes.setdefault(host, SSH_FAILED)
 
@@ -217,7 +217,7 @@ class Supervisor:
         self._events.put(None)
 
     def _follow(self, seen: Attempt, node: Node, log: Callable[[str, str], None]) -> None:
-        """Takes in what the hosts say, until all have ended or time is up for them."""
+        """Processes the hosts' output until all have ended or their time is up."""
         deadline, is_late = float("inf"), False
         while True:
             try:
@@ -238,7 +238,7 @@ class Supervisor:
                 continue
             self._take_in(event, seen, log)
             if seen.failed and deadline == float("inf"):
-                # The others notice by their link, or because their connection to here is silent.
+                # The others notice through their link or through a timeout of this connection.
                 deadline = monotonic() + 2 * node.lost_after + 2 * FAILED_PATIENCE
 
     def _take_in(self, line: str, seen: Attempt, log: Callable[[str, str], None]) -> None:
@@ -255,7 +255,7 @@ class Supervisor:
             kind, number = text.removeprefix(CONTROL).split()
             if kind == "pid":
                 seen.pids[host] = int(number)
-                if self.asked is not None:  # before it could be told
+                if self.asked is not None:  # the stop came before the pid was known
                     self._signal(seen, self.asked)
             else:
                 seen.exit_codes.setdefault(host, int(number))
@@ -274,7 +274,7 @@ class Supervisor:
 def _of_attempt(node: Node, attempt: int, again: list[str]) -> Node:
     if attempt == 0:
         return node
-    # Another port: what an unreachable host still runs must not meet the new processes.
+    # A new port, so that processes still running on a lost host do not join the new ones.
     return replace(node, attempt=attempt, port=node.port + 2 * attempt, words=again)
 
 
@@ -282,8 +282,8 @@ def _of_attempt(node: Node, attempt: int, again: list[str]) -> Node:
 def _logs(
     folder: Path, hosts: list[str], attempt: int, say: Callable[[str], None]
 ) -> Iterator[Callable[[str, str], None]]:
-    """A function that adds a line to a host's log. Where it cannot, it says so once: the job is
-    not ended by what only tells of it."""
+    """A function that appends a line to a host's log. If that fails, it warns once, since a log
+    that cannot be written must not end the job."""
     files: dict[str, TextIO] = {}
     is_told = False
 
@@ -296,7 +296,7 @@ def _logs(
             print(text, file=files[host])
         except OSError as error:
             if not is_told:
-                say(f"warning: the logs in {folder} are not whole ({error}); the job goes on")
+                say(f"warning: the logs in {folder} are incomplete ({error}); the job continues")
             is_told = True
 
     for host in hosts:
@@ -310,17 +310,17 @@ def _logs(
 
 
 def _short(host: str) -> str:
-    """Without the domain; an address has none."""
+    """The host name without its domain; an IP address is unchanged."""
     return host if host[0].isdigit() or ":" in host else host.partition(".")[0]
 
 
 def _die_with_parent() -> None:
-    """Else pdsh, and with it the job, outlives a supervisor that is killed."""
+    """Otherwise pdsh, and with it the job, would outlive a supervisor that is killed."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(pdsh: subprocess.Popen[bytes]) -> None:
-    """Ends pdsh and its ssh's. What they started ends by itself, its input being closed."""
+    """Ends pdsh and its ssh processes. The remote processes end when their input closes."""
     if pdsh.poll() is None:
         os.killpg(pdsh.pid, signal.SIGKILL)
     pdsh.wait()

@@ -1,1 +1,1 @@
-"""Pictures of test prompts: from the base model, a tuned one, or first one and then the other."""
+"""Image generation for test prompts with the base model, a tuned model, or a hybrid of both."""

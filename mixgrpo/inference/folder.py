@@ -1,4 +1,4 @@
-"""The folder of the pictures: which are there, by which settings, and the manifest that says so."""
+"""The folder of generated images, and its manifest of settings and images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixgrpo.run.pictures import to_pil
 
 VERSION = 1
 MANIFEST = "manifest.json"
-# These decide where and how fast, not what; paths are compared by what is there.
+# These do not affect the images; paths are compared by the contents of their files.
 _FREE = (
     "folder",
     "micro_batch",
@@ -42,7 +42,7 @@ _PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: the position of its prompt in the file, and which of the prompt's samples."""
+    """One image: its prompt's position in the file, and its index among the prompt's samples."""
 
     index: int
     sample: int
@@ -53,13 +53,13 @@ class Picture:
 
 
 class PictureFolder:
-    """Pictures of some prompts, all by the same settings.
+    """Images of some prompts, all generated with the same settings.
 
     Attributes:
         path: the folder.
-        settings: dotted path -> value; all that decides how the pictures look, and more.
+        settings: dotted path -> value; everything that affects the images, and more.
         prompts: the prompts, in the file's order.
-        pictures: every picture that will be there, a prompt's samples side by side.
+        pictures: every image that the folder will hold, a prompt's samples next to each other.
     """
 
     def __init__(
@@ -75,30 +75,30 @@ class PictureFolder:
         return self.path / MANIFEST
 
     def check(self) -> None:
-        """Raises ValueError if the folder holds pictures by other settings."""
+        """Raises ValueError if the folder holds images that other settings generated."""
         found = min(self.path.glob("*.png"), default=None)
         if found is None:
             return
         if not self.manifest.exists():
             raise ValueError(
-                f"{self.path} holds pictures, such as {found.name}, but no {MANIFEST} that "
-                "tells how they were drawn; choose another --folder"
+                f"{self.path} holds images, such as {found.name}, but no {MANIFEST} with their "
+                "settings; choose another --folder"
             )
         try:
             saved = json.loads(self.manifest.read_text(encoding="utf-8"))["settings"]
             differing = list(_differences(saved, self.settings))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{self.manifest} is damaged; choose another --folder, or delete this one"
+                f"{self.manifest} is damaged; choose another --folder, or delete this folder"
             ) from error
         if differing:
             raise ValueError(
-                f"{self.path} holds pictures by other settings: {'; '.join(differing)}; give the "
-                "same ones to go on with them, or choose another --folder"
+                f"{self.path} holds images generated with other settings: {'; '.join(differing)}; "
+                "use the same settings to continue, or choose another --folder"
             )
 
     def is_there(self, picture: Picture) -> bool:
-        """Whether its file is there and whole: a damaged one is drawn again."""
+        """Whether its file exists and is complete; a damaged image is generated again."""
         try:
             with (self.path / picture.name).open("rb") as file:
                 begins = file.read(len(_PNG_BEGIN)) == _PNG_BEGIN
@@ -108,13 +108,13 @@ class PictureFolder:
             return False
 
     def save(self, picture: Picture, image: Tensor) -> None:
-        """Writes an image [3, H, W] uint8, whole or not at all."""
+        """Writes an image [3, H, W] uint8 atomically."""
         png = io.BytesIO()
         to_pil(image).save(png, format="png")
         _write_whole(self.path / picture.name, png.getvalue())
 
     def write_manifest(self) -> int:
-        """Tells the settings and the pictures that are there; returns how many these are."""
+        """Writes the settings and the list of existing images; returns their number."""
         self.path.mkdir(parents=True, exist_ok=True)
         images = [
             {"index": p.index, "sample": p.sample, "prompt": self.prompts[p.index], "file": p.name}
@@ -148,8 +148,8 @@ def _write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     except OSError as error:
         raise OSError(
-            f"{path} could not be written ({error.strerror}); free some disk space, then the same "
-            "command goes on"
+            f"{path} could not be written ({error.strerror}); free some disk space, then run the "
+            "same command to continue"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)  # whatever broke in: a full disk, a signal
+        partial.unlink(missing_ok=True)  # also after a full disk or a signal

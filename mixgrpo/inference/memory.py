@@ -1,4 +1,4 @@
-"""How much GPU memory sampling takes, estimated from the model's files."""
+"""Estimates the GPU memory of sampling from the model's files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mixgrpo.planning.memory import count_parameters, gib
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that sampling takes, estimated.
+    """Estimated memory of sampling, in bytes.
 
     Attributes:
-        weights: of all parts of the model.
-        evaluation: activations of one model evaluation of ``micro_batch`` pictures.
-        decoding: activations of decoding ``decode_batch`` pictures.
+        weights: weights of all parts of the model.
+        evaluation: activations of one model evaluation of ``micro_batch`` images.
+        decoding: activations of decoding ``decode_batch`` images.
     """
 
     weights: int
@@ -30,7 +30,7 @@ class Memory:
 
 
 def estimate(config: InferenceConfig) -> Memory:
-    """Read off the model folder, without loading it."""
+    """Computes the estimate from the files of the model folder, without loading it."""
     folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
     parameters = count_parameters(folder, "*")
     pixels = config.model.height * config.model.width
@@ -44,13 +44,14 @@ def estimate(config: InferenceConfig) -> Memory:
 
 
 def explain(config: InferenceConfig, total: int) -> str:
-    """One sentence for a GPU of ``total`` bytes that did not suffice."""
+    """The message for a GPU of ``total`` bytes on which sampling did not fit."""
     needed, model = estimate(config), config.model
-    smaller = " or take --model.compute_dtype bfloat16" if model.compute_dtype == "float32" else ""
+    smaller = " or set --model.compute_dtype bfloat16" if model.compute_dtype == "float32" else ""
     return (
-        f"the GPU's {gib(total)} did not suffice: about {gib(needed.weights)} of weights in "
-        f"{model.compute_dtype}, {gib(needed.evaluation)} to evaluate {config.micro_batch} "
-        f"pictures of {model.width}x{model.height} together, {gib(needed.decoding)} to decode "
+        f"the GPU's {gib(total)} are not enough: sampling needs about {gib(needed.weights)} for "
+        f"weights in {model.compute_dtype}, {gib(needed.evaluation)} to evaluate "
+        f"{config.micro_batch} images of {model.width}x{model.height} together, and "
+        f"{gib(needed.decoding)} to decode "
         f"{min(config.decode_batch, config.micro_batch)}; lower --micro_batch, --decode_batch, "
         f"--model.height and --model.width{smaller}"
     )

@@ -1,7 +1,7 @@
-"""From prompts to pictures: noise, tuned steps, base steps, decoding, files.
+"""Generates images from prompts: noise, tuned steps, base steps, decoding, files.
 
-Every picture's noise depends on the seed, its prompt's place in the file and its sample alone, and
-pictures go through the model in fixed company, so any number of processes draws the same ones.
+Each image's noise depends only on the seed, its prompt's position in the file and its sample index,
+and the batches are fixed, so that any number of processes generates the same images.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from mixgrpo.run.pictures import to_bytes
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.types import TextEmbedding
 
-Block = list[Picture]  # pictures that go through the model together
+Block = list[Picture]  # images that go through the model together
 
 
 def sample(config: InferenceConfig) -> Path:
-    """Draws what is missing in the folder, in all processes together; returns the folder.
+    """Generates the missing images, with all processes together; returns the folder.
 
     Raises:
-        ValueError, FileNotFoundError: something that the user can mend, before the model loads or,
-            for tuned weights of another model, right after.
-        OutOfMemory: the GPU is too small.
+        ValueError, FileNotFoundError: an error that the user can fix, before the model is loaded
+            or, for tuned weights of another model, right after.
+        OutOfMemory: the GPU's memory is too small.
     """
     check(config)
     prompts = read_prompts(config.prompts_file, "prompts_file")
@@ -61,7 +61,7 @@ def sample(config: InferenceConfig) -> Path:
         folder.check()
         blocks = _mine(_unfinished(folder, config.micro_batch), process)
         wait = _barrier(process)
-        wait()  # until every process has seen what is there; it changes from here on
+        wait()  # every process must have listed the folder before its contents change
         if process.rank == 0:
             folder.write_manifest()
         try:
@@ -75,7 +75,7 @@ def sample(config: InferenceConfig) -> Path:
 
 
 def settings_of(config: InferenceConfig, prompts: list[str]) -> dict[str, object]:
-    """What the manifest says of how the pictures came about, dotted path -> value."""
+    """The settings that the manifest records, dotted path -> value."""
     model = "".join(map(fingerprint, require_parts(config.model.path, PARTS)))
     tuned = find_tuned(config)
     return {
@@ -92,7 +92,7 @@ def _digest(text: str) -> str:
 
 
 def _unfinished(folder: PictureFolder, size: int) -> list[Block]:
-    """Blocks that lack a picture; always cut at the same places, so that nothing changes in one."""
+    """Blocks with missing images; block boundaries are fixed, so that batches do not change."""
     every = folder.pictures
     blocks = [every[start : start + size] for start in range(0, len(every), size)]
     return [block for block in blocks if not all(map(folder.is_there, block))]
@@ -102,12 +102,12 @@ def _mine(blocks: list[Block], process: Process) -> list[Block]:
     return blocks[process.rank :: process.world_size]
 
 
-# ---- drawing
+# ---- generation
 
 
 @dataclass(frozen=True)
 class Part:
-    """Steps ``start .. stop-1``, made by the model that ``enter`` puts in place."""
+    """Steps ``start .. stop-1``, computed by the model that ``enter`` activates."""
 
     enter: Callable[[], None]
     start: int
@@ -130,8 +130,8 @@ def _draw(
     painter = _Painter(config, policy, folder)
     if process.rank == 0:
         _warn_of_truncation(policy, folder.prompts)
-    # Where changing the weights is dear it is done once: all blocks take the tuned steps, and are
-    # kept as latents, before any takes a base step.
+    # If switching the weights is expensive, it is done once: all blocks finish the tuned steps, and
+    # are kept as latents, before the first base step.
     groups = [blocks] if tuned.dear and len(parts) > 1 else [[block] for block in blocks]
     quiet = process.rank > 0 or not config.progress
     total = config.steps * sum(map(len, blocks))
@@ -146,7 +146,7 @@ def _draw(
 
 
 class _Painter:
-    """Takes blocks of pictures from noise to files."""
+    """Turns blocks of images from noise into files."""
 
     def __init__(self, config: InferenceConfig, policy: Policy, folder: PictureFolder) -> None:
         tokens = policy.latent_shape[0]
@@ -158,7 +158,7 @@ class _Painter:
 
     @torch.no_grad()
     def advance(self, block: Block, latents: Tensor | None, part: Part) -> Tensor | None:
-        """The block's latents behind a part, kept off the GPU; None once they are pictures."""
+        """The block's latents after a part, on the CPU; None once the images are written."""
         x = self._noise(block) if latents is None else latents
         text = self._encode(block)
         x = sample_ode(
@@ -174,7 +174,7 @@ class _Painter:
         return None
 
     def _noise(self, block: Block) -> Tensor:
-        """[N, S, C]. The first sample's is the noise that a run's validation takes."""
+        """[N, S, C]. The first sample's noise is the noise that a run's validation uses."""
         drawn = [
             Noise(
                 seed=self.config.seed,
@@ -190,7 +190,7 @@ class _Painter:
         return torch.cat(drawn)
 
     def _encode(self, block: Block) -> TextEmbedding:
-        first = block[0].index  # a block's prompts follow one another
+        first = block[0].index  # a block's prompts are consecutive
         text = self.policy.encode(self.folder.prompts[first : block[-1].index + 1])
         rows = torch.tensor([picture.index - first for picture in block])
         return text[rows.to(text.tokens.device)]
@@ -198,8 +198,8 @@ class _Painter:
     def _finish(self, block: Block, latents: Tensor) -> None:
         if not latents.isfinite().all():
             raise ValueError(
-                f"{self.config.checkpoint or self.config.model.path} gives pictures that are not "
-                "finite; its weights are damaged or diverged, take others"
+                f"{self.config.checkpoint or self.config.model.path} produces images that are not "
+                "finite; its weights are damaged or diverged, so use other weights"
             )
         parts = latents.split(self.config.decode_batch)
         images = torch.cat([to_bytes(self.policy.decode(part)).cpu() for part in parts])
@@ -212,16 +212,16 @@ def _warn_of_truncation(policy: Policy, prompts: Sequence[str]) -> None:
     truncated = policy.count_truncated(prompts)
     if truncated:
         tqdm.write(
-            f"warning: {truncated} of {len(prompts)} prompts are longer than the text encoder "
-            "takes and are truncated"
+            f"warning: {truncated} of {len(prompts)} prompts exceed the text encoder's maximum "
+            "length and are truncated"
         )
 
 
-# ---- several processes, and one that is too small
+# ---- several processes, and running out of memory
 
 
 def _barrier(process: Process) -> Callable[[], None]:
-    """Waits for every process, on the CPU: a wait for a lost one must not outlive it on a GPU."""
+    """A barrier on the CPU, so that waiting for a lost process does not block a GPU."""
     if process.world_size == 1:
         return lambda: None
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7))

@@ -1,7 +1,7 @@
-"""Tuned weights of a model: found, recognised by their keys, and put in place of the base's.
+"""Finds tuned weights, recognises their kind by their keys, and loads them into the base model.
 
-There is one model in memory, ever. Full weights are read into it from disk, and the base's again
-where a hybrid run goes back to them; a LoRA is switched on and off.
+Only one model is ever in memory. Full weights are read into it from disk, and the base weights are
+read again where a hybrid run returns to them; a LoRA is switched on and off.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ class Tuned(Protocol):
     """The tuned weights of a model in memory.
 
     Attributes:
-        dear: whether going from one model to the other reads all weights from disk.
+        dear: whether switching between the models reads all weights from disk.
     """
 
     dear: bool
 
     def apply(self) -> None:
-        """From here on the model is the tuned one."""
+        """Makes the model the tuned one."""
         ...
 
     def remove(self) -> None:
-        """From here on the model is the base."""
+        """Makes the model the base model."""
         ...
 
 
 class NoneTuned:
-    """Base weights alone."""
+    """No tuned weights: the base model only."""
 
     dear = False
 
@@ -55,14 +55,14 @@ class NoneTuned:
 
 
 class FullWeights:
-    """Another set of all weights, read into the model's own place."""
+    """A full set of tuned weights, read into the base model's parameters."""
 
     dear = True
 
     def __init__(self, tuned: Callable[[], None], base: Callable[[], None]) -> None:
         self.tuned = tuned
         self.base = base
-        self.inside = base  # whose weights the model holds
+        self.inside = base  # the weights that the model currently holds
 
     def apply(self) -> None:
         self._take(self.tuned)
@@ -78,7 +78,7 @@ class FullWeights:
 
 @dataclass(frozen=True)
 class Adapters:
-    """A LoRA beside the base weights."""
+    """A LoRA added to the base weights."""
 
     module: Any
     dear = False
@@ -91,11 +91,11 @@ class Adapters:
 
 
 def find_tuned(config: InferenceConfig) -> list[Path]:
-    """The files of the tuned weights; none if the base model draws alone.
+    """The files of the tuned weights; empty if only the base model is used.
 
     Raises:
-        FileNotFoundError: the checkpoint is nothing that holds weights.
-        ValueError: an average is wanted where there is none.
+        FileNotFoundError: the checkpoint contains no weights.
+        ValueError: the moving average is requested where there is none.
         CheckpointError: a run's checkpoint is damaged.
     """
     if not tuned_steps(config) or config.checkpoint is None:
@@ -105,8 +105,8 @@ def find_tuned(config: InferenceConfig) -> list[Path]:
         return _files_of(path, config)
     if config.weights == "ema":
         raise ValueError(
-            f"weights is ema, but {str(path)!r} is no checkpoints/iteration_N folder of a run; "
-            "only these hold an average beside the weights"
+            f"weights is ema, but {str(path)!r} is not a checkpoints/iteration_N folder of a run; "
+            "set --checkpoint to one, since only these hold a moving average, or --weights plain"
         )
     if path.is_file():
         return find_shards(path)
@@ -115,7 +115,7 @@ def find_tuned(config: InferenceConfig) -> list[Path]:
         if (path / inside).exists():
             return find_shards(path / inside)
     raise FileNotFoundError(
-        f"checkpoint is {str(path)!r}, where there are no weights{_hint(path)}; set --checkpoint "
+        f"checkpoint is {str(path)!r}, which contains no weights{_hint(path)}; set --checkpoint "
         "to a run's model folder, a run's checkpoints/iteration_N folder, a transformer folder, a "
         ".safetensors file or a LoRA's folder"
     )
@@ -129,11 +129,12 @@ def _hint(path: Path) -> str:
 
 
 def load_tuned(module: nn.Module, config: InferenceConfig) -> Tuned:
-    """The tuned weights, fitted to ``module``, which holds the base weights and keeps them.
+    """Prepares the tuned weights for ``module``, which holds, and until ``apply`` keeps, the base
+    weights.
 
     Raises:
-        FileNotFoundError, ValueError, CheckpointError: they are not there, damaged, or another
-            model's.
+        FileNotFoundError, ValueError, CheckpointError: the weights are missing, damaged, or belong
+            to another model.
     """
     files = find_tuned(config)
     if not files:
@@ -151,7 +152,7 @@ def load_tuned(module: nn.Module, config: InferenceConfig) -> Tuned:
 
 
 def _load_checkpoint(module: nn.Module, path: Path, config: InferenceConfig) -> Tuned:
-    """Of a run's checkpoint the weights alone, or their average alone, are verified and read."""
+    """Verifies and reads only the weights, or only their average, of a run's checkpoint."""
     saved, part = open_saved(path), _PARTS[config.weights]
     verify(saved, saved.files_of(part))
     shards = Shards(path)
@@ -171,7 +172,7 @@ def _full(
 ) -> FullWeights:
     if config.lora_scale != 1:
         raise ValueError(
-            f"lora_scale is {config.lora_scale}, but {config.checkpoint} holds whole weights, no "
+            f"lora_scale is {config.lora_scale}, but {config.checkpoint} holds full weights, not a "
             "LoRA; leave lora_scale at 1"
         )
     check_fits(module.state_dict(), shapes, Path(str(config.checkpoint)))
@@ -186,5 +187,7 @@ def _is_checkpoint(path: Path) -> bool:
 def _files_of(path: Path, config: InferenceConfig) -> list[Path]:
     saved, part = open_saved(path), _PARTS[config.weights]
     if not any(name.startswith(f"{part}_") for name in saved.files):
-        raise ValueError(f"{path} holds no average: its run kept none; take --weights plain")
+        raise ValueError(
+            f"{path} holds no moving average, since its run kept none; set --weights plain"
+        )
     return [path / name for name in saved.files_of(part)]

@@ -1,1 +1,1 @@
-"""What a run takes, before it is run: memory on each GPU, model evaluations, time."""
+"""Estimates of a run's cost before it starts: memory per GPU, model evaluations, time."""

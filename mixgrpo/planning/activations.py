@@ -1,7 +1,7 @@
-"""What a FLUX transformer's evaluations hold beside its weights, counted along its blocks.
+"""Activation memory of FLUX transformer evaluations, counted block by block.
 
-Counted in widths: one width is D values for each of a picture's S tokens. Left out is what is
-small: values per token, per head or per picture.
+The unit is one width: D values for each of an image's S tokens. Small terms are neglected: values
+per token, per head or per image.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from dataclasses import dataclass
 
 from mixgrpo.planning.flux_size import FluxSize
 
-# Without gradients, in a single-stream block: the residual and its norm, q, k and v, the
-# feed-forward's four before and four after its activation, attention's result, and the five that
-# are concatenated; one for copies.
+# Widths alive in a single-stream block without gradients: the residual and its norm, q, k and v,
+# four before and four after the feed-forward's activation, the attention output, and the five of
+# the concatenation; one more for copies.
 WIDTHS = 20
-# Feature maps at full size that live at once in the decoder's last block: input, norm, activation,
-# convolution's result and its workspace, each of twice the decoder's first width.
+# Full-size feature maps alive at the same time in the decoder's last block: input, norm,
+# activation, convolution output and workspace, each of twice the decoder's first width.
 MAPS = 5
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a value.
+    """Bytes per value.
 
     Attributes:
-        product: in matrix products and in the stream of residuals.
-        norm: in the blocks' norms; where it is not that of products, each product casts its own
-            copy of what it takes from a norm (autocast on a GPU).
-        head_norm: kept for one value by the norms of q and k.
+        product: in matrix products and in the residual stream.
+        norm: in the blocks' norms; where it differs from ``product``, each matrix product casts
+            its own copy of a norm's output (autocast on a GPU).
+        head_norm: kept per value by the norms of q and k.
     """
 
     product: int
@@ -36,7 +36,7 @@ class Precision:
 
     @classmethod
     def on_gpu(cls, compute: int, weights: int) -> Precision:
-        """With products and weights of so many bytes; only norms of one dtype are fused."""
+        """For products and weights of this many bytes; norms are fused only if both are equal."""
         fused = compute == weights
         return cls(product=compute, norm=4, head_norm=compute if fused else 8)
 
@@ -46,23 +46,23 @@ class Precision:
 
 
 def evaluation_bytes(size: FluxSize, tokens: int, batch: int, product: int) -> int:
-    """Of an evaluation without gradients."""
+    """Activation bytes of an evaluation without gradients."""
     return batch * tokens * size.width * WIDTHS * product
 
 
 def decoding_bytes(pixels: int, batch: int, first_width: int, value: int) -> int:
-    """Of decoding ``batch`` pictures; the decoder's first width is block_out_channels[0]."""
+    """Bytes for decoding ``batch`` images; the decoder's first width is block_out_channels[0]."""
     return batch * pixels * MAPS * 2 * first_width * value
 
 
 def double_block_bytes(precision: Precision, train_all: bool) -> int:
-    """Kept for a backward pass of a double-stream block, for each width.
+    """Bytes per width that a double-stream block keeps for its backward pass.
 
-    For all weights: the inputs of the two norms, what these give, attention's and the
-    feed-forward's results before their gates; q and k before their norms; q, k, v and attention's
-    result, its copy; inputs of the projections and of the feed-forward; the feed-forward's four
-    before and four after its activation. For adapters: neither results of norms nor ungated ones,
-    since scales, shifts and gates are not trained.
+    With all weights trained: the inputs and outputs of the two norms; the outputs of attention and
+    feed-forward before their gates; q and k before their norms; q, k, v, the attention output and
+    its copy; the inputs of the projections and of the feed-forward; four widths before and four
+    after the feed-forward's activation. With adapters, neither the outputs of norms nor ungated
+    outputs are kept, since scales, shifts and gates are not trained.
     """
     p, copies = precision.product, 4 if precision.casts else 2
     norms, gated = (4, 2) if train_all else (2, 0)
@@ -74,9 +74,9 @@ def double_block_bytes(precision: Precision, train_all: bool) -> int:
 
 
 def single_block_bytes(precision: Precision, train_all: bool) -> int:
-    """Kept for a backward pass of a single-stream block, for each width.
+    """Bytes per width that a single-stream block keeps for its backward pass.
 
-    As above; the input of the last projection is attention's result beside the feed-forward's four.
+    As above; the last projection's input is the attention output with the feed-forward's four.
     """
     p, copies = precision.product, 4 if precision.casts else 1
     norms, gated = (2, 1) if train_all else (1, 0)
@@ -88,7 +88,7 @@ def single_block_bytes(precision: Precision, train_all: bool) -> int:
 
 
 def _head_norm(precision: Precision, train_all: bool) -> int:
-    # Their weights' gradients need what was normalised.
+    # The gradients of the norms' weights need the normalised values.
     return precision.head_norm if train_all else min(precision.head_norm, 4)
 
 
@@ -101,11 +101,11 @@ def kept_bytes(
     train_all: bool,
     recompute_every: int,
 ) -> int:
-    """The most that a forward and backward pass of ``batch`` pictures keeps.
+    """Maximum bytes that a forward and backward pass of ``batch`` images keeps.
 
     Args:
-        recompute_every: of every so many blocks one keeps its input alone and is computed again
-            in the backward pass; 0: none.
+        recompute_every: every n-th block keeps only its input and is recomputed in the backward
+            pass; 0 recomputes none.
     """
     width = batch * (image_tokens + text_tokens) * size.width
     double, single = (f(precision, train_all) for f in (double_block_bytes, single_block_bytes))

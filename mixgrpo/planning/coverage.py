@@ -1,7 +1,7 @@
 """Which steps a run's windows cover, how often, and how many model evaluations that takes.
 
-Everything is counted per group of G pictures of one prompt, as ``rollout`` and ``update`` do it:
-what the pictures of a group share is evaluated once.
+Everything is counted per group of G images of one prompt, as ``rollout`` and ``update`` do it:
+evaluations that the images of a group share are made once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from mixgrpo.types import Window
 
 @dataclass(frozen=True)
 class Group:
-    """What of a recipe decides the evaluations of one group in one iteration.
+    """The settings that determine the evaluations of one group in one iteration.
 
     Attributes:
-        samples: G, its pictures.
-        chosen: how many of them the update takes.
-        parts: optimizer steps of an iteration; each takes an equal part of the chosen.
-        shared: whether the pictures begin with the same noise.
+        samples: G, the number of images.
+        chosen: number of images that the update uses.
+        parts: optimizer steps of an iteration; each uses an equal part of the chosen images.
+        shared: whether the images start from the same noise.
     """
 
     samples: int
@@ -32,13 +32,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Of one group, or of many together: with what is shared, and as if nothing were.
+    """Model evaluations of one group, or of several: with sharing, and as if nothing were shared.
 
     Attributes:
-        rollout: model evaluations of the sampling.
+        rollout: model evaluations of the rollout.
         update: forward and backward passes of the policy update.
-        rollout_alone: of the sampling, every picture by itself.
-        update_alone: of the update, every transition by itself.
+        rollout_alone: ``rollout`` if every image were sampled separately.
+        update_alone: ``update`` if every transition were evaluated separately.
     """
 
     rollout: float = 0
@@ -65,14 +65,14 @@ class Evaluations:
 
 @dataclass(frozen=True)
 class Visit:
-    """A window, and the 0-based iterations that have it, ascending."""
+    """A window, and the 0-based iterations that use it, ascending."""
 
     window: Window
     iterations: tuple[int, ...]
 
 
 def visits(windows: WindowSchedule, iterations: int) -> list[Visit]:
-    """Every window that a run has, by its place."""
+    """Every window of a run, ordered by position."""
     found: dict[Window, list[int]] = {}
     for iteration in range(iterations):
         found.setdefault(windows.at(iteration), []).append(iteration)
@@ -90,22 +90,22 @@ def iterations_by_step(visited: Sequence[Visit], steps: int) -> list[int]:
 
 
 def never_trained(windows: WindowSchedule, counts: Sequence[int]) -> list[int]:
-    """The steps that windows may cover and that no iteration of the run does."""
+    """The steps that windows may cover but that no iteration of the run covers."""
     return [step for step in range(*windows.bounds) if counts[step] == 0]
 
 
 def evaluations_of_group(group: Group, window: Window, steps: int, trained: float) -> Evaluations:
-    """Of one group in one iteration.
+    """Model evaluations of one group in one iteration.
 
     The rollout shares the steps before the window and the window's first: (l+1) + G*(T-l-1) instead
     of G*T evaluations. The update shares the window's first step among the G' = chosen/parts
-    pictures of an optimizer step: parts * (1 + G'*(w-1)) instead of chosen * w.
+    images of an optimizer step: parts * (1 + G'*(w-1)) instead of chosen * w.
 
     Args:
-        window: its place among the steps that are sampled.
-        steps: T, those that are sampled, Flash's shorter ones counted as they are.
-        trained: share of the window's transitions that is trained, drawn for each picture; the
-            update's number is then the expected one.
+        window: its position among the sampled steps.
+        steps: T, the number of sampled steps; with Flash, of the shortened schedule.
+        trained: fraction of the window's transitions that is trained, drawn for each image; the
+            update's count is then an expectation.
     """
     samples, size = group.samples, window.size
     spread = samples if group.shared else 1
@@ -121,14 +121,14 @@ def evaluations_of_group(group: Group, window: Window, steps: int, trained: floa
 
 
 def _chosen_at_least_once(share: float, pictures: int) -> float:
-    """Whether any of the pictures trains a step that each trains with this probability."""
+    """Probability that any of the images trains a step that each trains with this probability."""
     return 1 - (1 - share) ** pictures
 
 
 def evaluations_of_run(
     visited: Sequence[Visit], each: Callable[[Window], Evaluations]
 ) -> Evaluations:
-    """The sum over the iterations; ``each`` gives one iteration's by its window."""
+    """The sum over all iterations; ``each`` maps a window to the evaluations of one iteration."""
     total = Evaluations()
     for visit in visited:
         total += each(visit.window) * len(visit.iterations)
@@ -136,7 +136,7 @@ def evaluations_of_run(
 
 
 def stretches(iterations: Sequence[int]) -> list[range]:
-    """Ascending iterations as ranges of consecutive ones."""
+    """Groups ascending iterations into ranges of consecutive ones."""
     found: list[range] = []
     for iteration in iterations:
         if found and found[-1].stop == iteration:

@@ -1,4 +1,4 @@
-"""A run's windows as tables of at most 100 columns, and as a picture."""
+"""A run's windows as tables of at most 100 columns, and as a plot."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from mixgrpo.types import Window
 
 WIDTH = 100  # columns of a terminal
 _BAR = 30  # columns of the longest bar
-_SHOWN = 2  # stretches of iterations that are written out
-# How the strip shows a step: before the window, in it, behind it.
+_SHOWN = 2  # maximum number of iteration ranges that are written out
+# How the strip shows a step: before the window, in it, after it.
 _BEFORE, _TRAINED, _BEHIND = 0.0, 1.0, 2.0
 _COLOURS = ("#dfe7f0", "#1f5fa8", "#f6f1e7")
 
@@ -40,7 +40,7 @@ class Coverage:
     """A recipe's windows over its iterations.
 
     Raises:
-        ValueError: on first use, where the windows do not fit the steps.
+        ValueError: on first use, if the windows do not fit the steps.
     """
 
     config: Config
@@ -55,12 +55,12 @@ class Coverage:
 
     @cached_property
     def iterations(self) -> list[int]:
-        """Of each step: how many iterations train it."""
+        """For each step, how many iterations train it."""
         return iterations_by_step(self.visits, self.config.sampling.steps)
 
     @cached_property
     def sigmas(self) -> list[float]:
-        """Of each step: the noise level that it starts from."""
+        """For each step, the noise level from which it starts."""
         sampling = self.config.sampling
         return make_sigmas(sampling.steps, shift_for(self.config)).tolist()[:-1]
 
@@ -100,20 +100,20 @@ def _heading(coverage: Coverage) -> str:
     return (
         f"{config.run.iterations} iterations, {window.strategy} windows of "
         f"{'/'.join(map(str, sorted(sizes)))} of {config.sampling.steps} steps, "
-        f"{config.batch.prompts} prompts x {config.batch.samples} pictures, "
+        f"{config.batch.prompts} prompts x {config.batch.samples} images, "
         f"{config.update.optimizer_steps} optimizer steps{_of_these(coverage)}"
     )
 
 
 def _of_these(coverage: Coverage) -> str:
-    """What of the windows' steps and of the pictures the update takes, where it is not all."""
+    """Which of the windows' steps and of the images the update uses, if not all."""
     said, config = "", coverage.config
     most = max(visit.window.size for visit in coverage.visits)
     count = trained_steps(most, config.update.step_fraction)
     if count < most:
-        said += f"\neach picture trains {count} of its window's {most} steps, drawn anew every time"
+        said += f"\neach image trains {count} of its window's {most} steps, drawn separately"
     if coverage.group.chosen < coverage.group.samples:
-        said += f"\n{coverage.group.chosen} of a group's pictures are trained"
+        said += f"\n{coverage.group.chosen} images of each group are trained"
     return said
 
 
@@ -136,7 +136,7 @@ def _why_untrained(coverage: Coverage, step: int) -> str:
 def _windows_table(coverage: Coverage) -> str:
     samples = coverage.config.batch.samples
     lines = [
-        f"{'evaluations of a picture':>60}  {'of a group':>29}",
+        f"{'evaluations per image':>60}  {'per group':>29}",
         _columns("window", "iterations", ["rollout", "update", "rollout", "update"]),
         _columns("", "", ["made (alone)"] * 4),
     ]
@@ -177,9 +177,9 @@ def _totals(coverage: Coverage) -> list[str]:
     groups = config.run.iterations * config.batch.prompts
     total = mean * groups
     return [
-        f"the run: {groups * config.batch.samples:,} pictures, "
-        f"{config.run.iterations * config.update.optimizer_steps:,} optimizer steps; without its "
-        "validations",
+        f"the run: {groups * config.batch.samples:,} images, "
+        f"{config.run.iterations * config.update.optimizer_steps:,} optimizer steps; validations "
+        "are not counted",
         f"  rollout {total.rollout:,.0f} evaluations instead of {total.rollout_alone:,.0f}: "
         f"sharing saves {_saved(total.rollout, total.rollout_alone)}",
         f"  update  {total.update:,.0f} evaluations, forward and backward, instead of "
@@ -208,23 +208,23 @@ def _ranges(steps: Sequence[int]) -> str:
 
 
 def _how_far(coverage: Coverage) -> str:
-    """Where the windows got, and what brings them to the end."""
+    """How far the windows moved, and how to reach the last one."""
     windows, done = coverage.windows, coverage.config.run.iterations
     to_the_end = windows.iterations_to_the_end
     if to_the_end is None or to_the_end <= done:
         return ""
     return (
         f": {done} iterations reach window start {coverage.visits[-1].window.start} of "
-        f"{windows.valid_starts[-1]}; with --run.iterations {to_the_end} every window gets its "
-        "turn, or spend fewer iterations on each"
+        f"{windows.valid_starts[-1]}; set --run.iterations {to_the_end} to reach every window, or "
+        "spend fewer iterations on each"
     )
 
 
-# ---- the picture
+# ---- the plot
 
 
 def save_picture(coverage: Coverage, path: Path) -> None:
-    """Writes the strip of iterations and steps, and beside it how often each step is trained."""
+    """Plots the steps over the iterations, and next to them how often each step is trained."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 1.6 + 0.17 * len(coverage.sigmas)), layout="constrained")
@@ -237,7 +237,7 @@ def save_picture(coverage: Coverage, path: Path) -> None:
 
 
 def strip_of(coverage: Coverage) -> list[list[float]]:
-    """[steps][iterations]: where each step lies to the iteration's window."""
+    """[steps][iterations]: position of each step relative to the iteration's window."""
     steps = coverage.config.sampling.steps
     return [
         [_place(step, coverage.windows.at(i)) for i in range(coverage.config.run.iterations)]
@@ -264,8 +264,8 @@ def _draw_strip(axes: Any, coverage: Coverage) -> None:
         interpolation="nearest",
         extent=(0.5, coverage.config.run.iterations + 0.5, len(coverage.sigmas) - 0.5, -0.5),
     )
-    before = "once per prompt" if coverage.group.shared else "once per picture"
-    labels = (f"before: {before}", "window: stochastic, trained", "behind: once per picture")
+    before = "once per prompt" if coverage.group.shared else "once per image"
+    labels = (f"before: {before}", "window: stochastic, trained", "after: once per image")
     handles = [
         Patch(facecolor=colour, edgecolor="#888888", label=label)
         for colour, label in zip(_COLOURS, labels, strict=True)

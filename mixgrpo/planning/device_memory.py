@@ -1,4 +1,4 @@
-"""Memory on each GPU of a training run, by what it is for."""
+"""Estimates the memory on each GPU of a training run, by purpose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixgrpo.planning.parts import bytes_of, reward_bytes, text_bytes, vae_bytes
 from mixgrpo.planning.spread import Spread
 
 GIB = 2**30
-CONTEXT = 2 * GIB  # CUDA's and NCCL's own, and what the allocator cannot use; an assumption
+CONTEXT = 2 * GIB  # used by CUDA and NCCL, or lost to fragmentation; an assumption
 _VAE_WIDTH = 128  # FLUX.1-dev's block_out_channels[0]
 
 
@@ -27,17 +27,18 @@ class DeviceMemory:
     """Bytes on one GPU.
 
     Attributes:
-        weights: the transformer's, trained and frozen.
-        whole: whole weights in the products' dtype, beside those: gathered, or cast by autocast.
-        gradients, optimizer, average: of the trained weights; gradients live during the update.
-        reference: the policy before training, for a KL.
-        states: the latents that a rollout leaves for the update.
-        kept: by forward and backward passes of the update.
-        evaluating: the largest of an evaluation without gradients and of a decoding.
-        rewards: reward models that are there always.
-        visiting: reward models that come to score, and go.
+        weights: the transformer's weights, trained and frozen.
+        whole: additional full weights in the products' dtype, gathered or cast by autocast.
+        gradients, optimizer, average: those of the trained weights; gradients exist only during
+            the update.
+        reference: the policy before training, for a KL term.
+        states: the latents that a rollout keeps for the update.
+        kept: activations kept by the update's forward and backward passes.
+        evaluating: the larger of an evaluation without gradients and a decoding.
+        rewards: reward models that stay on the device.
+        visiting: reward models that are on the device only while they score.
         text, vae: the other parts of the model.
-        context: CUDA's and NCCL's own.
+        context: used by CUDA and NCCL themselves.
     """
 
     weights: int
@@ -57,28 +58,28 @@ class DeviceMemory:
 
     @property
     def held(self) -> int:
-        """All the time."""
+        """Bytes held all the time."""
         trained = self.weights + self.optimizer + self.average + self.reference
         return trained + self.states + self.rewards + self.text + self.vae + self.context
 
     @property
     def peak(self) -> int:
-        """The most in a phase: sampling with its scoring, or the update."""
+        """Maximum over the phases: sampling with scoring, or the update."""
         sampling = self.evaluating + self.visiting
         return self.held + self.whole + max(sampling, self.gradients + self.kept)
 
 
 def device_memory(config: Config, spread: Spread, gpus: int) -> DeviceMemory:
-    """What a run by this recipe takes on each of ``gpus``, estimated.
+    """Estimates the memory of a run of this recipe on each of ``gpus``.
 
-    ZeRO keeps float32 weights beside those that it computes with; they count as the optimizer's.
+    The float32 weights that ZeRO keeps in addition count as part of the optimizer.
     """
     model, size = config.model, FluxSize.of_folder(Path(config.model.path))
     compute = bytes_of(model.compute_dtype)
     trained, frozen = _counts(config, size)
     value = 4 if model.weights == "float32" else 2
     resting = compute if spread.half else value
-    spread_out = 0 if spread.offload else 1  # what rests on the CPU is not here
+    spread_out = 0 if spread.offload else 1  # with offload, these are on the CPU
     pictures = -(-config.batch.prompts // gpus) * config.batch.samples
     tokens = (model.height // 16) * (model.width // 16)
     of_reward = reward_bytes(config)
@@ -119,10 +120,10 @@ def _whole(
     size: FluxSize, trained: int, frozen: int, spread: Spread, compute: int, resting: int
 ) -> int:
     if not spread.gathered:
-        return trained * compute if resting != compute else 0  # autocast keeps what it has cast
+        return trained * compute if resting != compute else 0  # autocast caches its casts
     share = (trained + frozen) / size.parameters
     everything = int(size.parameters * share)
-    # The block at hand and the next one, and what belongs to no block.
+    # The current block and the next one, and the weights outside the blocks.
     some = int((2 * size.double_block + size.outside) * share)
     return compute * (everything if spread.gathered == "all" else some)
 
@@ -141,7 +142,7 @@ def _optimizer(config: Config, trained: int, spread: Spread) -> int:
 
 
 def _reference(config: Config, size: FluxSize, spread: Spread, compute: int, value: int) -> int:
-    """Of full training; adapters are switched off instead."""
+    """Bytes of the reference policy in full training; LoRA switches its adapters off instead."""
     if not config.update.kl or config.model.train == "lora":
         return 0
     if spread.weights == 1:
@@ -151,7 +152,7 @@ def _reference(config: Config, size: FluxSize, spread: Spread, compute: int, val
 
 
 def _seen(config: Config, spread: Spread) -> int:
-    """Bytes of the weights that products meet."""
+    """Bytes per weight in matrix products."""
     cast = bool(spread.gathered) or spread.half or config.model.train == "lora"
     cast = cast or config.model.weights != "float32"
     return bytes_of(config.model.compute_dtype) if cast else 4
@@ -169,7 +170,7 @@ def _kept(config: Config, size: FluxSize, tokens: int, precision: Precision) -> 
         model.train == "full",
         every,
     )
-    # The backward pass of a block works on about as much as an evaluation.
+    # The backward pass of a block needs about as much working memory as an evaluation.
     at_work = evaluation_bytes(
         size, tokens + model.text_length, config.update.micro_batch, precision.product
     )
@@ -187,6 +188,6 @@ def _evaluating(config: Config, size: FluxSize, tokens: int, compute: int) -> in
 
 
 def first_width(model: Path) -> int:
-    """Of the decoder of a model folder; without one, of FLUX.1-dev's."""
+    """First width of a model folder's decoder; that of FLUX.1-dev if there is no folder."""
     path = model / "vae" / "config.json"
     return json.loads(path.read_text())["block_out_channels"][0] if path.is_file() else _VAE_WIDTH

@@ -1,4 +1,4 @@
-"""A FLUX transformer by its numbers: parameters, adapters, operations, all from its configuration.
+"""Parameter and operation counts of a FLUX transformer, computed from its configuration.
 
 D is the width, N image tokens, L text tokens, S = N + L.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 _CLASS = "FluxTransformer2DModel"
-_TIME = 256  # values that sigma and guidance are first embedded to
+_TIME = 256  # size of the first embedding of sigma and guidance
 
 
 @dataclass(frozen=True)
 class FluxSize:
-    """The numbers of a transformer/config.json; the defaults are FLUX.1-dev's published ones."""
+    """The values of a transformer/config.json; the defaults are those published for FLUX.1-dev."""
 
     num_layers: int = 19
     num_single_layers: int = 38
@@ -30,20 +30,22 @@ class FluxSize:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FluxSize:
-        """From a configuration file's content; what it does not name has diffusers' default.
+        """From a configuration file's content; missing values have diffusers' defaults.
 
         Raises:
-            ValueError: it is another model's.
+            ValueError: the configuration is that of another model.
         """
         kind = config.get("_class_name", _CLASS)
         if kind != _CLASS:
-            raise ValueError(f"memory and time are known of {_CLASS} alone, this is a {kind}")
+            raise ValueError(
+                f"memory and time can be estimated only for {_CLASS}, but this is a {kind}"
+            )
         named = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         return cls(**{"guidance_embeds": False, **named})
 
     @classmethod
     def of_folder(cls, model: Path) -> FluxSize:
-        """A model folder's; where there is none, FLUX.1-dev's."""
+        """From a model folder; FLUX.1-dev's values if the folder does not exist."""
         path = model / "transformer" / "config.json"
         return cls.from_config(json.loads(path.read_text())) if path.is_file() else cls()
 
@@ -57,7 +59,7 @@ class FluxSize:
 
     @property
     def double_block(self) -> int:
-        """Parameters of a double-stream block: two of everything, one for each kind of token."""
+        """Parameters of a double-stream block: all modules exist twice, once per kind of token."""
         d = self.width
         modulation, attention, norms = _linear(d, 6 * d), 4 * _linear(d, d), self.attention_head_dim
         feed_forward = _linear(d, 4 * d) + _linear(4 * d, d)
@@ -85,7 +87,7 @@ class FluxSize:
         return inside + self.outside
 
     def adapters(self, rank: int, targets: str) -> int:
-        """Parameters of adapters of this rank on the attention's projections, or on "all"."""
+        """Parameters of adapters of this rank on the attention projections, or on "all"."""
         d = self.width
         double, single = 8 * (d + d), 3 * (d + d)
         if targets == "all":
@@ -94,9 +96,9 @@ class FluxSize:
         return rank * (self.num_layers * double + self.num_single_layers * single)
 
     def products(self, image_tokens: int, text_tokens: int) -> Products:
-        """Floating-point operations of one evaluation for one picture."""
+        """Floating-point operations of one evaluation for one image."""
         d, tokens = self.width, image_tokens + text_tokens
-        # Each token meets 12 D x D products in either kind of block.
+        # Each token takes part in twelve D x D products in either kind of block.
         blocks = self.blocks * 24 * tokens * d * d
         modulation = self.num_layers * 24 * d * d + self.num_single_layers * 6 * d * d
         times = (1 + self.guidance_embeds) * 2 * (_TIME * d + d * d)
@@ -111,7 +113,7 @@ class FluxSize:
 
 @dataclass(frozen=True)
 class Products:
-    """Operations in products with weights, and in those of tokens with tokens (attention)."""
+    """Operations in products with weights, and in products between tokens (attention)."""
 
     weights: int
     attention: int
@@ -121,7 +123,8 @@ class Products:
         return self.weights + self.attention
 
     def backward(self, train_all: bool) -> int:
-        """Of a backward pass: each product twice; with frozen weights, once where one is in it."""
+        """Operations of a backward pass: twice each product, or once for products with frozen
+        weights."""
         return (2 if train_all else 1) * self.weights + 2 * self.attention
 
 

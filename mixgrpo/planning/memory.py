@@ -1,4 +1,4 @@
-"""How much memory training takes on each GPU, estimated from the model's files."""
+"""Estimates the memory of training on each GPU from the model's files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mixgrpo.planning.spread import spread_of
 
 
 class OutOfMemory(RuntimeError):
-    """The GPU's memory did not suffice; the message says what would take less."""
+    """The GPU ran out of memory; the message lists settings that need less."""
 
 
 def training_memory(config: Config, processes: int = 1, per_node: int = 1) -> DeviceMemory:
-    """Bytes of each process, by the run's engine; see ``mixgrpo.planning``.
+    """Memory of each process with the run's engine; see ``mixgrpo.planning``.
 
-    Read off the model folder, without loading it.
+    Computed from the files of the model folder, without loading it.
 
     Args:
-        per_node: processes on one machine.
+        per_node: processes per machine.
 
     Raises:
-        FileNotFoundError: there is no transformer in it.
+        FileNotFoundError: the model folder contains no transformer.
     """
     folder = Path(config.model.path)
     if not (folder / "transformer" / "config.json").is_file():
@@ -36,7 +36,7 @@ def training_memory(config: Config, processes: int = 1, per_node: int = 1) -> De
 
 
 def trained_weights(config: Config) -> int:
-    """How many weights a run trains: the transformer's, or r*(in + out) for each adapted layer."""
+    """Number of trained weights: the transformer's, or r*(in + out) for each adapted layer."""
     folder, model = Path(config.model.path), config.model
     if model.train == "full":
         return count_parameters(folder, "transformer")
@@ -48,7 +48,7 @@ def trained_weights(config: Config) -> int:
 
 
 def explain_training(config: Config, total: int, processes: int = 1, per_node: int = 1) -> str:
-    """One sentence for a GPU of ``total`` bytes on which training did not fit."""
+    """The message for a GPU of ``total`` bytes on which training did not fit."""
     model, needed = config.model, training_memory(config, processes, per_node)
     full = model.train == "full"
     less = "--update.optimizer adamw_8bit" if config.update.optimizer == "adamw" else ""
@@ -57,18 +57,18 @@ def explain_training(config: Config, total: int, processes: int = 1, per_node: i
     held = needed.weights + needed.whole + needed.gradients + needed.optimizer
     held += needed.average + needed.reference
     return (
-        f"the GPU's {gib(total)} did not suffice: about {gib(held)} are held for the transformer "
-        f"({model.train}) and {gib(frozen)} for the model's other parts, reward models and "
-        "activations come on top; lower --update.micro_batch, --sampling.micro_batch and "
+        f"the GPU's {gib(total)} are not enough: the transformer ({model.train}) needs about "
+        f"{gib(held)} and the model's other parts {gib(frozen)}, in addition to reward models and "
+        "activations; lower --update.micro_batch, --sampling.micro_batch and "
         f"--sampling.decode_batch, set --model.gradient_checkpointing true, --scoring.placement "
         f"offload{less and ', '}{less}, --text.placement offload, shard over several GPUs with "
-        "--engine.kind fsdp (--engine.gather evaluation --engine.reduce micro_batch take the "
-        f"least), or {remedy}; `python -m mixgrpo plan` shows what each saves"
+        "--engine.kind fsdp (--engine.gather evaluation --engine.reduce micro_batch need the "
+        f"least memory), or {remedy}; `python -m mixgrpo plan` shows what each saves"
     )
 
 
 def count_parameters(folder: Path, part: str) -> int:
-    """Counted in the headers of a part's weight files."""
+    """Number of parameters, read from the headers of a part's weight files."""
     return sum(
         weight.numel()
         for file in folder.glob(f"{part}/*.safetensors")
@@ -77,7 +77,7 @@ def count_parameters(folder: Path, part: str) -> int:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU."""
+    """Total memory of a GPU in bytes."""
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 

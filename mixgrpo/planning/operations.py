@@ -1,4 +1,4 @@
-"""The operations of an iteration, and the time that they take."""
+"""Floating-point operations of an iteration, and the time that they take."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def operations_per_picture(
     recomputed: float,
     with_reference: bool,
 ) -> float:
-    """Floating-point operations of an iteration for one picture, the transformer's alone.
+    """Floating-point operations of the transformer for one image in one iteration.
 
     Args:
-        rollout, update: evaluations per picture.
-        train_all: all weights are trained, not just adapters.
-        recomputed: share of the blocks whose activations are computed again in the backward pass.
-        with_reference: a KL evaluates the reference policy too.
+        rollout, update: model evaluations per image.
+        train_all: whether all weights are trained, not only adapters.
+        recomputed: fraction of the blocks that are recomputed in the backward pass.
+        with_reference: whether a KL term also evaluates the reference policy.
     """
     forward = products.total * (1 + recomputed + with_reference)
     return rollout * products.total + update * (forward + products.backward(train_all))
 
 
 def seconds(operations: float, share: float, peak: float) -> float:
-    """Of that many operations at a share of a GPU's ``peak`` TFLOP/s."""
+    """Seconds for these operations at a fraction ``share`` of a GPU's ``peak`` TFLOP/s."""
     return operations / (share * peak * 1e12)

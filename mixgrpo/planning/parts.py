@@ -1,4 +1,4 @@
-"""Sizes of a model's other parts and of rewards: counted where they are, else the published."""
+"""Sizes of a model's other parts and of rewards, from their files or else as published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from mixgrpo.config import Config, RewardConfig
 
 # Parameters of the published files: FLUX.1-dev's T5-XXL encoder and CLIP-L, its autoencoder, and
-# of the rewards ViT-H/14 (three times) and BLIP-L with BERT.
+# for the rewards ViT-H/14 (three times) and BLIP-L with BERT.
 PUBLISHED = {
     "text_encoder*": 4_762_310_656 + 123_060_480,
     "vae": 83_819_683,
@@ -20,12 +20,12 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def bytes_of(dtype: str) -> int:
-    """Of one value."""
+    """Bytes of one value."""
     return _BYTES[dtype]
 
 
 def parameters_of(model: Path, part: str) -> int:
-    """Of a part of a model folder, read in the heads of its files; published ones without it."""
+    """Parameters of a part of a model folder, read from file headers, or else as published."""
     files = sorted(model.glob(f"{part}/*.safetensors"))
     if not files:
         return PUBLISHED[part]
@@ -35,7 +35,7 @@ def parameters_of(model: Path, part: str) -> int:
 
 
 def text_bytes(config: Config) -> int:
-    """Of the text encoders, as far as they stay on the device."""
+    """Bytes of the text encoders if they stay on the device."""
     if config.text.mode == "embeddings" or config.text.placement != "device":
         return 0
     count = parameters_of(Path(config.model.path), "text_encoder*")
@@ -43,15 +43,15 @@ def text_bytes(config: Config) -> int:
 
 
 def vae_bytes(config: Config) -> int:
-    """Of the autoencoder's weights."""
+    """Bytes of the autoencoder's weights."""
     count = parameters_of(Path(config.model.path), "vae")
     return count * bytes_of(config.model.compute_dtype)
 
 
 def reward_bytes(config: Config) -> int:
-    """Of the reward models, where they are on the device: always, or while they score.
+    """Bytes of the reward models that are on the device, always or only while they score.
 
-    Held-out ones too: they are there for validations, together with the others.
+    Held-out rewards are included, since they are loaded for validations together with the others.
     """
     if config.scoring.placement == "cpu":
         return 0
@@ -60,7 +60,7 @@ def reward_bytes(config: Config) -> int:
 
 def _one_reward(knobs: RewardConfig) -> int:
     if knobs.kind not in PUBLISHED:
-        return 0  # small, elsewhere, or the user's own
+        return 0  # small, on a server, or the user's own
     return _reward_parameters(knobs) * bytes_of(knobs.options.get("dtype", "float32"))
 
 

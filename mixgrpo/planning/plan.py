@@ -1,4 +1,4 @@
-"""A recipe on several numbers of GPUs: which ways fit, what would need less, how long it takes."""
+"""Plans a recipe on several numbers of GPUs: what fits, what saves memory, how long it takes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mixgrpo.planning.flux_size import FluxSize
 from mixgrpo.planning.operations import operations_per_picture, seconds
 from mixgrpo.planning.spread import Spread, spreads
 
-COMPARED = (1, 8, 32)  # numbers of GPUs, beside the one that is asked for
+COMPARED = (1, 8, 32)  # numbers of GPUs, in addition to the requested one
 TRAINED = ("full", "lora")
-SHOWN = 5  # remedies
+SHOWN = 5  # maximum number of remedies
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a plan.
+    """The options of a plan.
 
     Attributes:
-        gpus, gpus_per_node: of the run.
-        gpu_memory: GiB of each.
-        share, peak: the part that is reached of a GPU's dense bfloat16 TFLOP/s, and these.
+        gpus, gpus_per_node: number of GPUs of the run and per machine.
+        gpu_memory: memory of each GPU in GiB.
+        share, peak: fraction reached of a GPU's peak, and the peak in dense bfloat16 TFLOP/s.
     """
 
     gpus: int = 32
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A knob, as the command line sets it, and the bytes that it saves on each GPU."""
+    """A knob, as written on the command line, and the bytes that it saves on each GPU."""
 
     knob: str
     saved: int
@@ -56,14 +56,14 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Pace:
-    """Of an iteration: floating-point operations on each GPU, the transformer's alone; seconds."""
+    """Of one iteration: the transformer's floating-point operations on each GPU, and seconds."""
 
     operations: float
     seconds: float
 
 
 def rows(config: Config, gpus: Sequence[int], gpus_per_node: int) -> list[Row]:
-    """Full training and LoRA on each number of GPUs, in every way."""
+    """Full training and LoRA on each number of GPUs, with every engine."""
     found = []
     for train in TRAINED:
         changed = with_knobs(config, {"model.train": train})
@@ -90,7 +90,7 @@ _REMEDIES: tuple[dict[str, Any], ...] = (
 
 
 def remedies(config: Config, row: Row) -> list[Remedy]:
-    """What each knob alone would save on this row, the most first."""
+    """The memory that each knob would save on its own for this row, largest first."""
     config = with_knobs(config, {"model.train": row.train})
     found = []
     for knobs in _REMEDIES:
@@ -106,8 +106,8 @@ def pace(
     """How long an iteration takes.
 
     Args:
-        rollout, update: model evaluations per picture, on average over the run.
-        share, peak: part of a GPU's peak TFLOP/s that is reached, and this.
+        rollout, update: model evaluations per image, averaged over the run.
+        share, peak: fraction of a GPU's peak TFLOP/s that is reached, and the peak.
     """
     model, batch = config.model, config.batch
     size = FluxSize.of_folder(Path(model.path))
@@ -120,7 +120,7 @@ def pace(
 
 
 def with_knobs(config: Config, knobs: dict[str, Any]) -> Config:
-    """A copy with other values of these knobs (section.name)."""
+    """A copy of the configuration with other values for these knobs (section.name)."""
     changed = copy.deepcopy(config)
     for path, value in knobs.items():
         section, _, name = path.partition(".")
@@ -138,10 +138,10 @@ _HEADS = ("train", "GPUs", "engine", *_PARTS, "peak", "fits")
 
 
 def report(config: Config, question: Question, rollout: float, update: float) -> str:
-    """The table, what fits and what would help, and the time of an iteration.
+    """The table, what fits and what saves memory, and the time of an iteration.
 
     Args:
-        rollout, update: model evaluations per picture, on average over the run.
+        rollout, update: model evaluations per image, averaged over the run.
     """
     counts = sorted({*COMPARED, question.gpus})
     found = rows(config, counts, question.gpus_per_node)
@@ -156,20 +156,20 @@ def report(config: Config, question: Question, rollout: float, update: float) ->
 def _heading(config: Config) -> str:
     model = config.model
     known = (Path(model.path) / "transformer" / "config.json").is_file()
-    of = model.path if known else f"FLUX.1-dev ({model.path} is not there)"
+    of = model.path if known else f"FLUX.1-dev ({model.path} does not exist)"
     size = FluxSize.of_folder(Path(model.path))
     return (
-        f"GiB on each GPU, estimated, of {of}: {size.parameters / 1e9:.2f}B parameters, "
+        f"Estimated GiB per GPU for {of}: {size.parameters / 1e9:.2f}B parameters, "
         f"{model.width}x{model.height}\n"
-        "whole: weights gathered, or cast to the products' dtype; kept: by the update's forward "
-        f"and backward passes of {config.update.micro_batch} evaluations; evaluating: "
-        f"{config.sampling.micro_batch} pictures, or decoding them; peak: the larger of sampling "
-        f"and update, with {CONTEXT / GIB:.0f} GiB for CUDA and NCCL"
+        "whole: weights gathered, or cast to the products' dtype; kept: activations of the "
+        f"update's forward and backward passes of {config.update.micro_batch} evaluations; "
+        f"evaluating: sampling {config.sampling.micro_batch} images, or decoding them; peak: the "
+        f"larger of sampling and update, with {CONTEXT / GIB:.0f} GiB for CUDA and NCCL"
     )
 
 
 def table(found: Sequence[Row], gpu_memory: float) -> Iterator[str]:
-    """Markdown lines, GiB on each GPU."""
+    """Lines of a Markdown table, in GiB per GPU."""
     yield f"| {' | '.join(_HEADS)} |"
     yield "|---|---|---|" + "---:|" * (len(_PARTS) + 1) + "---|"
     for row in found:
@@ -180,7 +180,7 @@ def table(found: Sequence[Row], gpu_memory: float) -> Iterator[str]:
 
 
 def advice(config: Config, mine: Sequence[Row], gpu_memory: float) -> Iterator[str]:
-    """Which ways fit on the wanted GPUs, and what each knob would save on the least of them."""
+    """Which engines fit on these GPUs, and what each knob would save for the smallest of them."""
     where = f"{mine[0].train} on {mine[0].gpus} x {gpu_memory:g} GiB"
     fitting = [row.spread.name for row in mine if row.memory.peak <= gpu_memory * GIB]
     least = min(mine, key=lambda row: row.memory.peak)
@@ -188,7 +188,7 @@ def advice(config: Config, mine: Sequence[Row], gpu_memory: float) -> Iterator[s
         yield f"{where}: fits with {'; '.join(fitting)}"
     else:
         over = least.memory.peak / GIB - gpu_memory
-        yield f"{where}: nothing fits; {least.spread.name} lacks {over:.1f} GiB"
+        yield f"{where}: nothing fits; {least.spread.name} exceeds it by {over:.1f} GiB"
     for remedy in remedies(config, least)[:SHOWN]:
         yield f"  {remedy.saved / GIB:6.1f} GiB less with {remedy.knob} ({least.spread.name})"
 
@@ -198,8 +198,8 @@ def _times(
 ) -> Iterator[str]:
     share, peak = question.share, question.peak
     yield (
-        f"an iteration, {rollout:.2f} + {update:.2f} evaluations per picture (rollout + update), "
-        f"at {share:.0%} of {peak:g} TFLOP/s; the transformer alone:"
+        f"one iteration of {rollout:.2f} + {update:.2f} evaluations per image (rollout + update) "
+        f"at {share:.0%} of {peak:g} TFLOP/s, counting only the transformer:"
     )
     for train in TRAINED:
         changed = with_knobs(config, {"model.train": train})

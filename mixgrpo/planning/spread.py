@@ -1,4 +1,4 @@
-"""How an engine spreads weights, gradients and optimizer over processes."""
+"""How an engine shards weights, gradients and optimizer state over processes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from mixgrpo.config import EngineConfig
 
 @dataclass(frozen=True)
 class Spread:
-    """Each is divided by the number of processes that share it.
+    """Over how many processes each part of the training state is sharded.
 
     Attributes:
         name: as the plan's table shows it.
-        weights, gradients, optimizer: processes that hold a part each; 1: everyone holds all.
-        gathered: of sharded weights, what is held whole while they are computed with: "all" for a
-            whole phase, or those of the "blocks" at hand and next; "" where nothing is gathered.
-        sums_whole: gradients are summed up whole, in float32, up to the optimizer step.
-        half: sharded weights rest in bfloat16, the optimizer holds float32 ones beside (ZeRO).
-        offload: weights, gradients and optimizer rest on the CPU.
+        weights, gradients, optimizer: number of processes that hold one shard each; 1 means that
+            every process holds everything.
+        gathered: which sharded weights are gathered for computing: "all" for a whole phase, or
+            those of the current and next "blocks"; "" where nothing is gathered.
+        sums_whole: whether full float32 gradients are accumulated until the optimizer step.
+        half: whether sharded weights are stored in bfloat16 and the optimizer holds additional
+            float32 weights (ZeRO).
+        offload: whether weights, gradients and optimizer are stored on the CPU.
     """
 
     name: str
@@ -33,7 +35,7 @@ class Spread:
 
 
 def spreads(gpus: int, gpus_per_node: int) -> list[Spread]:
-    """Every way to spread a run over so many GPUs, the one that holds most first."""
+    """Every engine for this many GPUs, the one that needs the most memory first."""
     if gpus == 1:
         return [Spread("single")]
     found = [
@@ -52,10 +54,10 @@ def spreads(gpus: int, gpus_per_node: int) -> list[Spread]:
 
 
 def spread_of(engine: EngineConfig, processes: int, per_node: int) -> Spread:
-    """The one that a run's knobs ask for.
+    """The sharding that a run's knobs select.
 
     Args:
-        per_node: processes on one machine.
+        per_node: processes per machine.
     """
     if processes == 1:
         return Spread("single")

@@ -1,1 +1,1 @@
-"""What happened in one run or several, as one HTML file: curves, pictures, configuration."""
+"""The report of one or several runs as one HTML file: curves, images, configuration."""

@@ -1,4 +1,4 @@
-"""Which curves a report shows, as plain numbers."""
+"""The curves that a report shows, as plain numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import accumulate
 from mixgrpo.report.runs import Run
 from mixgrpo.run.metrics import describe
 
-POINTS = 1000  # of a line, at most
-MANY = 40  # points from which on a line is drawn with its running mean
+POINTS = 1000  # maximum number of points per line
+MANY = 40  # number of points from which a line is drawn with its running mean
 
 OPTIMISATION = (
     "advantage/deviation",
@@ -24,9 +24,9 @@ OPTIMISATION = (
     "rollout/evaluations_per_image",
     "update/evaluations_per_image",
 )
-EXACT = ("rollout/evaluations_per_image", "update/evaluations_per_image")  # there is no noise
+EXACT = ("rollout/evaluations_per_image", "update/evaluations_per_image")  # values without noise
 PHASES = ("text", "rollout", "decode", "reward", "update")
-NOT_STACKED = ("seconds/reward_hidden", "seconds/validation")  # aside, and between iterations
+NOT_STACKED = ("seconds/reward_hidden", "seconds/validation")  # in parallel; between iterations
 
 Values = tuple[float | None, ...]
 
@@ -36,12 +36,12 @@ class Line:
     """One curve.
 
     Attributes:
-        run: place of its run among the runs, which decides its colour.
-        label: in the legend.
-        kind: ``raw``, ``mean``, ``plain``; ``dots`` and ``dashed`` for rare points; ``low`` and
-            ``high``, between which is filled; ``area`` for a phase's top edge.
-        values: at each x of the chart; None where there is nothing.
-        shown: what the legend says instead of the values; empty for the values.
+        run: index of its run, which determines the colour.
+        label: label in the legend.
+        kind: ``raw``, ``mean``, ``plain``; ``dots`` and ``dashed`` for sparse points; ``low`` and
+            ``high`` for the edges of a filled band; ``area`` for a phase's top edge.
+        values: values at each x of the chart; None where there is none.
+        shown: values that the legend shows instead; empty to show ``values``.
     """
 
     run: int
@@ -56,11 +56,11 @@ class Chart:
     """Curves over the iterations.
 
     Attributes:
-        key: the metric's name, or what tells the chart from others.
+        key: the metric's name, or another unique key.
         title, unit, meaning: as in the table of metrics.
-        x: iterations.
-        lines: at least one.
-        note: which runs have no such metric.
+        x: the iterations.
+        lines: the curves, at least one.
+        note: which runs do not have this metric.
     """
 
     key: str
@@ -78,7 +78,7 @@ Points = dict[int, float]
 def points(run: Run, key: str) -> Points:
     """Iteration -> value; the last record of an iteration counts.
 
-    Seconds are summed: what the iteration's record and its validation's tell are different times.
+    Seconds are summed, since an iteration's record and its validation's hold different times.
     """
     found: Points = {}
     for record in run.records:
@@ -89,7 +89,7 @@ def points(run: Run, key: str) -> Points:
 
 
 def reward_charts(runs: Sequence[Run], trained: bool) -> list[Chart]:
-    """A chart for each reward that some run trains on, or that every run holds out."""
+    """One chart for each reward that at least one run trains on, or that every run holds out."""
     weights: dict[str, float] = {}
     for run in runs:
         for name, weight in run.weights.items():
@@ -104,7 +104,7 @@ def _reward_chart(runs: Sequence[Run], name: str) -> Chart | None:
     drawn: list[tuple[Line, Points]] = []
     for place, run in enumerate(runs):
         training = _curve(place, points(run, f"reward/{name}"), "training", 1)
-        # Every prompt batch has its own level: of many runs, the noise would hide the means.
+        # Scores vary between prompt batches; with many runs, this noise would hide the means.
         drawn += training if len(runs) <= 2 else training[1:]
         for key, kind, label in (("validation", "dots", "validation"),
                                  ("validation_ema", "dashed", "average")):  # fmt: skip
@@ -116,7 +116,7 @@ def _reward_chart(runs: Sequence[Run], name: str) -> Chart | None:
 
 
 def metric_charts(runs: Sequence[Run], keys: Iterable[str]) -> list[Chart]:
-    """A chart for each of these metrics that any run has."""
+    """One chart for each of these metrics that any run has."""
     charts = []
     for key in keys:
         drawn = [
@@ -152,7 +152,7 @@ def window_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def phase_chart(run: Run, place: int) -> Chart | None:
-    """Seconds of an iteration's phases, one on top of the other."""
+    """Seconds of an iteration's phases, stacked."""
     keys = [f"seconds/{name}" for name in PHASES]
     more = {key for key in run.keys if key.startswith("seconds/")} - {*keys, *NOT_STACKED}
     known = {key: points(run, key) for key in (*keys, *sorted(more))}
@@ -171,12 +171,12 @@ def phase_chart(run: Run, place: int) -> Chart | None:
         Line(place, describe(key).title, "area", edge, own)
         for key, edge, own in zip(phases, edges, zip(*rows, strict=True), strict=True)
     )
-    meaning = "what an iteration's time went into; validations and hidden scoring come on top"
+    meaning = "time of an iteration by phase, without validations and hidden scoring"
     return _rounded(Chart(f"seconds {place}", run.name, "s", meaning, x, lines))
 
 
 def _curve(place: int, found: Points, label: str, many: int | None) -> list[tuple[Line, Points]]:
-    """The points, from ``many`` of them on with their running mean; never, if it is None."""
+    """The points, and their running mean if there are at least ``many``; None: no running mean."""
     if not found:
         return []
     if many is None or len(found) < many:
@@ -195,7 +195,7 @@ def _chart(
     keys: Sequence[str],
     thin: bool = True,
 ) -> Chart | None:
-    """Lines on their common iterations; None without any."""
+    """A chart of the lines over all their iterations; None if there are no lines."""
     if not drawn:
         return None
     drawn = [(line, thinned(found) if thin else found) for line, found in drawn]
@@ -210,7 +210,7 @@ def _chart(
 
 
 def running_mean(found: Points) -> Points:
-    """Mean of each value and those of the last twentieth before it."""
+    """Mean of each value and the values before it, over a twentieth of the curve."""
     iterations, values = list(found), list(found.values())
     width = max(1, len(values) // 20)
     parts = [values[max(0, end - width) : end + 1] for end in range(len(values))]
@@ -220,7 +220,7 @@ def running_mean(found: Points) -> Points:
 
 
 def thinned(found: Points) -> Points:
-    """At most ``POINTS`` points: means of equally many neighbours, at the last one's iteration."""
+    """At most ``POINTS`` points: means of groups of neighbours, at each group's last iteration."""
     size = -(-len(found) // POINTS) or 1
     items = list(found.items())
     parts = [items[start : start + size] for start in range(0, len(items), size)]
@@ -228,7 +228,7 @@ def thinned(found: Points) -> Points:
 
 
 def _rounded(chart: Chart) -> Chart:
-    """Six digits: a report is to be sent."""
+    """Rounds to six digits, which keeps the report small."""
     lines = [
         replace(line, values=_short(line.values), shown=_short(line.shown)) for line in chart.lines
     ]

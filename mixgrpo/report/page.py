@@ -1,4 +1,4 @@
-"""The report as one HTML file: everything is inside, and nothing is fetched."""
+"""Builds the report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def report_html(runs: Sequence[Run]) -> str:
         "SCORES": score_table(runs),
         "SECONDS": time_table(runs),
         "KNOBS": knob_tables(runs),
-        # "<" could end the script element.
+        # An unescaped "<" could end the script element.
         "DATA": json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
     }
-    # In one pass: what is put in may hold anything.
+    # In one pass, since inserted text may itself contain placeholders.
     return re.sub(r"<!--([A-Z]+)-->", lambda found: parts[found[1]], _static("page.html"))
 
 
@@ -72,7 +72,7 @@ def _static(name: str) -> str:
 
 
 def _sections(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """Id of a place in the page -> its charts."""
+    """Id of an element of the page -> its charts."""
     window = window_chart(runs)
     phases = [phase_chart(run, place) for place, run in enumerate(runs)]
     sections = {
@@ -86,7 +86,7 @@ def _sections(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     return {name: [asdict(chart) for chart in charts] for name, charts in sections.items()}
 
 
-# ---- what is told of each run
+# ---- the card of each run
 
 
 def _run_card(run: Run, place: int, missing: Iterable[str]) -> str:
@@ -109,12 +109,12 @@ def _state(run: Run) -> str:
     planned = "unknown" if run.planned is None else str(run.planned)
     state = f"{run.done} of {planned} iterations"
     if run.planned is not None and run.done < run.planned:
-        state += " so far, or stopped"
+        state += " (running or stopped)"
     return f"{state}; code {run.revision[:12]}" if run.revision else state
 
 
 def warnings(run: Run) -> dict[int, str]:
-    """Iteration of a validation -> the warning of reward hacking given there."""
+    """Iteration of a validation -> the warning of reward hacking raised there."""
     validations = [r for r in run.records if any(key.startswith("validation/") for key in r)]
     given = {
         record["iteration"]: hacking_warning(validations[:end], run.weights, run.patience)

@@ -1,4 +1,4 @@
-"""The validation pictures of a report: through training, and the best, worst and most improved."""
+"""The validation images of a report: over training, and the best, worst and most improved."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 from mixgrpo.evaluation.gallery import ALL, mean_z, thumbnail
 from mixgrpo.report.runs import Run, Stage
 
-STAGES = 12  # validations that are shown of a run, at most
-PROMPTS = 16  # prompts that are shown through training, at most
-RANKED = 48  # prompts of which the best, worst and most improved are found, at most
-PICKS = 4  # of each kind
+STAGES = 12  # maximum number of validations shown per run
+PROMPTS = 16  # maximum number of prompts shown over training
+RANKED = 48  # maximum number of prompts ranked as best, worst and most improved
+PICKS = 4  # prompts shown of each kind
 
 
 @dataclass(frozen=True)
 class Album:
-    """Pictures of all runs, ready for the page.
+    """Images of all runs, ready for the page.
 
     Attributes:
-        prompts: of every run, each once.
-        runs: for each run, iteration -> place among ``prompts`` -> picture as a data URI, or None
-            where its file is damaged.
-        scores: for each run, iteration -> place -> reward -> score.
-        shown: for each run, the places that are shown through training.
-        picks: for each run, measure -> ``best``, ``worst``, ``improved`` -> places.
-        faults: for each run, what could not be shown, a sentence each.
+        prompts: the prompts of all runs, each once.
+        runs: for each run, iteration -> index into ``prompts`` -> image as a data URI, or None if
+            its file is damaged.
+        scores: for each run, iteration -> index -> reward -> score.
+        shown: for each run, the indices that are shown over training.
+        picks: for each run, measure -> ``best``, ``worst``, ``improved`` -> indices.
+        faults: for each run, one sentence for each problem.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Album:
 
 
 def make_album(runs: Sequence[Run]) -> Album:
-    """Reads the pictures and makes them small. The same prompt has one place in all runs."""
+    """Reads the images and makes thumbnails. A prompt has the same index in all runs."""
     album = Album()
     known: dict[tuple[str, int], int] = {}
     for run in runs:
@@ -50,18 +50,18 @@ def make_album(runs: Sequence[Run]) -> Album:
 
 
 def _places(run: Run, known: dict[tuple[str, int], int], prompts: list[str]) -> dict[int, int]:
-    """Place among the run's prompts -> place among all; new ones are added to ``prompts``.
+    """Index among the run's prompts -> index among all; new prompts are added to ``prompts``.
 
-    A prompt that comes several times is told apart by which time it is.
+    Repeated prompts are distinguished by their occurrence.
     """
-    # What was kept with the pictures is right, whatever has become of the prompts file since.
+    # Prompts saved with the images are correct even if the prompts file has changed since.
     kept = [stage.prompts for stage in run.stages if stage.scores]
     texts = max(kept or [stage.prompts for stage in run.stages], key=len, default=())
     count = max((max(stage.pictures) + 1 for stage in run.stages), default=0)
     own: dict[int, int] = {}
     seen: dict[str, int] = {}
     for place in range(min(count, RANKED)):
-        text = texts[place] if place < len(texts) else f"picture {place}"
+        text = texts[place] if place < len(texts) else f"image {place}"
         seen[text] = seen.get(text, 0) + 1
         key = text, seen[text]
         if key not in known:
@@ -87,9 +87,9 @@ def _add(album: Album, run: Run, places: Mapping[int, int]) -> None:
         scores[stage.iteration] = {place: _scores(stage, own) for own, place in kept.items()}
     lacking = [stage.iteration for stage in shown if len(stage.pictures) < _most(run.stages)]
     if lacking:
-        faults.append(f"pictures are missing at iteration {', '.join(map(str, lacking))}")
+        faults.append(f"images are missing at iteration {', '.join(map(str, lacking))}")
     if len(shown) < len(run.stages):
-        faults.append(f"{len(shown)} of {len(run.stages)} validations' pictures are shown")
+        faults.append(f"the images of {len(shown)} of {len(run.stages)} validations are shown")
     album.runs.append(pictures)
     album.scores.append(scores)
     album.shown.append([place for own, place in places.items() if own < PROMPTS])
@@ -104,8 +104,8 @@ def _most(stages: Iterable[Stage]) -> int:
 def _small(file: Path, faults: list[str]) -> str | None:
     try:
         return thumbnail(file)[0]
-    except Exception:  # decoders stumble over damaged files in many ways
-        faults.append(f"{file.parent.name}/{file.name} cannot be read as a picture")
+    except Exception:  # decoders raise many kinds of errors for damaged files
+        faults.append(f"{file.parent.name}/{file.name} cannot be read as an image")
         return None
 
 
@@ -115,7 +115,7 @@ def _scores(stage: Stage, place: int) -> dict[str, float]:
 
 
 def spread(stages: Sequence[Stage], count: int) -> list[Stage]:
-    """At most ``count`` of them, the first and the last among them, evenly."""
+    """At most ``count`` evenly spaced stages, including the first and the last."""
     if len(stages) <= count:
         return list(stages)
     last = len(stages) - 1
@@ -125,13 +125,13 @@ def spread(stages: Sequence[Stage], count: int) -> list[Stage]:
 def picks(
     scores: Mapping[int, Mapping[int, Mapping[str, float]]],
 ) -> dict[str, dict[str, list[int]]]:
-    """Measure -> the best and worst places of the last validation, and the most improved.
+    """Measure -> the best and worst indices of the last validation, and the most improved ones.
 
-    The measures are the mean z-score of all rewards, then each reward. Improved is what gained
-    since the first validation.
+    The measures are the mean z-score of all rewards, then each reward. An image has improved if its
+    score is higher than at the first validation.
 
     Args:
-        scores: iteration -> place -> reward -> score.
+        scores: iteration -> index -> reward -> score.
     """
     ends = {"first": scores[min(scores)], "last": scores[max(scores)]} if scores else {}
     names = list(dict.fromkeys(n for end in ends.values() for own in end.values() for n in own))
@@ -149,7 +149,7 @@ def picks(
 def _picked(first: Mapping[Any, float], last: Mapping[Any, float]) -> dict[str, list[int]]:
     level = {key[0]: value for key, value in last.items() if not math.isnan(value)}
     gain = {key[0]: value - first.get(key, math.nan) for key, value in last.items()}
-    gained = {place: value for place, value in gain.items() if value > 0}  # no NaN is
+    gained = {place: value for place, value in gain.items() if value > 0}  # excludes NaN
     return {
         "best": sorted(level, key=lambda place: -level[place])[:PICKS],
         "worst": sorted(level, key=level.__getitem__)[:PICKS],

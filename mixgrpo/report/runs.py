@@ -1,4 +1,4 @@
-"""A run's folder as it was found: finished, stopped half way, or damaged."""
+"""Reads a run's folder, whether the run has finished, was interrupted, or is damaged."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """The pictures of one validation.
+    """The images of one validation.
 
     Attributes:
-        iteration: iterations done before it.
-        pictures: place among the validation prompts -> file; it need not be a picture.
-        prompts: of the places from 0; empty where nothing tells them.
-        scores: reward -> score of the places from 0, None where there is none; may be empty.
+        iteration: number of iterations before it.
+        pictures: index among the validation prompts -> file, which may be damaged.
+        prompts: prompts by index; empty if unknown.
+        scores: reward -> scores by index, None where there is no score; may be empty.
     """
 
     iteration: int
@@ -37,16 +37,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """What is left of a run.
+    """What is known about a run.
 
     Attributes:
-        name: by which it is told from others.
-        folder: where it lies.
-        records: of ``metrics.jsonl``, by iteration.
+        name: name that distinguishes it from other runs.
+        folder: the run's folder.
+        records: records of ``metrics.jsonl``, by iteration.
         config: dotted path of each knob -> value; empty if unknown.
-        revision: of the code; empty if unknown.
-        stages: by iteration.
-        missing: what should be there and is not, a sentence each.
+        revision: revision of the code; empty if unknown.
+        stages: validations, by iteration.
+        missing: one sentence for each thing that is missing.
     """
 
     name: str
@@ -59,18 +59,18 @@ class Run:
 
     @property
     def done(self) -> int:
-        """Iterations that are on record."""
+        """Number of iterations on record."""
         return max((record["iteration"] for record in self.records), default=0)
 
     @property
     def planned(self) -> int | None:
-        """Iterations that were asked for."""
+        """Number of iterations that the configuration asks for."""
         asked = self.config.get("run.iterations")
         return asked if isinstance(asked, int) else None
 
     @property
     def patience(self) -> int:
-        """Validations in a row that make a warning of reward hacking."""
+        """Number of consecutive validations that lead to a warning of reward hacking."""
         knob = self.config.get("validation.patience")
         return knob if isinstance(knob, int) else ValidationConfig.patience
 
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Reward -> weight, 0 for the held-out ones; without a configuration, as if all equal."""
+        """Reward -> weight, 0 for held-out rewards; all equal if the configuration is unknown."""
         known = {
             key.removeprefix("rewards.").removesuffix(".weight"): value
             for key, value in self.config.items()
@@ -97,7 +97,7 @@ class Run:
 
 
 def is_number(value: object) -> bool:
-    """True and False are none, nor what no float holds."""
+    """Whether the value is a finite number; booleans and integers too large for float are not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -110,15 +110,15 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     """The runs that a command line names, each ``FOLDER`` or ``NAME=FOLDER``.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a folder is no run's, or two have one name.
+        FileNotFoundError: a folder does not exist.
+        ValueError: a folder is not that of a run, or two runs have the same name.
     """
     runs = []
     for argument in arguments:
         name, folder = split_name(argument)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"there is no folder {str(folder)!r}; give the --run.folder of a training"
+                f"there is no folder {str(folder)!r}; give the --run.folder of a training run"
             )
         runs.append(read_run(folder, name))
     check_distinct_names((run.name, run.folder) for run in runs)
@@ -126,15 +126,15 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def read_run(folder: Path, name: str = "") -> Run:
-    """Everything that a report needs; ``name`` is the folder's where none is given.
+    """Reads everything that a report needs; ``name`` defaults to the folder's name.
 
     Raises:
-        ValueError: nothing in the folder is a run's.
+        ValueError: the folder is not that of a run.
     """
     if not any((folder / each).exists() for each in OF_A_RUN):
         raise ValueError(
-            f"{folder} is no run's folder: it holds none of {', '.join(OF_A_RUN)}; give the "
-            "--run.folder of a training"
+            f"{folder} is not the folder of a run: it holds none of {', '.join(OF_A_RUN)}; give "
+            "the --run.folder of a training run"
         )
     missing: list[str] = []
     config, revision = _read_config(folder / "config.json", missing)
@@ -154,13 +154,13 @@ def _read_config(path: Path, missing: list[str]) -> tuple[dict[str, Any], str]:
     config = saved.get("config")
     if not isinstance(config, dict):
         if saved:
-            missing.append(f"{path.name} holds no `config`: the configuration is unknown")
+            missing.append(f"{path.name} has no `config`: the configuration is unknown")
         return {}, ""
     return dotted(config), str(saved.get("revision") or "")
 
 
 def _read_object(path: Path, consequence: str, missing: list[str]) -> dict[str, Any]:
-    """A JSON file's object; an empty one, and a sentence, if it is not there or damaged."""
+    """A JSON file's object; if it cannot be read, an empty one and an entry in ``missing``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -170,7 +170,7 @@ def _read_object(path: Path, consequence: str, missing: list[str]) -> dict[str, 
         missing.append(f"{path.name} cannot be read ({error}): {consequence}")
         return {}
     if not isinstance(content, dict):
-        missing.append(f"{path.name} holds no object: {consequence}")
+        missing.append(f"{path.name} is not a JSON object: {consequence}")
         return {}
     return content
 
@@ -179,26 +179,27 @@ def _read_records(path: Path, missing: list[str]) -> tuple[Record, ...]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        reason = "there is no" if isinstance(error, FileNotFoundError) else "nobody can read"
-        missing.append(f"{reason} {path.name}: no curves")
+        is_missing = isinstance(error, FileNotFoundError)
+        reason = f"there is no {path.name}" if is_missing else f"{path.name} cannot be read"
+        missing.append(f"{reason}: no curves")
         return ()
     parsed = [(number, _record(line)) for number, line in enumerate(lines, 1) if line.strip()]
     damaged = [number for number, record in parsed if record is None]
     if damaged == [len(lines)]:
-        missing.append(f"the last line of {path.name} is half-written or damaged, and left out")
+        missing.append(f"the last line of {path.name} is incomplete or damaged, and is ignored")
     elif damaged:
         missing.append(
-            f"{len(damaged)} of {len(lines)} lines of {path.name} are no records and left out, "
+            f"{len(damaged)} of {len(lines)} lines of {path.name} are not records and are ignored, "
             f"the first of them line {damaged[0]}"
         )
     records = [record for _, record in parsed if record is not None]
     if not records:
-        missing.append(f"{path.name} holds no record yet: no curves")
+        missing.append(f"{path.name} has no records yet: no curves")
     return tuple(sorted(records, key=lambda record: record["iteration"]))
 
 
 def _record(line: str) -> Record | None:
-    """A record without what is no number."""
+    """A record's numeric values; None if the line is not a record."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -219,12 +220,12 @@ def _read_stages(folder: Path, config: Record, missing: list[str]) -> tuple[Stag
     stages.sort(key=lambda stage: stage.iteration)
     if not stages:
         if config.get("validation.pictures") != 0:
-            missing.append("there are no validation pictures")
+            missing.append("there are no validation images")
         return ()
     without = [stage.iteration for stage in stages if not stage.scores]
     if without:
         missing.append(
-            "no scores are kept beside the pictures of "
+            "no scores are stored with the images of "
             f"iteration{'s' * (len(without) > 1)} {', '.join(map(str, without))}"
         )
     return tuple(stages)
@@ -248,7 +249,7 @@ def _read_stage(
 
 
 def _prompts(config: Record) -> tuple[str, ...]:
-    """Of the file that the configuration names, if it is still there."""
+    """The prompts of the file that the configuration names; empty if it cannot be read."""
     knob = "validation.prompts_file"
     try:
         return tuple(read_prompts(str(config.get(knob, "")), knob))

@@ -1,4 +1,4 @@
-"""What a finished run shows: scores before and after, a picture grid, reward curves."""
+"""The summary of a finished run: scores before and after, an image grid, reward curves."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from mixgrpo.text.prompts import read_prompts
 
 
 def summarize(folder: Path, config: Config) -> str:
-    """Writes ``before_after.png``, ``rewards.png`` and ``report.html``; returns what to tell.
+    """Writes ``before_after.png``, ``rewards.png`` and ``report.html``.
 
-    That is the closing table, and the paths.
+    Returns:
+        the closing table and the paths, as text to print.
     """
     history = read_metrics(folder)
     reward_curves(history, folder / "rewards.png")
@@ -40,7 +41,7 @@ def summarize(folder: Path, config: Config) -> str:
 
 
 def _table(history: list[dict[str, Any]], config: Config) -> str:
-    """Validation scores before and after training, a line for each reward."""
+    """Validation scores before and after training, one line per reward."""
     validations = [r for r in history if any(key.startswith("validation/") for key in r)]
     last = validations[-1]
     first = validations[0] if validations[0]["iteration"] == 0 else {}

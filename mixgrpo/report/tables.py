@@ -12,7 +12,7 @@ from mixgrpo.report.charts import points
 from mixgrpo.report.runs import Run
 from mixgrpo.run.metrics import describe
 
-COLOURS = 8  # as many as report.css has
+COLOURS = 8  # the number of colours in report.css
 
 _VALIDATED_BY = tuple(f"validation.{knob}" for knob in ("prompts_file", "prompts", "steps", "seed"))
 
@@ -20,7 +20,7 @@ Cells = Sequence[str]
 
 
 def score_table(runs: Sequence[Run]) -> str:
-    """Validation scores: for each run before, after, change, and by the moving average."""
+    """Validation scores of each run: before, after, change, and with the moving average."""
     names = list(dict.fromkeys(name for run in runs for name in run.weights))
     rows = [[_reward_cell(runs, name), *_score_cells(runs, name)] for name in names]
     has_scores = any(key.startswith("validation/") for run in runs for key in run.keys)
@@ -34,12 +34,12 @@ def score_table(runs: Sequence[Run]) -> str:
 
 
 def _compared(runs: Sequence[Run]) -> str:
-    """What to know before comparing: runs validated on other prompts, or otherwise."""
+    """A note if the runs' scores are not comparable, since their validations differ."""
     known = [run.config for run in runs if run.config]
     other = [knob for knob in _VALIDATED_BY if len({str(c.get(knob)) for c in known}) > 1]
     if not other:
         return ""
-    said = f"These runs differ in {', '.join(other)}: their scores do not compare."
+    said = f"These runs differ in {', '.join(other)}: their scores are not comparable."
     return f'<p class="note">{html.escape(said)}</p>'
 
 
@@ -68,7 +68,7 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 def time_table(runs: Sequence[Run]) -> str:
-    """Whole time of each phase, and its share of the run."""
+    """Total time of each phase, and its share of the run."""
     totals = [
         {key: sum(points(run, key).values()) for key in run.keys if key.startswith("seconds/")}
         for run in runs
@@ -79,7 +79,7 @@ def time_table(runs: Sequence[Run]) -> str:
     rows = [[f"<th>{_titled(key)}</th>", *_time_cells(totals, key)] for key in keys]
     total = [f"<td>{_duration(_visible(own))}</td>" for own in totals]
     names = [f"<th>{name_of(run, place)}</th>" for place, run in enumerate(runs)]
-    return _table([["<th>phase</th>", *names], *rows, ["<th>together</th>", *total]])
+    return _table([["<th>phase</th>", *names], *rows, ["<th>total</th>", *total]])
 
 
 def _longest(totals: Sequence[dict[str, float]], key: str) -> float:
@@ -87,7 +87,7 @@ def _longest(totals: Sequence[dict[str, float]], key: str) -> float:
 
 
 def _visible(seconds: dict[str, float]) -> float:
-    """Without what went on beside other phases."""
+    """Total without what ran in parallel with other phases."""
     return sum(value for key, value in seconds.items() if key != "seconds/reward_hidden")
 
 
@@ -117,7 +117,7 @@ def _titled(key: str) -> str:
 
 
 def knob_tables(runs: Sequence[Run]) -> str:
-    """What differs (between the runs, or from the defaults), and every knob folded away."""
+    """Knobs that differ between the runs or from the defaults, and a folded table of all knobs."""
     configs = [run.config for run in runs]
     known = [config for config in configs if config]
     if not known:
@@ -154,7 +154,7 @@ def _shown(value: Any) -> str:
 
 
 def name_of(run: Run, place: int) -> str:
-    """A run's name behind its colour, as HTML."""
+    """A run's name after a chip of its colour, as HTML."""
     return f'<span class="chip c{place % COLOURS}"></span>{html.escape(run.name)}'
 
 

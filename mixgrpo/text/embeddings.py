@@ -1,8 +1,8 @@
-"""Stored text embeddings: a folder of shards, and the index that says what is where.
+"""Stored text embeddings: a folder of shards and their index.
 
 ``shard_00000.safetensors`` holds ``tokens`` [n, L, C_text] and ``pooled`` [n, C_pooled] of n
-prompts. ``index.json`` names the encoder, every shard's prompts, and for finished shards the
-checksums. Until the index takes it over, a finished shard's record lies beside it.
+prompts. ``index.json`` records the encoder, every shard's prompts, and the checksums of finished
+shards. Until it is added to the index, a finished shard's record is a file next to the shard.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from torch import Tensor
 from mixgrpo.files.disk import write_whole
 from mixgrpo.types import TextEmbedding
 
-Encoder = dict[str, str | int]  # what decides an embedding -> its digest or value
+Encoder = dict[str, str | int]  # property that affects embeddings -> its digest or value
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a finished shard.
+    """What is known about a finished shard.
 
     Attributes:
-        size: bytes of the file.
-        checksum: BLAKE2b of the file.
-        digests: BLAKE2b of each prompt's values, so that reading one need not read all.
-        lengths: each prompt's tokens before truncation.
+        size: size of the file in bytes.
+        checksum: BLAKE2b digest of the file.
+        digests: BLAKE2b digest of each prompt's values, so that single prompts can be verified.
+        lengths: number of tokens of each prompt before truncation.
     """
 
     size: int
@@ -44,7 +44,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Shard:
-    """The prompts of one file; without a record it is yet to be made."""
+    """The prompts of one file; the record is None until the shard is finished."""
 
     prompts: list[str]
     record: Record | None = None
@@ -58,7 +58,7 @@ class Index:
     shards: list[Shard]
 
     def extended(self, prompts: Iterable[str], shard_size: int) -> Index:
-        """With new shards for those of the prompts that are not in it yet, each once."""
+        """The index with additional shards for the prompts that it does not contain, each once."""
         known = {prompt for shard in self.shards for prompt in shard.prompts}
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         parts = [new[start : start + shard_size] for start in range(0, len(new), shard_size)]
@@ -74,10 +74,10 @@ def _record_path(folder: Path, number: int) -> Path:
 
 
 def read_index(folder: Path) -> Index | None:
-    """The folder's index; None if it has none.
+    """The folder's index; None if there is none.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the index cannot be read.
     """
     path = folder / "index.json"
     if not path.exists():
@@ -109,12 +109,12 @@ def write_shard(folder: Path, number: int, text: TextEmbedding, lengths: list[in
     """Writes the embeddings of one shard's prompts, and its record.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the shard cannot be written.
     """
     path = shard_path(folder, number)
     tensors = {"tokens": text.tokens.cpu().contiguous(), "pooled": text.pooled.cpu().contiguous()}
     _record_path(folder, number).unlink(missing_ok=True)
-    data = save(tensors)  # not save_file, whose files are for their owner's eyes alone
+    data = save(tensors)  # not save_file, whose files only their owner can read
     write_whole(path, lambda partial: partial.write_bytes(data))
     digests = [_digest(*row) for row in zip(tensors["tokens"], tensors["pooled"], strict=True)]
     record = Record(len(data), _new_digest(data).hexdigest(), digests, lengths)
@@ -122,7 +122,7 @@ def write_shard(folder: Path, number: int, text: TextEmbedding, lengths: list[in
 
 
 def finished_record(folder: Path, number: int, shard: Shard) -> Record | None:
-    """The record beside a shard, else the index's; None if the file is not what it says."""
+    """The record next to a shard, or else the index's; None if the file does not match it."""
     beside, path = _record_path(folder, number), shard_path(folder, number)
     record = Record(**json.loads(beside.read_text())) if beside.exists() else shard.record
     whole = record is not None and path.exists() and path.stat().st_size == record.size
@@ -130,7 +130,7 @@ def finished_record(folder: Path, number: int, shard: Shard) -> Record | None:
 
 
 def take_records(folder: Path, index: Index) -> Index:
-    """Puts into the index, and there alone, the records that lie beside the shards."""
+    """Moves the records next to the shards into the index."""
     beside = {number: _record_path(folder, number) for number in range(len(index.shards))}
     found = {number: path for number, path in beside.items() if path.exists()}
     read = {number: Record(**json.loads(path.read_text())) for number, path in found.items()}
@@ -147,7 +147,7 @@ def take_records(folder: Path, index: Index) -> Index:
 
 
 def read_row(folder: Path, number: int, shard: Shard, row: int) -> TextEmbedding:
-    """Reads one prompt of a finished shard alone, and checks it; N = 1.
+    """Reads and verifies a single prompt of a finished shard; N = 1.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -163,7 +163,8 @@ def read_row(folder: Path, number: int, shard: Shard, row: int) -> TextEmbedding
         raise ValueError(f"{path} is damaged ({_first_line(error)})") from error
     if _digest(tokens[0], pooled[0]) != shard.record.digests[row]:
         raise ValueError(
-            f"{path} is damaged: the embedding of {shard.prompts[row]!r} is not what was stored"
+            f"{path} is damaged: the embedding of {shard.prompts[row]!r} differs from what was "
+            "stored"
         )
     return TextEmbedding(tokens, pooled)
 

@@ -1,4 +1,4 @@
-"""Encoding prompts in advance, by any number of processes, resumable."""
+"""Encodes prompts in advance, in any number of processes; can be resumed."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ GIB = 2**30
 
 
 def preprocess(config: PreprocessConfig) -> None:
-    """Encodes the files' prompts into the output folder; what is there and whole is kept.
+    """Encodes the files' prompts into the output folder; complete shards are kept.
 
     Raises:
-        ValueError, FileNotFoundError: something that the user can mend, before anything is loaded.
+        ValueError, FileNotFoundError: an error that the user can fix, before anything is loaded.
         OSError: a shard could not be written.
     """
     with process_group(config.threads) as process:
@@ -80,18 +80,18 @@ def _model(config: PreprocessConfig) -> ModelConfig:
 
 
 def _read_before(folder: Path, encoder: Encoder) -> Index:
-    """The folder's index as it is, or an empty one.
+    """The folder's existing index, or an empty one.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the folder holds embeddings of another encoder, or shards without an index.
     """
     index, has_shards = read_index(folder), any(folder.glob("shard_*"))
     if not has_shards and (index is None or index.encoder != encoder):
         return Index(encoder, [])
     if index is None:
         raise ValueError(
-            f"output is {str(folder)!r}, which holds shards but no index.json to say what is in "
-            "them; delete them, or choose another --output"
+            f"output is {str(folder)!r}, which holds shards but no index.json that lists their "
+            "prompts; delete them, or choose another --output"
         )
     differing = [key for key, value in encoder.items() if index.encoder.get(key) != value]
     if differing:
@@ -114,8 +114,8 @@ def _check_space(folder: Path, index: Index, bytes_per_prompt: int) -> None:
     if needed > free:
         raise ValueError(
             f"output is {str(folder)!r}: the embeddings of {sum(missing)} prompts take "
-            f"{needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free there; free some disk space, "
-            "or choose another --output"
+            f"{needed / GIB:.1f} GiB, but only {free / GIB:.1f} GiB are free there; free some disk "
+            "space, or choose another --output"
         )
 
 
@@ -139,7 +139,7 @@ def _make_shards(
     process: Process,
     progress: bool,
 ) -> None:
-    """Makes every world_size-th shard, unless it is there and whole."""
+    """Writes every world_size-th shard, unless it is already complete."""
     mine = range(process.rank, len(index.shards), process.world_size)
     bar = tqdm(
         total=sum(len(index.shards[number].prompts) for number in mine),
@@ -170,7 +170,7 @@ def _make_shard(
     except OSError as error:
         raise OSError(
             f"{shard_path(folder, number)} could not be written ({error}); free some disk space, "
-            "then run the same command again: finished shards are kept"
+            "then run the same command again (finished shards are kept)"
         ) from error
 
 
@@ -181,8 +181,8 @@ def _tell(folder: Path, index: Index, text_length: int) -> None:
     truncated = sum(length > text_length for length in lengths)
     if truncated:
         print(
-            f"warning: {truncated} of {len(lengths)} prompts are longer than the text encoder "
-            "takes and are truncated"
+            f"warning: {truncated} of {len(lengths)} prompts exceed the text encoder's maximum "
+            "length and are truncated"
         )
     print(
         f"{len(lengths)} prompts in {len(records)} shards, {size:.3f} GiB, in {folder}; "

@@ -1,4 +1,4 @@
-"""Prompt files, and which prompts an iteration takes."""
+"""Reads prompt files, and selects the prompts of each iteration."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mixgrpo.noise import key_seed
 
 
 def read_prompts(path: str, knob: str) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line; blank lines are skipped, duplicates kept.
+    """The prompts of a UTF-8 text file, one per line; blank lines are skipped, duplicates kept.
 
     Args:
         knob: the dotted name of the setting that holds ``path``, for the messages.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, or holds no prompt.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not UTF-8, or contains no prompts.
     """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
-            f"{knob} is {path!r}, which is no file; set --{knob} to a text file of prompts"
+            f"{knob} is {path!r}, which is not a file; set --{knob} to a text file of prompts"
         )
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -36,7 +36,9 @@ def read_prompts(path: str, knob: str) -> list[str]:
         ) from error
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise ValueError(f"{knob} is {path!r}, which holds no prompt; write one prompt a line")
+        raise ValueError(
+            f"{knob} is {path!r}, which contains no prompts; write one prompt per line"
+        )
     return prompts
 
 
@@ -46,7 +48,7 @@ class PromptBatch:
 
     Attributes:
         texts: P prompts.
-        positions: their positions in the global batch, which decide their noise.
+        positions: their positions in the global batch, which determine their noise.
     """
 
     texts: list[str]
@@ -55,9 +57,9 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class PromptBatches:
-    """The prompts of every iteration: epochs over the file, each in an order of its own.
+    """The prompts of every iteration: epochs over the file, each in a different order.
 
-    A pure function of (seed, iteration); processes take consecutive parts of the global batch.
+    A pure function of (seed, iteration); each process takes a consecutive part of the global batch.
     """
 
     prompts: Sequence[str]

@@ -1,4 +1,4 @@
-"""Stored embeddings in the text encoders' place."""
+"""Stored embeddings that replace the text encoders."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mixgrpo.types import TextEmbedding
 
 
 class StoredText:
-    """See ``mixgrpo.models.Text``. Reads the wanted prompts' embeddings and no others.
+    """See ``mixgrpo.models.Text``. Reads only the embeddings of the requested prompts.
 
     Args:
-        folder: what ``python -m mixgrpo preprocess`` wrote.
-        index: its index, all shards finished.
-        device: where embeddings are wanted.
-        remedy: the command that makes the embeddings again, for messages.
+        folder: folder that ``python -m mixgrpo preprocess`` wrote.
+        index: its index, with all shards finished.
+        device: device on which embeddings are returned.
+        remedy: the command that creates the embeddings again, for messages.
     """
 
     def __init__(self, folder: Path, index: Index, device: torch.device, remedy: str) -> None:
@@ -46,11 +46,11 @@ class StoredText:
         try:
             return read_row(self.folder, number, self.index.shards[number], row)
         except ValueError as error:
-            raise ValueError(f"{error}; make it again with: {self.remedy}") from error
+            raise ValueError(f"{error}; create it again with: {self.remedy}") from error
 
     def _to_device(self, values: Tensor) -> Tensor:
         if self.device.type == "cuda":
-            values = values.pin_memory()  # only from there does a copy not make the host wait
+            values = values.pin_memory()  # copies from unpinned memory would block the host
         return values.to(self.device, non_blocking=True)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
@@ -63,14 +63,14 @@ class StoredText:
         return record.lengths[row]
 
     def check_shards(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError if a shard that these prompts need is missing or cut short."""
+        """Raises ValueError if a shard that these prompts need is missing or truncated."""
         for number in sorted({self.places[prompt][0] for prompt in prompts}):
             path, record = shard_path(self.folder, number), self.index.shards[number].record
             assert record is not None
             size = path.stat().st_size if path.exists() else 0
             if size != record.size:
                 raise ValueError(
-                    f"{path} has {size} bytes instead of {record.size}; make it again with: "
+                    f"{path} has {size} bytes instead of {record.size}; create it again with: "
                     f"{self.remedy}"
                 )
 
@@ -81,24 +81,26 @@ def open_stored(
     """The embeddings in ``text.embeddings``, checked against the model and the prompts.
 
     Args:
-        encoder: what decides embeddings in the run's own model.
-        prompts: every prompt that the run will need.
+        encoder: the properties of the run's own model that affect embeddings.
+        prompts: all prompts that the run will need.
 
     Raises:
-        FileNotFoundError: the folder holds no embeddings.
-        ValueError: they are another encoder's, unfinished or damaged, or prompts are missing.
+        FileNotFoundError: the folder contains no embeddings.
+        ValueError: the embeddings come from another encoder, are unfinished or damaged, or lack
+            prompts.
     """
     folder, remedy = Path(config.text.embeddings), preprocess_command(config)
     index = read_index(folder)
     if index is None:
         raise FileNotFoundError(
-            f"text.embeddings is {str(folder)!r}, which holds no index.json; make it with: {remedy}"
+            f"text.embeddings is {str(folder)!r}, which contains no index.json; create it with: "
+            f"{remedy}"
         )
     _check_encoder(folder, index.encoder, encoder)
     unfinished = sum(shard.record is None for shard in index.shards)
     if unfinished:
         raise ValueError(
-            f"text.embeddings is {str(folder)!r}, of whose {len(index.shards)} shards {unfinished} "
+            f"text.embeddings is {str(folder)!r}, where {unfinished} of {len(index.shards)} shards "
             f"are not finished; finish them with: {remedy}"
         )
     stored = StoredText(folder, index, device, remedy)
@@ -123,13 +125,13 @@ def _check_encoder(folder: Path, theirs: Encoder, ours: Encoder) -> None:
         raise ValueError(
             f"text.embeddings is {str(folder)!r}, whose embeddings were made with another "
             f"{', another '.join(differing)}; set --model.path, --model.text_length and "
-            "--model.compute_dtype to what they were made with (there: --dtype), or make others "
-            "with `python -m mixgrpo preprocess` in another --output"
+            "--model.compute_dtype (there: --dtype) to the values that they were made with, or "
+            "create new embeddings with `python -m mixgrpo preprocess` in another --output"
         )
 
 
 def preprocess_command(config: Config) -> str:
-    """The command that makes the embeddings that a run needs."""
+    """The command that creates the embeddings that a run needs."""
     files = dict.fromkeys([config.batch.prompts_file, config.validation.prompts_file])
     words = ["python", "-m", "mixgrpo", "preprocess", "--model.path", config.model.path]
     words += ["--model.text_length", str(config.model.text_length)]

@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = 8;
-const hidden = new Set(); // runs that are switched off
+const hidden = new Set(); // runs that are hidden
 const make = (tag, kind = "", text = "") => {
   const element = document.createElement(tag);
   if (kind) element.className = kind;
@@ -45,7 +45,7 @@ function series(chart, line) {
   const kind = KINDS[line.kind], isArea = line.kind === "area";
   const colour = isArea ? style(`--p${phases.indexOf(line.label) % COLOURS}`)
     : style(`--c${line.run % COLOURS}`);
-  // In the legend: what is under the pointer, else the newest.
+  // The legend shows the value under the pointer, or else the newest one.
   const told = line.shown.length ? line.shown : line.values;
   const last = told.findLastIndex(value => value !== null);
   const name = data.runs.length > 1 && !isArea ? [data.runs[line.run], line.label] : [line.label];
@@ -94,7 +94,7 @@ function range(plot, low, high) {
   return high === low ? [low - 0.5, high + 0.5] : [low, high];
 }
 
-// From 0 where areas are stacked on it, otherwise a little more than the values.
+// From 0 for stacked areas, otherwise slightly more than the range of the values.
 const heights = isStacked => (plot, low, high) => {
   if (low === null) return [0, 1];
   if (isStacked) return [0, high * 1.05 || 1];
@@ -105,7 +105,7 @@ const heights = isStacked => (plot, low, high) => {
 let plots = [];
 
 function draw(chart, place) {
-  // The highest edge first: what lies below is drawn over it.
+  // The highest edge comes first, so that the lower areas are drawn over it.
   const isStacked = chart.lines.some(line => line.kind === "area");
   const order = isStacked ? [...chart.lines].reverse() : chart.lines;
   const options = {
@@ -154,7 +154,7 @@ function drawAll() {
   charts.forEach(([chart, place]) => draw(chart, place));
 }
 drawAll();
-// Canvases do not know CSS variables.
+// Canvases do not follow CSS variables.
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 const seen = new ResizeObserver(() => plots.forEach(({ plot, place }) => {
   const width = Math.max(place.clientWidth, 200);
@@ -162,7 +162,7 @@ const seen = new ResizeObserver(() => plots.forEach(({ plot, place }) => {
 }));
 seen.observe(document.querySelector("main"));
 
-// ---- pictures
+// ---- images
 
 const album = data.album;
 const iterations = run => Object.keys(album.runs[run] ?? {}).map(Number).sort((a, b) => a - b);
@@ -253,7 +253,7 @@ if (all.length) {
   stage.oninput = showStage;
   showStage();
 } else {
-  document.getElementById("through").replaceChildren(make("p", "", "No pictures were found."));
+  document.getElementById("through").replaceChildren(make("p", "", "No images were found."));
 }
 const measures = [...new Set(album.picks.flatMap(picked => Object.keys(picked)))];
 if (measures.length) {
@@ -269,7 +269,7 @@ if (measures.length) {
   document.getElementById("ranked").remove();
 }
 
-// ---- runs on and off
+// ---- showing and hiding runs
 
 if (data.runs.length > 1) {
   for (const box of document.querySelectorAll("[data-run]")) {
