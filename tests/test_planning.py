@@ -311,7 +311,7 @@ def test_advice_names_what_fits_or_what_would_help() -> None:
     found = rows(config, [1], 8)
     assert [row.train for row in found] == ["full", "lora"]
     (first, *others) = advice(config, found[:1], 80)
-    assert first.startswith("full on 1 x 80 GiB: nothing fits; single lacks ")
+    assert first.startswith("full on 1 x 80 GiB: nothing fits; single exceeds it by ")
     assert "GiB less with --model.train lora (single)" in others[0]
     (first, *_) = advice(config, found[1:], 80)
     assert first == "lora on 1 x 80 GiB: fits with single"

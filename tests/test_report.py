@@ -330,7 +330,7 @@ def test_score_table_says_before_after_change(run):
 def test_time_table_counts_what_the_run_waited_for(run):
     found = text_of(time_table([read_run(run)]))
     # 4 x (2 + 0.5 + 1.5) and two validations of 8 s.
-    for part in ("Rollout 25% 8.0 s", "Validation 50% 16.0 s", "together 32.0 s"):
+    for part in ("Rollout 25% 8.0 s", "Validation 50% 16.0 s", "total 32.0 s"):
         assert part in found
     assert "Rewards, hidden 12.0 s" in found
 
