@@ -37,26 +37,24 @@ from mixgrpo.types import Velocity, Window
 
 @dataclass(frozen=True)
 class Parts:
-    """What the training loop works with.
+    """The parts of a run that the training loop uses.
 
     Attributes:
-        process: this process among all of the run.
         windows: the window of every iteration.
-        batches: the prompts of every iteration, as far as this process samples them.
+        batches: this process's prompts of every iteration.
         policy: the model, its text encoder and its decoder.
         trained_weights: number of weights that are trained.
-        engine: trains the policy's network and speaks to the other processes.
-        velocity: the policy's velocity, through the engine.
-        ema: the average of the trained weights, if one is kept.
-        rewards: those that are trained on, by name.
-        validator: samples and scores the validation prompts by all rewards.
-        objective: what the update optimises.
-        plan: the sampling of an iteration with this window.
-        noise: the noise of the rollout for these prompts in this iteration.
-        score_stream: a new thread that scores images by the trained rewards.
+        engine: trains the policy's network and communicates with the other processes.
+        velocity: the policy's velocity, evaluated through the engine.
+        ema: the moving average of the trained weights; None if none is kept.
+        rewards: the rewards that are trained on, by name.
+        validator: samples the validation prompts and scores them by all rewards.
+        objective: the objective of the update, with the initial weight of the KL.
+        plan: makes the sampling plan of an iteration from its window.
+        noise: makes the noise of a rollout from its prompts and iteration.
+        score_stream: starts a thread that scores images by the trained rewards.
     """
 
-    process: Process
     windows: WindowSchedule
     batches: PromptBatches
     policy: Policy
@@ -74,7 +72,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts that are trained on, and those of every validation."""
+    """The prompts of training and of validation."""
 
     training: list[str]
     validation: list[str]
@@ -95,11 +93,11 @@ def assemble(
     stored: Text | None,
     progress: Callable[[str], None],
 ) -> Parts:
-    """Loads the rewards and the model, and makes everything that depends on them.
+    """Loads the rewards and the model, and builds the parts that depend on them.
 
     Args:
-        stored: stored embeddings; None to load text encoders.
-        progress: called with the name of each stage as it begins.
+        stored: stored embeddings; None loads the text encoders.
+        progress: called with the name of each stage when it begins.
     """
     progress("loading the rewards")
     rewards = make_rewards(config, reward_device(config, process.device))
@@ -111,7 +109,6 @@ def assemble(
     engine = make_engine(config, process, policy)
     reference = make_reference(policy, engine, untrained) if config.update.kl > 0 else None
     return Parts(
-        process=process,
         windows=windows,
         batches=PromptBatches(
             prompts.training,
@@ -142,7 +139,7 @@ def assemble(
 def make_policy(
     config: Config, device: torch.device, stored: Text | None = None, world_size: int = 1
 ) -> Policy:
-    """The model of the wanted family, loaded; ``stored`` embeddings replace its text encoders.
+    """Loads the policy of the configured family; ``stored`` embeddings replace its text encoders.
 
     What an engine of several processes will shard is not loaded: none of them ever holds it all.
 
@@ -157,14 +154,14 @@ def make_policy(
 
 
 def engine_kind(config: Config, world_size: int) -> str:
-    """single, ddp, fsdp or deepspeed."""
+    """The engine that is used: single, ddp, fsdp or deepspeed."""
     if world_size == 1:
         return "single"
     return "ddp" if config.engine.kind == "auto" else config.engine.kind
 
 
 def make_engine(config: Config, process: Process, policy: Policy) -> Engine:
-    """What trains the policy's network."""
+    """The engine, which holds the policy's network from now on."""
     kind = engine_kind(config, process.world_size)
     optimizer = partial(make_optimizer, config)
     network = network_of(policy, policy.module)
@@ -176,19 +173,20 @@ def make_engine(config: Config, process: Process, policy: Policy) -> Engine:
 
 
 def network_of(policy: Policy, module: torch.nn.Module) -> Network:
-    """The policy's network, or a copy of it, as engines take it."""
+    """Describes the policy's network, or a copy of it, to an engine."""
     return Network(module, policy.blocks(module), policy.compute_dtype, policy.stored)
 
 
 def make_reference(policy: Policy, engine: Engine, untrained: torch.nn.Module | None) -> Velocity:
-    """The velocity of the untrained model, of which ``untrained`` is the copy, if there is one."""
+    """The velocity of the reference policy: of the copy ``untrained`` or, if that is None, of the
+    trained network with its adapters switched off."""
     if untrained is None:
         return policy.without_adapters(engine.module)
     return policy.velocity(engine.place(network_of(policy, untrained)))
 
 
 def make_ema(config: Config, engine: Engine) -> Ema | None:
-    """The average of the trained weights, if one is kept."""
+    """The moving average of the trained weights; None if none is kept."""
     if not config.ema.decay:
         return None
     on_cpu = config.ema.placement == "cpu"
@@ -196,7 +194,7 @@ def make_ema(config: Config, engine: Engine) -> Ema | None:
 
 
 def make_stored_text(config: Config, prompts: list[str], device: torch.device) -> Text | None:
-    """The stored embeddings, checked to hold these prompts; None if prompts are encoded online.
+    """Opens the stored embeddings of these prompts; None if prompts are encoded online.
 
     Raises:
         FileNotFoundError, ValueError: see ``open_stored``.
@@ -208,7 +206,7 @@ def make_stored_text(config: Config, prompts: list[str], device: torch.device) -
 
 
 def make_windows(config: Config) -> WindowSchedule:
-    """The window of every iteration. Raises ValueError if it does not fit the steps."""
+    """The window schedule. Raises ValueError if a window does not fit into the steps."""
     knobs = asdict(config.window)
     if knobs["envelope"] is not None:
         knobs["envelope"] = tuple(knobs["envelope"])
@@ -218,7 +216,7 @@ def make_windows(config: Config) -> WindowSchedule:
 
 
 def make_plan(config: Config, window: Window) -> SamplingPlan:
-    """The sampling of an iteration whose window is ``window``."""
+    """The sampling plan of an iteration whose window is ``window``."""
     sampling, prefix, tail = config.sampling, config.prefix, config.tail
     sigmas = flash_sigmas(sampling.steps, shift_for(config), window, tail.ratio, prefix.ratio)
     start = compressed_steps(window.start, prefix.ratio)
@@ -232,13 +230,13 @@ def make_plan(config: Config, window: Window) -> SamplingPlan:
 
 
 def shift_for(config: Config) -> float:
-    """The time shift; where the knob is 0, FLUX's own for the picture's size."""
+    """The time shift; if the knob is 0, FLUX's own, which depends on the image size."""
     tokens = (config.model.height // 16) * (config.model.width // 16)
     return config.sampling.shift or dynamic_shift(tokens)
 
 
 def make_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
-    """Every reward of the recipe by its name, held-out ones included."""
+    """Loads every reward of the recipe, including held-out ones; returns them by name."""
     rewards = {}
     for name, knobs in config.rewards.items():
         given = {key: getattr(knobs, key) for key in ("model", "checkpoint")}
@@ -254,7 +252,7 @@ def make_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
 def reward_device(
     config: Config, device: torch.device, while_scoring: bool = False
 ) -> torch.device:
-    """Where the reward models are: with placement offload, on the device only to score."""
+    """The device of the reward models; with placement offload it differs while they score."""
     away = {"cpu"} if while_scoring else {"cpu", "offload"}
     return torch.device("cpu") if config.scoring.placement in away else device
 
@@ -262,7 +260,7 @@ def reward_device(
 def make_optimizer(
     config: Config, parameters: list[torch.nn.Parameter]
 ) -> tuple[Optimizer, LRScheduler]:
-    """AdamW, torch's own where it can be, and its linear warm-up."""
+    """AdamW, torch's own if the knobs allow it, and its linear warm-up."""
     knobs = config.update
     betas = (knobs.betas[0], knobs.betas[1])
     optimizer: Optimizer
@@ -290,7 +288,7 @@ def make_noise(
     prompts: PromptBatch,
     iteration: int,
 ) -> Noise:
-    """The noise of an iteration's rollout, for latents of this shape (S, C)."""
+    """The noise of an iteration's rollout, for latents of shape (S, C)."""
     return Noise(
         seed=config.run.seed,
         iteration=iteration,
@@ -303,7 +301,7 @@ def make_noise(
 
 
 def make_objective(config: Config, reference: Velocity | None) -> Objective:
-    """What the update optimises."""
+    """The objective of the update."""
     return Objective(
         transition=make_transition(config.sampling.transition, config.sampling.eta),
         log_ratio=make_log_ratio(config.sampling.log_ratio),

@@ -10,15 +10,15 @@ from typing import Any
 def hacking_warning(
     history: Sequence[Mapping[str, Any]], weights: Mapping[str, float], patience: int
 ) -> str | None:
-    """What to tell the user of the newest validations; None if they give no reason.
+    """The warning that the newest validations give reason for; None if they give none.
 
-    A reason is a held-out reward that fell in each of the last ``patience`` validations, while
-    trained rewards with more than half of the weight rose over them.
+    The reason is a held-out reward that fell in each of the last ``patience`` validations, while
+    trained rewards with more than half of the total weight rose over the same validations.
 
     Args:
-        history: a run's records, oldest first, as ``metrics.jsonl`` holds them.
-        weights: weight of every reward; 0 for the held-out ones.
-        patience: validations in a row; 0 never warns.
+        history: the records of a run's ``metrics.jsonl``, oldest first.
+        weights: weight of every reward; 0 for held-out rewards.
+        patience: number of consecutive validations; 0 never warns.
     """
     validations = [r for r in history if any(f"validation/{name}" in r for name in weights)]
     if not patience or len(validations) <= patience:
@@ -33,7 +33,7 @@ def hacking_warning(
     return (
         f"the trained rewards rose over the last {patience} validations, but held-out ones fell "
         f"in each of them ({told}): this may be reward hacking. Remedies: stop early and use an "
-        "older checkpoint, or hybrid inference (the base model for the last steps)"
+        "older checkpoint, or use hybrid inference (the base model for the last steps)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of samples, before and after side by side, curves."""
+"""Images of a run: grids of samples, images before and after training, curves."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One picture [3, H, W] uint8."""
+    """Converts an image [3, H, W] uint8 to PIL."""
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
 def save_pictures(images: Tensor, folder: Path) -> None:
-    """Writes pictures [N, 3, H, W] uint8 as ``000.png``, ``001.png``, ..."""
+    """Writes images [N, 3, H, W] uint8 as ``000.png``, ``001.png``, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         to_pil(image).save(folder / f"{index:03d}.png")
 
 
 def save_scores(prompts: Sequence[str], scores: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes ``scores.json`` beside pictures: their n prompts, and each reward's n scores.
+    """Writes ``scores.json`` beside the images: their n prompts, and n scores of each reward.
 
     A score that is no number is null.
     """
@@ -47,7 +47,7 @@ def save_scores(prompts: Sequence[str], scores: Mapping[str, Tensor], folder: Pa
 def before_after(
     before: Tensor, after: Tensor, prompts: Sequence[str], path: Path, columns: int = 4
 ) -> None:
-    """A grid of pairs, the base model's picture left, the trained one's right, prompts above."""
+    """A grid of pairs: left the base model's image, right the trained model's, above the prompt."""
     figure_class = _figure_class()
     rows = -(-len(prompts) // columns)
     figure = figure_class(figsize=(3.4 * columns, 2.25 * rows), layout="constrained")
@@ -64,7 +64,7 @@ def before_after(
 
 
 def reward_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """Training rewards by iteration and validation scores, a panel for each name.
+    """Plots training rewards and validation scores by iteration, one panel per name.
 
     Args:
         history: the records of ``metrics.jsonl``; those without a quantity are skipped over.

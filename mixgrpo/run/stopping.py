@@ -1,4 +1,4 @@
-"""Stopping a run from outside: signals that ask for a checkpoint and an end."""
+"""Stopping a run from outside: signals request a checkpoint and an exit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class TrainingStopped(RuntimeError):
-    """Training ended early, with a resumable checkpoint behind; the message says why."""
+    """Training ended early and left a checkpoint to resume from; the message gives the reason."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -18,23 +18,23 @@ class TrainingStopped(RuntimeError):
 
 
 class SamplingStopped(Exception):
-    """A signal came while pictures were being sampled; the weights are whole."""
+    """A signal arrived while images were being sampled; the weights are those of an iteration."""
 
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C has asked for an end, and which of them."""
+    """Whether SIGTERM or SIGINT (Ctrl-C) has requested a stop, and which of them."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     @contextlib.contextmanager
     def from_signals(self) -> Iterator[None]:
-        """Inside, a signal is a request; a later one raises KeyboardInterrupt at once."""
+        """Context in which a signal is a request; a second one raises KeyboardInterrupt."""
         asked_at = 0.0
 
         def ask(number: int, frame: FrameType | None) -> None:
             nonlocal asked_at
-            # A terminal and torchrun both pass on one Ctrl-C, so the same moment counts once.
+            # One Ctrl-C arrives twice, from the terminal and from torchrun; it counts once.
             if self.signal is not None and monotonic() - asked_at > 2:
                 raise KeyboardInterrupt
             self.signal, asked_at = number, monotonic()

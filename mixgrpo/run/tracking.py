@@ -1,4 +1,4 @@
-"""What a run tells: the progress bar, ``metrics.jsonl``, wandb, TensorBoard."""
+"""What a run reports: the progress bar, ``metrics.jsonl``, wandb, TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from tqdm import tqdm
 
 from mixgrpo.config import Config, flatten
 
-WANDB_PATIENCE = 60  # seconds, for its server to answer
+WANDB_PATIENCE = 60  # seconds to wait for the server of wandb
 
 
 class Phases:
-    """Seconds spent in each named phase since the last ``take``, without the phases inside it."""
+    """Seconds spent in each named phase since the last ``take``, excluding phases nested in it."""
 
     def __init__(
         self, device: torch.device, progress: Callable[[str], None] = lambda name: None
     ) -> None:
         """
         Args:
-            progress: called with a phase's name when it begins, and when one inside it ends.
+            progress: called with the name of a phase when it begins and when a nested one ends.
         """
         self.device = device
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self._name = "between phases"
-        self._inside = 0.0  # seconds of the phases that ended inside the present one
+        self._inside = 0.0  # seconds of the phases that were nested in the present one
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -47,7 +47,7 @@ class Phases:
         self.progress(name)
         start = perf_counter()
         yield
-        if self.device.type == "cuda":  # once per phase, so that its kernels are counted in it
+        if self.device.type == "cuda":  # so that kernels count in the phase that launched them
             torch.cuda.current_stream(self.device).synchronize()
         seconds = perf_counter() - start
         self.add(name, seconds - self._inside)
@@ -56,7 +56,7 @@ class Phases:
         self.progress(outer_name)
 
     def add(self, name: str, seconds: float) -> None:
-        """Counts seconds that were measured elsewhere."""
+        """Adds seconds that were measured elsewhere."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
@@ -65,7 +65,7 @@ class Phases:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's ``metrics.jsonl``, a half-written last line left out."""
+    """The records of a run's ``metrics.jsonl``, without a last line that is incomplete."""
     records = []
     path = folder / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -77,12 +77,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_validation(record: dict[str, Any]) -> bool:
-    """Whether a record is a validation's."""
+    """Whether a record is that of a validation."""
     return any(key.startswith("validation/") for key in record)
 
 
 class Tracker:
-    """Writes from rank 0; on other ranks every method does nothing."""
+    """Reports from rank 0; on other ranks every method does nothing."""
 
     def __init__(self, config: Config, folder: Path, first_iteration: int, active: bool) -> None:
         self.active = active
@@ -107,7 +107,7 @@ class Tracker:
             self.tensorboard = _start_tensorboard(config, folder, first_iteration)
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Records metrics under the number of iterations done; NaN is written as null."""
+        """Logs metrics under the number of iterations done; NaN is written as null."""
         if not self.active:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
@@ -115,7 +115,7 @@ class Tracker:
             self.file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
         except OSError as error:
             raise OSError(
-                f"{self.file.name} could not be written ({error.strerror}); free some disk space, "
+                f"cannot write {self.file.name} ({error.strerror}); free some disk space, "
                 "then continue from the newest checkpoint with --run.resume true"
             ) from error
         known = {k: v for k, v in finite.items() if v is not None}
@@ -126,13 +126,13 @@ class Tracker:
             self.tensorboard.flush()
 
     def advance(self, summary: str) -> None:
-        """Moves the progress bar by one iteration."""
+        """Advances the progress bar by one iteration."""
         if self.active:
             self.bar.set_postfix_str(summary, refresh=False)
             self.bar.update()
 
     def pictures(self, iteration: int, images: Tensor, captions: Sequence[str]) -> None:
-        """Sends pictures [N, 3, H, W] uint8 to wandb and TensorBoard."""
+        """Logs images [N, 3, H, W] uint8 to wandb and TensorBoard."""
         if self.tensorboard:
             for place, image in enumerate(images.cpu()):
                 self.tensorboard.add_image(f"pictures/{place:03d}", image, iteration)
@@ -152,7 +152,7 @@ class Tracker:
             tqdm.write(text)
 
     def warn(self, title: str, text: str) -> None:
-        """Prints a warning, and raises an alert in wandb."""
+        """Prints a warning, and sends it to wandb as an alert."""
         self.say(f"warning: {text}")
         if self.wandb:
             self.wandb.alert(title=title, text=text)
@@ -160,7 +160,7 @@ class Tracker:
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            with contextlib.suppress(OSError):  # what was not written has been told of
+            with contextlib.suppress(OSError):  # ``log`` has reported what was not written
                 self.file.close()
             if self.wandb:
                 self.wandb.finish()
@@ -169,9 +169,9 @@ class Tracker:
 
 
 def _keep_records(path: Path, done: int, total: int) -> None:
-    """Drops the records of what a run that continues after ``done`` iterations does again.
+    """Drops the records that a run which continues after ``done`` iterations will write again.
 
-    Those are the later iterations, and the validation at the run's beginning or end.
+    These are those of later iterations, and of the validation at the start or end of the run.
     """
 
     def is_kept(record: dict[str, Any]) -> bool:
@@ -182,11 +182,11 @@ def _keep_records(path: Path, done: int, total: int) -> None:
     kept = [record for record in read_metrics(path.parent) if is_kept(record)]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    partial.replace(path)  # a full disk must not cost the old records
+    partial.replace(path)  # even on a full disk, the old records are kept
 
 
 def _keep_pictures(folder: Path, done: int) -> None:
-    """Removes those of validations that a run which continues after ``done`` iterations redoes."""
+    """Removes the images of validations that a run continuing after ``done`` iterations repeats."""
     for place in folder.glob("iteration_*"):
         number = place.name.removeprefix("iteration_")
         if number.isdecimal() and (int(number) > done or done == 0):
@@ -194,10 +194,10 @@ def _keep_pictures(folder: Path, done: int) -> None:
 
 
 def _start_tensorboard(config: Config, folder: Path, done: int) -> Any:
-    """A writer into ``folder/tensorboard`` that voids what is there of iterations done again.
+    """A writer to ``folder/tensorboard`` that purges events of iterations that will be repeated.
 
-    Of what it voids, the records that were kept are written once more: those of the iteration
-    ``done`` where its validation is repeated, and all where nothing was written before.
+    Records that were kept but whose events are purged or missing are written again: those of the
+    iteration ``done`` if its validation is repeated, and all if nothing was written before.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -227,7 +227,7 @@ def _start_wandb(config: Config, folder: Path) -> Any:
         return None
     import wandb
 
-    # The identifier is kept in the run's folder, so that a resumed run continues its curves.
+    # The id is stored in the run's folder, so that a resumed run continues the same curves.
     marker = folder / "wandb_id"
     if not marker.exists():
         marker.write_text(uuid.uuid4().hex[:12])
@@ -245,6 +245,6 @@ def _start_wandb(config: Config, folder: Path) -> Any:
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"wandb cannot be started ({reason}); set WANDB_API_KEY to a key that is valid, or "
-            "--log.wandb offline or disabled"
+            f"wandb cannot be started ({reason}); set WANDB_API_KEY to a valid key, or set "
+            "--log.wandb to offline or disabled"
         ) from error

@@ -28,11 +28,11 @@ from mixgrpo.types import Velocity
 
 @dataclass(frozen=True)
 class Validation:
-    """Means over all validation prompts, and the first few pictures.
+    """Mean scores over all validation prompts, and the first few images.
 
     Attributes:
-        means: reward name -> mean score over the prompts that could be scored.
-        failed: reward name -> number of prompts that could not.
+        means: reward name -> mean score over the prompts that were scored.
+        failed: reward name -> number of prompts that could not be scored.
         pictures: [n, 3, H, W] uint8.
         prompts: their n prompts.
         scores: reward name -> [n] their scores.
@@ -45,16 +45,16 @@ class Validation:
     scores: dict[str, Tensor]
 
     def save_pictures(self, folder: Path) -> None:
-        """Writes the pictures as PNG files, and ``scores.json`` beside them."""
+        """Writes the images as PNG files, and their scores to ``scores.json`` beside them."""
         save_pictures(self.pictures, folder)
         save_scores(self.prompts, self.scores, folder)
 
 
 class Validator:
-    """Samples and scores the validation prompts, a consecutive part of them on each process.
+    """Samples and scores the validation prompts; each process takes consecutive ones.
 
-    Noise depends on the prompt's place in the file alone, so that neither the number of processes
-    nor the iteration changes it.
+    The noise depends only on the prompt's position in the file, so that it changes neither with the
+    number of processes nor with the iteration.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class Validator:
         """Samples and scores.
 
         Args:
-            is_stopped: asked before every batch, on all processes together.
+            is_stopped: called before every batch, on all processes together.
 
         Raises:
-            SamplingStopped: it said so.
+            SamplingStopped: ``is_stopped`` returned True.
         """
-        # Every process takes equally many, so that gathering works; the last ones repeat the end.
+        # Gathering needs equally many on every process, so the last processes repeat the last one.
         count, total = -(-len(self.prompts) // engine.world_size), len(self.prompts)
         places = [min(engine.rank * count + i, total - 1) for i in range(count)]
         images, scores = self._score(engine, velocity, places, is_stopped)
@@ -104,7 +104,7 @@ class Validator:
         places: list[int],
         is_stopped: Callable[[], bool],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pictures [n, 3, H, W] uint8 and scores [n] of the prompts at these places."""
+        """Images [n, 3, H, W] uint8 and scores [n] of the prompts at these positions."""
         size = self.config.sampling.decode_batch
         pictures, scores = [], []
         for start in range(0, len(places), size):

@@ -1,4 +1,4 @@
-"""Where every process of a run hangs, told once one of them makes no progress."""
+"""Reports where every process of a run hangs, once one of them makes no progress."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ import torch.distributed as dist
 
 from mixgrpo.engines.distributed import Process
 
-PERIOD = 2.0  # seconds between looks
-TELLING = 5.0  # seconds for the other processes to tell where they are
+PERIOD = 2.0  # seconds between checks
+TELLING = 5.0  # seconds for the other processes to report where they are
 _KEY = "mixgrpo/stalled"
 
 
 class Watchdog:
-    """Ends a process that makes no progress, after every process has told where it is.
+    """Ends a process that makes no progress, after every process has reported where it is.
 
-    A process that waits for another in a collective operation hangs no less than the one that it
-    waits for. So the first whose patience is over tells all others through torchrun's store, and
-    each prints the stacks of all its threads and exits.
+    A process that waits for another one in a collective operation hangs just as that one does.
+    Therefore the first process that runs out of patience notifies all others through torchrun's
+    store, and each of them prints the stacks of all its threads and exits.
     """
 
     def __init__(self, patience: float, process: Process) -> None:
         """
         Args:
-            patience: seconds without progress; 0 for no end of it.
+            patience: seconds without progress; 0 waits forever.
         """
         self.patience = patience
         self.process = process
@@ -41,7 +41,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def progress(self, place: str) -> None:
-        """Notes that the process has come to another place."""
+        """Records that the process has reached another place."""
         self._place, self._since = place, monotonic()
 
     def __enter__(self) -> Watchdog:
@@ -72,16 +72,16 @@ class Watchdog:
         rank, seconds = self.process.rank, monotonic() - self._since
         sys.stderr.write(
             f"error (rank {rank}): {why}; this process has been in phase {self._place!r} for "
-            f"{seconds:.0f} s, its threads at\n{_indented(stacks())}\n"
+            f"{seconds:.0f} s; its threads are at\n{_indented(stacks())}\n"
         )
         sys.stderr.flush()
         if self.process.world_size > 1:
             threading.Event().wait(TELLING)
-        os._exit(1)  # a thread that hangs would keep any other exit waiting
+        os._exit(1)  # any other way to exit would wait for the thread that hangs
 
 
 def stacks() -> str:
-    """Where every thread of this process is, the innermost call first."""
+    """The stack of every thread of this process, the innermost call first."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -93,7 +93,7 @@ def _indented(text: str) -> str:
 
 
 def _store(process: Process) -> dist.Store | None:
-    """A connection of its own to torchrun's store: that of the process group may be waiting."""
+    """A separate connection to torchrun's store, because that of the process group may block."""
     if process.world_size == 1:
         return None
     try:
@@ -104,7 +104,7 @@ def _store(process: Process) -> dist.Store | None:
             wait_for_workers=False,
             timeout=timedelta(seconds=60),
         )
-    except (RuntimeError, KeyError):  # started by something else than torchrun
+    except (RuntimeError, KeyError):  # not started by torchrun
         return None
 
 
