@@ -20,6 +20,10 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 # What a test starts imports some ten thousand files: it compiles them once, not every time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# How sums are rounded depends on the number of threads. Fixtures count on this one, tests that
+# change it are followed by ``_same_numbers``.
+torch.set_num_threads(1)
+
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -46,8 +50,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
-    """What a test draws without a seed of its own is the same whichever tests ran before it."""
+def _same_numbers() -> None:
+    """What a test computes does not depend on the tests before it: neither what it draws without a
+    seed of its own, nor how sums are rounded, which the number of threads decides."""
+    torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
