@@ -175,7 +175,10 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_what_loads_no_model_does_not_wait_for_diffusers() -> None:
-    look = "import mixgrpo.planning.coverage_report, sys; print('diffusers' in sys.modules)"
+    look = (
+        "import mixgrpo.planning.coverage_report, mixgrpo.commands.plan, mixgrpo.planning.memory, "
+        "sys; print('diffusers' in sys.modules)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", look], cwd=PACKAGE.parent, check=True, capture_output=True, text=True
     )

@@ -9,7 +9,6 @@ import torch
 
 from mixgrpo.config import Config
 from mixgrpo.files.weight_files import read_shapes
-from mixgrpo.models.flux import LORA_TARGETS
 from mixgrpo.planning.device_memory import DeviceMemory, device_memory
 from mixgrpo.planning.spread import spread_of
 
@@ -40,6 +39,8 @@ def trained_weights(config: Config) -> int:
     folder, model = Path(config.model.path), config.model
     if model.train == "full":
         return count_parameters(folder, "transformer")
+    from mixgrpo.models.flux import LORA_TARGETS  # imports diffusers, which takes seconds
+
     shapes = read_shapes(folder.glob("transformer/*.safetensors"))
     layers = re.compile(LORA_TARGETS[model.lora_targets] + r"\.weight")
     return sum(
