@@ -4,17 +4,20 @@
 #   bash env_setup.sh
 #
 # Run again, it does only what changed; with nothing changed it takes a second.
+# It installs with uv, or with pip if uv cannot be installed or fails.
 # Environment variables, both remembered by the .venv they made:
-#   PYTHON           the Python 3.11 or 3.12 to use; else the first on PATH that works
+#   PYTHON           the Python 3.11, 3.12 or 3.13 to use; else the first on PATH that works
 #   TORCH_INDEX_URL  the index to take torch and torchvision from, for another CUDA build;
-#                    set to nothing to go back to pip's own index
+#                    set it to nothing to go back to pip's own index
 set -euo pipefail
 
-NEEDED_GB=10 # .venv 5.7, downloads while they are being unpacked 1.3, pip's cache of them 2.7
+INSTALLER=uv==0.13.8 # not in requirements.txt: mixgrpo does not need it, and installs without it
+NEEDED_GB=10         # with pip: .venv 5.7, unpacking downloads 1.3, its cache 2.7; uv needs less
 
 [[ ${PYTHON:-} == [!/]*/* ]] && PYTHON=$PWD/$PYTHON
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
-unset PYTHONPATH PYTHONHOME
+uv_cache=${UV_CACHE_DIR:-}
+unset PYTHONPATH PYTHONHOME "${!UV_@}" # uv's own settings may be meant for another project
 
 root=$PWD
 venv=$root/.venv
@@ -32,13 +35,13 @@ die() {
 
 version_of() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
 
-is_supported() { [[ $1 == 3.11.* || $1 == 3.12.* ]]; }
+is_supported() { [[ $1 == 3.1[123].* ]]; }
 
 candidates() {
     if [ -n "${PYTHON:-}" ]; then
         printf '%s\n' "$PYTHON"
     else
-        type -aP python3.11 python3.12 python3 python || true
+        type -aP python3.11 python3.12 python3.13 python3 python || true
     fi
 }
 
@@ -62,9 +65,9 @@ find_python() {
         version=$(version_of "$without_venv")
         die "$without_venv has no venv module: install it" \
             "(Debian, Ubuntu: apt install python${version%.*}-venv)" \
-            "or set PYTHON to another Python 3.11 or 3.12."
+            "or set PYTHON to another Python 3.11, 3.12 or 3.13."
     fi
-    die "mixgrpo needs Python 3.11 or 3.12, and found ${found:-no Python at all}:" \
+    die "mixgrpo needs Python 3.11, 3.12 or 3.13, and found ${found:-no Python at all}:" \
         "install one (Debian, Ubuntu: apt install python3.11 python3.11-venv)" \
         "or set PYTHON to its path, as in PYTHON=/opt/python3.11/bin/python3 bash env_setup.sh."
 }
@@ -85,7 +88,7 @@ check_disk() {
     local free_kb
     free_kb=$(df -Pk "$venv/" | awk 'NR == 2 { print $4 }')
     [ "$free_kb" -ge $((NEEDED_GB * 1024 * 1024)) ] ||
-        die "$venv has $((free_kb / 1024 / 1024)) GB of disk left and needs $NEEDED_GB GB:" \
+        die "$venv needs $NEEDED_GB GB of disk space, and $((free_kb / 1024 / 1024)) GB are free:" \
             "free some space, put the repository on a larger disk, or make .venv a link to one."
 }
 
@@ -100,34 +103,109 @@ make_venv() {
             "repair that Python or set PYTHON to another."
 }
 
-# What pip is at, every half minute. Kept off the lock and off the pipe our output may go to.
+# Prints the log's latest step every half minute. It holds neither the lock nor our output's pipe.
 tick() {
     while sleep 30 >/dev/null 2>&1; do
-        say "  $(grep -E '^ *(Collecting|Downloading|Building|Installing)' "$log" | tail -n 1 |
-            sed -E 's/^ +//; s#(https?|file)://.*/##; s/(collected packages):.*/\1/' | cut -c 1-80)"
+        say "  $(grep -E '^ *(Collecting|Download|Buil[dt]|Install|Resolved|Prepared)' "$log" |
+            tail -n 1 | sed -E 's/^ +//; s#(https?|file)://.*/##; s/(collected packages):.*/\1/' |
+            cut -c 1-80)"
     done 9>&-
 }
 
-# pip_install WHAT ARGUMENT...: everything pip says goes to the log, the end of it here if it fails.
-pip_install() {
-    local what=$1 start status=0
+with_pip() {
+    printf '\n$ pip install %s\n' "$*" >>"$log"
+    pip_starts=$(($(wc -l <"$log") + 1))
+    "$venv/bin/python" -m pip install --no-input --disable-pip-version-check \
+        --progress-bar off "$@" >>"$log" 2>&1 </dev/null
+}
+
+with_uv() {
+    printf '\n$ uv pip install %s\n' "$*" >>"$log"
+    "$venv/bin/uv" pip install --python "$venv/bin/python" --color never "$@" \
+        >>"$log" 2>&1 </dev/null
+}
+
+# install_step WHAT ARGUMENT...: the installer's output goes to the log. If uv fails, pip repeats the
+# step and does the rest: the fault may be uv's alone. If pip fails too, only its error is shown.
+install_step() {
+    local what=$1 status=0
     shift
     say "installing $what"
-    printf '\n$ pip install %s\n' "$*" >>"$log"
-    start=$(wc -l <"$log")
     tick &
     ticker=$!
-    # DeepSpeed is built without its compiled operations; it asks for an accelerator even so.
-    # Downloads are unpacked inside .venv: /tmp may be small.
-    env DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PIP_USER=0 TMPDIR="$venv/tmp" \
-        "$venv/bin/python" -m pip install --no-input --disable-pip-version-check \
-        --progress-bar off "$@" >>"$log" 2>&1 </dev/null || status=$?
+    if [ $use_uv = no ] || ! with_uv "$@"; then
+        [ $use_uv = no ] || say "  uv failed ($log says why): using pip instead"
+        use_uv=no
+        with_pip "$@" || status=$?
+    fi
     kill "$ticker" 2>/dev/null || true
     [ "$status" -eq 0 ] && return
     write_stamp failed
-    tail -n "+$((start + 1))" "$log" | grep -v -E '^ *(WARNING.*)?$' | tail -n 12 >&2 || true
-    die "installing $what failed in \`pip install $*\` (above, its last lines; all of them in $log):" \
-        "mend what they name (the network, a proxy, the disk) and run env_setup.sh again."
+    tail -n "+$pip_starts" "$log" | grep -v -E '^ *(WARNING.*)?$' | tail -n 12 >&2 || true
+    die "\`pip install $*\` failed (above, the end of its output; $log has all of it):" \
+        "fix what it names (the network, a proxy, the disk) and run env_setup.sh again."
+}
+
+# pip's settings (from its files and PIP_ variables), NAME=VALUE a line; of two, the last counts.
+pip_settings() {
+    "$venv/bin/python" -m pip config list 2>>"$log" |
+        sed -n -E "s/^global\./1/p; s/^install\./2/p; s/^:env:\./3/p" | sort |
+        sed -E "s/^.//; s/=['\"](.*)['\"]$/=\1/; s/\\\\n/ /g"
+}
+
+# Passes pip's settings on to uv, which does not read them. Fails if uv cannot follow one.
+follow_pip_settings() {
+    local setting value
+    while IFS= read -r setting; do
+        value=${setting#*=}
+        case ${setting%%=*} in
+            index-url) export UV_INDEX_URL=$value ;;
+            extra-index-url) export UV_EXTRA_INDEX_URL=$value ;;
+            find-links) export UV_FIND_LINKS=${value// /,} ;;
+            constraint) export UV_CONSTRAINT=$value ;;
+            trusted-host) export UV_INSECURE_HOST=$value ;;
+            timeout | default-timeout) export UV_HTTP_TIMEOUT=$value ;;
+            proxy) export HTTP_PROXY=$value HTTPS_PROXY=$value ;;
+            cert) export SSL_CERT_FILE=$value ;;
+            no-cache-dir) uv_cache=$venv/tmp/uv ;; # for this run only
+            # These do not change what is installed, or from where.
+            cache-dir | retries | prefer-binary | no-compile | no-input | quiet | verbose) ;;
+            log | progress-bar | no-color | root-user-action | user | break-system-packages) ;;
+            require-virtualenv | disable-pip-version-check | no-python-version-warning) ;;
+            *)
+                say "uv cannot follow pip's setting ${setting%%=*}: using pip instead"
+                return 1
+                ;;
+        esac
+    done < <(pip_settings)
+    export UV_INDEX_STRATEGY=unsafe-best-match # pip, too, looks in every index
+}
+
+# uv's own cache, if hard links between it and .venv work, so that it takes no disk of its own;
+# else a folder in .venv, for this run.
+find_uv_cache() {
+    local cache probe
+    cache=$("$venv/bin/uv" cache dir 2>>"$log") || cache=
+    probe=$cache/env_setup.probe
+    if { mkdir -p "$cache" && ln -f "$log" "$probe" && rm "$probe"; } 2>/dev/null; then
+        echo "$cache"
+    else
+        echo "$venv/tmp/uv"
+    fi
+}
+
+# Sets use_uv.
+find_uv() {
+    use_uv=no
+    follow_pip_settings || return 0
+    if ! with_pip --only-binary :all: "$INSTALLER" || ! "$venv/bin/uv" --version >>"$log" 2>&1; then
+        say "uv cannot be installed ($log says why): using pip instead"
+        return
+    fi
+    use_uv=yes
+    export UV_NO_CONFIG=1 UV_CACHE_DIR=${uv_cache:-$(find_uv_cache)}
+    # uv leaves compiling to the first import; with this set, imports would not save the result.
+    [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || export UV_COMPILE_BYTECODE=1
 }
 
 pins() { grep -E "^($1)==" requirements.txt; }
@@ -138,11 +216,16 @@ install() {
     mapfile -t torch < <(pins 'torch|torchvision')
     rm -rf "$venv/tmp"
     mkdir "$venv/tmp"
-    pip_install "the build tools" "${build_tools[@]}"
-    pip_install "torch and torchvision (the largest part)" \
+    # DeepSpeed is built without its compiled operations; it asks for an accelerator even so.
+    # Downloads are unpacked inside .venv: /tmp may be small.
+    export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PIP_USER=0 TMPDIR=$venv/tmp
+    use_uv=no
+    install_step "the build tools" "${build_tools[@]}"
+    find_uv
+    install_step "torch and torchvision (the largest part)" \
         ${torch_index:+--index-url "$torch_index"} "${torch[@]}"
-    pip_install "the other packages of requirements.txt" --no-build-isolation -r requirements.txt
-    pip_install "mixgrpo" --no-deps --no-build-isolation -e .
+    install_step "the other packages of requirements.txt" --no-build-isolation -r requirements.txt
+    install_step "mixgrpo" --no-deps --no-build-isolation -e .
     rm -rf "$venv/tmp"
 }
 
@@ -190,7 +273,7 @@ elif [ -n "$venv_version" ] && [ ! -e "$log" ]; then
     die "$venv was not made by this script: move it away or delete it, and run env_setup.sh again."
 else
     if [ -e "$venv" ]; then
-        say "making .venv again: it is half-made, moved, or of another Python or torch index"
+        say "rebuilding .venv: it is incomplete, was moved, or is for another Python or torch index"
     fi
     make_venv
 fi

@@ -139,10 +139,29 @@ def test_a_missing_package_is_an_error_with_its_remedy() -> None:
 # ---- environment
 
 
-def test_this_python_is_one_of_the_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_python_is_one_of_the_supported() -> None:
     assert only(environment.check_python(Config(), 0), "ok")
-    monkeypatch.setattr(environment, "PYTHONS", ((3, 9),))
-    assert only(environment.check_python(Config(), 0), "error").remedy == "bash env_setup.sh"
+
+
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [
+        ("3.10.4", "error"),
+        ("3.11.7", "ok"),
+        ("3.12.1", "ok"),
+        ("3.13.0", "ok"),
+        ("3.14.0", "error"),
+    ],
+)
+def test_python_3_11_to_3_13_are_supported(
+    monkeypatch: pytest.MonkeyPatch, version: str, level: str
+) -> None:
+    monkeypatch.setattr(environment.sys, "version_info", tuple(map(int, version.split("."))))
+    line = only(environment.check_python(Config(), 0), level)
+    assert f"Python {version}" in line.text
+    if level == "error":
+        assert line.text == f"Python {version}; 3.11, 3.12 or 3.13 is needed"
+        assert line.remedy == "bash env_setup.sh"
 
 
 PINS = "# why\ntorch==2.11.0\njsonargparse[signatures]==4.53.0\nruff==0.17.5  # tool\n"

@@ -1,6 +1,7 @@
 """env_setup.sh against a Python that only pretends to install, requirements.txt, and the scripts.
 
-No network, nothing installed: a fake interpreter on a PATH of its own writes down what it is asked.
+No network, nothing installed: a fake interpreter on a PATH of its own writes down what it is asked,
+and so does the fake uv that it "installs".
 """
 
 from __future__ import annotations
@@ -24,27 +25,58 @@ SHELL_SCRIPTS = sorted(
 PINNED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(\[[a-z,]+\])?==(?P<version>[0-9][^\s;*]*)")
 TOOLS = (
     *("awk", "bash", "cat", "chmod", "cksum", "cp", "cut", "df", "dirname", "env", "find", "flock"),
-    *("grep", "mkdir", "mv", "nproc", "readlink", "rm", "sed", "sleep", "tail", "wc"),
+    *("grep", "ln", "mkdir", "mv", "nproc", "readlink", "rm", "sed", "sleep", "sort", "tail", "wc"),
 )
 
-# What env_setup.sh asks of a Python. FAKE_BROKEN names a package that does not install,
+# What pip and uv do when asked to install. FAKE_BROKEN names a package that does not install,
 # FAKE_KILLED one during which the whole install is killed.
+FAKE_INSTALL = """#!/usr/bin/env bash
+case "$*" in
+    *"${FAKE_BROKEN:-nothing}"*)
+        echo "ERROR: No matching distribution found for $FAKE_BROKEN" >&2
+        exit 1
+        ;;
+    *"${FAKE_KILLED:-nothing}"*) kill -TERM $PPID ;;
+esac
+"""
+
+# What env_setup.sh asks of uv.
+FAKE_UV = """#!/usr/bin/env bash
+case "$*" in
+    --version) [ "$FAKE_UV" != does_not_run ] || exit 126 ;;
+    "cache dir") echo "$FAKE_CACHE" ;;
+    "pip install "*)
+        echo "uv $*" >>"$FAKE_CALLS"
+        env >"$FAKE_CALLS.uv"
+        if [ "$FAKE_UV" = fails ]; then
+            echo "error: uv's own" >&2
+            exit 2
+        fi
+        exec fake_install "$@"
+        ;;
+esac
+"""
+
+# What env_setup.sh asks of a Python.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *version_info*) echo {version} ;;
     *"import venv"*) exit {no_venv} ;;
     *_base_executable*) echo {path} ;;
     "-m venv "*) mkdir -p "$3/bin" && cp {path} "$3/bin/python" ;;
+    "-m pip config list") echo "$FAKE_PIP_SETTINGS" ;;
+    "-m pip install "*" uv=="*)
+        echo "$*" >>"$FAKE_CALLS"
+        if [ "$FAKE_UV" = missing ]; then
+            echo "ERROR: No matching distribution found for uv" >&2
+            exit 1
+        fi
+        cp "{programs}/fake_uv" "${{0%/*}}/uv"
+        ;;
     "-m pip install "*)
         echo "$*" >>"$FAKE_CALLS"
         echo "WARNING: Location 'nowhere' is ignored"
-        case "$*" in
-            *"${{FAKE_BROKEN:-nothing}}"*)
-                echo "ERROR: No matching distribution found for $FAKE_BROKEN" >&2
-                exit 1
-                ;;
-            *"${{FAKE_KILLED:-nothing}}"*) kill -TERM $PPID ;;
-        esac
+        exec fake_install "$@"
         ;;
 esac
 """
@@ -72,14 +104,21 @@ class Checkout:
 
     def python(self, name: str, version: str, has_venv: bool = True) -> Path:
         path = self.programs / name
-        fake = FAKE_PYTHON.format(version=version, path=path, no_venv=int(not has_venv))
+        fake = FAKE_PYTHON.format(
+            version=version, path=path, no_venv=int(not has_venv), programs=self.programs
+        )
         return self.program(name, fake)
 
     def setup(self, **environment: str) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
             ["bash", str(self.root / "env_setup.sh")],
             cwd="/",
-            env={"PATH": str(self.programs), "FAKE_CALLS": str(self.calls_file), **environment},
+            env={
+                "PATH": str(self.programs),
+                "FAKE_CALLS": str(self.calls_file),
+                "FAKE_CACHE": str(self.cache),
+                **environment,
+            },
             capture_output=True,
             text=True,
             timeout=60,
@@ -91,11 +130,21 @@ class Checkout:
         return result
 
     @property
+    def cache(self) -> Path:
+        """uv's own cache."""
+        return self.root.parent / "cache"
+
+    @property
     def calls_file(self) -> Path:
         return self.root / "calls"
 
+    def uv_environment(self) -> dict[str, str]:
+        """The variables that uv had in its last call."""
+        lines = self.calls_file.with_name("calls.uv").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
     def take_calls(self) -> list[str]:
-        """pip's calls since the last time this was asked."""
+        """pip's and uv's calls since the last time this was asked."""
         calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.unlink(missing_ok=True)
         return calls
@@ -113,6 +162,8 @@ def checkout(tmp_path: Path) -> Checkout:
         if found:
             (programs / tool).symlink_to(found)
     checkout = Checkout(root, programs)
+    checkout.program("fake_install", FAKE_INSTALL)
+    checkout.program("fake_uv", FAKE_UV)
     checkout.program("df", "#!/usr/bin/env bash\nprintf 'head\\ndisk 9 9 99000000 1%% /\\n'\n")
     return checkout
 
@@ -123,9 +174,10 @@ def fails(result: subprocess.CompletedProcess[str], *parts: str) -> None:
         assert part in result.stderr
 
 
-def succeeds(result: subprocess.CompletedProcess[str], part: str = "ready") -> None:
+def succeeds(result: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
-    assert part in result.stdout
+    for part in parts or ["ready"]:
+        assert part in result.stdout
     assert result.stderr == ""
 
 
@@ -141,7 +193,21 @@ def test_names_the_pythons_that_do_not_do(checkout: Checkout) -> None:
     checkout.program("python3.12", "#!/usr/bin/env bash\nexit 127\n")
     checkout.python("python3", "3.10.4")
     result = checkout.setup()
-    fails(result, "needs Python 3.11 or 3.12", "python3.12 (does not run)", "python3 (3.10.4)")
+    fails(
+        result,
+        "needs Python 3.11, 3.12 or 3.13, and",
+        "python3.12 (does not run)",
+        "python3 (3.10.4)",
+    )
+
+
+@pytest.mark.parametrize("version", ["3.11.7", "3.12.1", "3.13.0"])
+def test_every_supported_python(checkout: Checkout, version: str) -> None:
+    checkout.python(f"python{version.rpartition('.')[0]}", version)
+    succeeds(checkout.setup(), f"making .venv with Python {version} (", "ready")
+    succeeds(checkout.setup(), f"up to date (Python {version})")
+    requires = re.search('requires-python = "(.*)"', (ROOT / "pyproject.toml").read_text())
+    assert requires and requires[1] == ">=3.11,<3.14"
 
 
 def test_skips_a_shim_that_does_not_run(checkout: Checkout) -> None:
@@ -150,7 +216,7 @@ def test_skips_a_shim_that_does_not_run(checkout: Checkout) -> None:
     succeeds(checkout.setup())
 
 
-@pytest.mark.parametrize("version", ["2.7.18", "3.10.4", "3.13.0"])
+@pytest.mark.parametrize("version", ["2.7.18", "3.10.4", "3.14.0", "3.110.0"])
 def test_a_chosen_python_of_another_version(checkout: Checkout, version: str) -> None:
     checkout.python("python3.11", "3.11.7")
     chosen = checkout.python("chosen", version)
@@ -193,6 +259,23 @@ def test_a_package_that_cannot_be_installed(checkout: Checkout) -> None:
     assert "WARNING" in log.read_text()
 
 
+@pytest.mark.parametrize("uv", ["", "missing"])
+def test_a_broken_package_gives_one_error(checkout: Checkout, uv: str) -> None:
+    checkout.python("python3.11", "3.11.7")
+    result = checkout.setup(FAKE_BROKEN="torch==", FAKE_UV=uv)
+    fails(result, "ERROR: No matching distribution found for torch==", "`pip install torch==")
+    assert result.stderr.count("ERROR") == 1
+    assert len(result.stderr.splitlines()) == 2
+
+
+def test_a_broken_index_is_found_by_pip_before_uv(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    result = checkout.setup(FAKE_BROKEN="setuptools")
+    fails(result, "ERROR: No matching distribution found for setuptools", "`pip install setuptools")
+    assert len(checkout.take_calls()) == 1
+    assert "uv" not in result.stdout + result.stderr
+
+
 def test_goes_on_where_pip_failed(checkout: Checkout) -> None:
     checkout.python("python3.11", "3.11.7")
     checkout.setup(FAKE_BROKEN="requirements.txt")
@@ -210,7 +293,7 @@ def test_an_interrupted_install_is_made_again(checkout: Checkout) -> None:
     half_written.touch()
     result = checkout.setup()
     succeeds(result)
-    assert "half-made" in result.stdout
+    assert "incomplete" in result.stdout
     assert not half_written.exists()
 
 
@@ -237,12 +320,114 @@ def test_a_venv_of_somebody_else_is_left_alone(checkout: Checkout) -> None:
 def test_order_and_sources(checkout: Checkout) -> None:
     checkout.python("python3.11", "3.11.7")
     succeeds(checkout.setup(TORCH_INDEX_URL="file:///cu126"))
-    tools, torch, others, package = checkout.take_calls()
-    assert "setuptools==" in tools
-    assert re.search(r"--index-url file:///cu126 torch==\S+ torchvision==\S+$", torch)
-    assert others.endswith("--no-build-isolation -r requirements.txt")
-    assert package.endswith("--no-deps --no-build-isolation -e .")
-    assert "--index-url" not in tools + others + package
+    tools, uv, torch, others, package = checkout.take_calls()
+    assert re.fullmatch(r"-m pip install .* setuptools==[0-9.]+", tools)
+    assert re.fullmatch(r"-m pip install .* --only-binary :all: uv==[0-9.]+", uv)
+    install = f"uv pip install --python {checkout.venv}/bin/python --color never"
+    torches = r"--index-url file:///cu126 torch==[0-9.]+ torchvision==[0-9.]+"
+    assert re.fullmatch(f"{re.escape(install)} {torches}", torch)
+    assert others == f"{install} --no-build-isolation -r requirements.txt"
+    assert package == f"{install} --no-deps --no-build-isolation -e ."
+    assert not (checkout.venv / "tmp").exists()
+
+
+# How often uv is asked to install, and the line that says why pip does it.
+@pytest.mark.parametrize(
+    ("environment", "asked_uv", "line"),
+    [
+        ({"FAKE_UV": "missing"}, 0, "uv cannot be installed ({log} says why): using pip instead"),
+        ({"FAKE_UV": "does_not_run"}, 0, "uv cannot be installed ({log} says why)"),
+        ({"FAKE_UV": "fails"}, 1, "uv failed ({log} says why): using pip instead"),
+        (
+            {"FAKE_PIP_SETTINGS": "global.no-index='1'"},
+            0,
+            "uv cannot follow pip's setting no-index",
+        ),
+    ],
+)
+def test_without_uv_pip_does_it(
+    checkout: Checkout, environment: dict[str, str], asked_uv: int, line: str
+) -> None:
+    checkout.python("python3.11", "3.11.7")
+    result = checkout.setup(TORCH_INDEX_URL="file:///cu126", **environment)
+    log = checkout.venv / "install.log"
+    succeeds(result, line.format(log=log), "ready")
+    assert result.stdout.count("using pip instead") == 1
+    calls = checkout.take_calls()
+    assert sum(call.startswith("uv") for call in calls) == asked_uv
+    torch, others, package = (call for call in calls[-3:])
+    assert re.search(r"^-m pip .* --index-url file:///cu126 torch==\S+ torchvision==\S+$", torch)
+    assert re.search(r"^-m pip .* --no-build-isolation -r requirements.txt$", others)
+    assert re.search(r"^-m pip .* --no-deps --no-build-isolation -e \.$", package)
+    assert "--index-url" not in others + package
+    if asked_uv:
+        assert "error: uv's own" in log.read_text()
+    succeeds(checkout.setup(), "up to date")
+
+
+def test_uv_follows_pips_settings_and_no_others(checkout: Checkout) -> None:
+    checkout.python("python3.11", "3.11.7")
+    settings = [
+        ":env:.default-timeout='180'",
+        ":env:.extra-index-url='https://a/simple?x='",
+        ":env:.user='0'",
+        "freeze.all='1'",
+        "global.cert='/the certificates.pem'",
+        "global.constraint='/constraints.txt'",
+        "global.extra-index-url='https://b/simple'",
+        "global.find-links='\\n/wheels\\nhttps://c'",
+        "global.index-url='https://d/simple'",
+        "global.proxy='http://e:8080'",
+        "global.trusted-host='d c'",
+        "install.index-url='https://me:secret@f/simple'",
+    ]
+    result = checkout.setup(
+        FAKE_PIP_SETTINGS="\n".join(settings),
+        UV_INDEX="https://g",
+        UV_OVERRIDE="of another project",
+    )
+    succeeds(result)
+    assert "secret" not in result.stdout + (checkout.venv / "install.log").read_text()
+    given = checkout.uv_environment()
+    assert {name: given[name] for name in given if name.startswith("UV_")} == {
+        "UV_INDEX_URL": "https://me:secret@f/simple",
+        "UV_EXTRA_INDEX_URL": "https://a/simple?x=",
+        "UV_FIND_LINKS": ",/wheels,https://c",
+        "UV_CONSTRAINT": "/constraints.txt",
+        "UV_INSECURE_HOST": "d c",
+        "UV_HTTP_TIMEOUT": "180",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+        "UV_NO_CONFIG": "1",
+        "UV_CACHE_DIR": str(checkout.cache),
+    }
+    assert given["SSL_CERT_FILE"] == "/the certificates.pem"
+    assert given["HTTPS_PROXY"] == given["HTTP_PROXY"] == "http://e:8080"
+    assert given["TMPDIR"] == str(checkout.venv / "tmp")
+    assert (given["DS_BUILD_OPS"], given["DS_ACCELERATOR"]) == ("0", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("environment", "cache"),
+    [
+        ({}, "{root.parent}/cache"),
+        ({"UV_CACHE_DIR": "/elsewhere"}, "/elsewhere"),
+        ({"FAKE_CACHE": "/proc/no links from here"}, "{venv}/tmp/uv"),
+        ({"FAKE_PIP_SETTINGS": ":env:.no-cache-dir='off'"}, "{venv}/tmp/uv"),
+    ],
+)
+def test_cache_of_uv(checkout: Checkout, environment: dict[str, str], cache: str) -> None:
+    checkout.python("python3.11", "3.11.7")
+    succeeds(checkout.setup(**environment))
+    expected = cache.format(root=checkout.root, venv=checkout.venv)
+    assert checkout.uv_environment()["UV_CACHE_DIR"] == expected
+    assert not checkout.cache.exists() or not list(checkout.cache.iterdir())
+
+
+@pytest.mark.parametrize("value", ["", "1"])
+def test_uv_compiles_where_python_does_not(checkout: Checkout, value: str) -> None:
+    checkout.python("python3.11", "3.11.7")
+    succeeds(checkout.setup(PYTHONDONTWRITEBYTECODE=value))
+    assert checkout.uv_environment().get("UV_COMPILE_BYTECODE", "") == value
 
 
 def test_nothing_to_do(checkout: Checkout) -> None:

@@ -12,7 +12,7 @@ from mixgrpo.config import RECIPES, Config
 from mixgrpo.doctor.lines import SETUP, Line, error, ok, warning
 
 REQUIREMENTS = RECIPES.parent.parent / "requirements.txt"
-PYTHONS = ((3, 11), (3, 12))
+PYTHONS = ((3, 11), (3, 12), (3, 13))
 # Tools for developing the repository; no run needs them.
 _TOOLS = ("pytest", "pytest-xdist", "ruff", "mypy")
 
@@ -22,7 +22,7 @@ def check_python(config: Config, processes: int) -> Iterator[Line]:
     if tuple(sys.version_info[:2]) in PYTHONS:
         yield ok("python", f"Python {found} ({sys.executable})")
     else:
-        yield error("python", f"Python {found}; 3.11 or 3.12 is needed", SETUP)
+        yield error("python", f"Python {found}; 3.11, 3.12 or 3.13 is needed", SETUP)
 
 
 def check_packages(config: Config, processes: int) -> Iterator[Line]:
