@@ -221,7 +221,7 @@ class RewardConfig:
     """file with the weights"""
     options: dict[str, Any] = field(default_factory=dict)
     """further options of this kind: dtype; tokenizer or processor, if it is not in the model
-    folder; the README lists those of vlm and ocr"""
+    folder; mixgrpo/rewards/README.md lists those of vlm and ocr"""
 
 
 @dataclass

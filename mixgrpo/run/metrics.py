@@ -1,4 +1,4 @@
-"""Every number that a run logs: its name, what it means, its unit."""
+"""The metrics that a run logs: names, meanings and units."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Metric:
     """A number of ``metrics.jsonl``.
 
     Attributes:
-        key: its name there; ``NAME`` stands for any reward's.
-        title: what it is called where people read it; ``NAME`` as in ``key``.
+        key: its name there; ``NAME`` stands for the name of a reward.
+        title: its name in the report; ``NAME`` as in ``key``.
         unit: empty for plain numbers.
         meaning: one sentence.
     """
@@ -27,30 +27,30 @@ _REWARD = "the reward's own"
 METRICS = (
     Metric(
         "reward/NAME", "NAME, training prompts", _REWARD,
-        "mean score of the iteration's pictures; other prompts in every iteration",
+        "mean score of the iteration's images; the prompts differ between iterations",
     ),
     Metric(
-        "reward_failed/NAME", "NAME, failed", "pictures",
-        "pictures of the iteration that this reward could not score",
+        "reward_failed/NAME", "NAME, failed", "images",
+        "images of the iteration that this reward could not score",
     ),
     Metric(
         "validation/NAME", "NAME, validation", _REWARD,
-        "mean score of the validation pictures: the same prompts and noise each time, "
-        "deterministic sampling",
+        "mean score of the validation images: always the same prompts and noise, deterministic "
+        "sampling",
     ),
     Metric(
         "validation_ema/NAME", "NAME, validation of the average", _REWARD,
-        "the same by the moving average of the weights (`ema.decay`)",
+        "the same with the moving average of the weights (`ema.decay`)",
     ),
     Metric(
         "advantage/deviation", "Advantage spread", "",
-        "standard deviation of the advantages; near 0 the pictures of a prompt score alike, and "
-        "there is nothing to learn from",
+        "standard deviation of the advantages; near 0, the images of a prompt have equal scores, "
+        "and there is nothing to learn",
     ),
     Metric(
         "update/loss", "Loss", "",
-        "clipped objective with the opposite sign, mean over the window's transitions; near 0 in "
-        "every healthy run, so it says little",
+        "negative clipped objective, averaged over the window's transitions; it is near 0 in "
+        "every healthy run, so it tells little",
     ),
     Metric(
         "update/ratio_mean", "Ratio, mean", "",
@@ -58,39 +58,41 @@ METRICS = (
     ),
     Metric(
         "update/ratio_deviation", "Ratio, distance from 1", "",
-        "mean distance of that ratio from 1: how far the iteration's optimizer steps moved the "
-        "policy",
+        "mean distance of that ratio from 1: how far the iteration's optimizer steps have moved "
+        "the policy",
     ),
     Metric(
         "update/ratio_error_on_policy", "Ratio error before the first step", "",
-        "largest distance of the ratio from 1 before the iteration's first optimizer step; what is "
-        "not rounding there is an error",
+        "largest distance of the ratio from 1 before the iteration's first optimizer step; more "
+        "than rounding is an error",
     ),
     Metric(
-        "update/clip_fraction", "Clipped", "share of transitions",
-        "transitions without a gradient because their ratio had left 1 ± `update.clip`",
+        "update/clip_fraction", "Clipped", "fraction of transitions",
+        "transitions without a gradient, because their ratio is outside 1 ± `update.clip`",
     ),
     Metric(
         "update/kl", "KL to the untrained model", "nats",
-        "mean KL of a transition to the reference policy's, averaged over the latent's numbers; "
-        "only with `update.kl`. With `update.kl_form velocity` the squared distance of velocities",
+        "mean KL from a transition to that of the reference policy, averaged over the elements of "
+        "the latent; with `update.kl_form velocity`, the squared distance of the velocities. Only "
+        "with `update.kl`",
     ),
     Metric(
         "update/kl_weight", "KL weight", "",
-        "what the KL weighed in the loss of this iteration; only with `update.kl_target`",
+        "weight of the KL in the loss of this iteration; only with `update.kl_target`",
     ),
     Metric(
         "update/grad_norm", "Gradient norm", "",
-        "mean over the optimizer steps of the gradient's norm, before it is scaled down to "
-        "`update.max_grad_norm`",
+        "gradient norm before clipping to `update.max_grad_norm`, averaged over the optimizer "
+        "steps",
     ),
     Metric(
-        "update/evaluations_per_image", "Evaluations for the update", "per picture",
-        "model evaluations with a gradient, a picture's share",
+        "update/evaluations_per_image", "Evaluations for the update", "per image",
+        "model evaluations with a gradient, divided by the number of images",
     ),
     Metric(
-        "rollout/evaluations_per_image", "Evaluations for the rollout", "per picture",
-        "model evaluations of the sampling, a picture's share; shared steps count once",
+        "rollout/evaluations_per_image", "Evaluations for the rollout", "per image",
+        "model evaluations of the sampling, divided by the number of images; shared steps count "
+        "once",
     ),
     Metric(
         "window/start", "Window", "step",
@@ -98,27 +100,27 @@ METRICS = (
     ),
     Metric("window/stop", "Window, end", "step", "the step before which the window ends"),
     Metric("seconds/text", "Text encoding", "s", "encoding the prompts, or reading embeddings"),
-    Metric("seconds/rollout", "Rollout", "s", "sampling the pictures, without decoding"),
+    Metric("seconds/rollout", "Rollout", "s", "sampling the images, without decoding"),
     Metric("seconds/decode", "Decoding", "s", "latents to pixels"),
-    Metric("seconds/reward", "Rewards, waited for", "s", "scoring that the run had to wait for"),
+    Metric("seconds/reward", "Rewards, waited for", "s", "scoring for which the run had to wait"),
     Metric(
         "seconds/reward_hidden", "Rewards, hidden", "s",
-        "scoring that went on while other pictures were sampled; not a part of the run's time",
+        "scoring while other images were sampled; not part of the run's time",
     ),
     Metric("seconds/update", "Update", "s", "forward and backward passes and optimizer steps"),
     Metric(
         "seconds/save", "Saving", "s",
-        "what a checkpoint took from the loop, at its begin and its end; logged with the iteration "
-        "or validation that follows",
+        "time that a checkpoint took from the loop, at its start and its end; logged with the "
+        "iteration or validation that follows",
     ),
-    Metric("seconds/validation", "Validation", "s", "a validation, that of the average included"),
+    Metric("seconds/validation", "Validation", "s", "a validation, including that of the average"),
 )  # fmt: skip
 
 
 def describe(key: str) -> Metric:
-    """What is known of a logged name, with the reward's for ``NAME``.
+    """The metric of a logged name, with the name of its reward in place of ``NAME``.
 
-    A name that is not in the table describes itself.
+    A name that is not in the table is its own title.
     """
     for metric in METRICS:
         prefix, is_pattern, _ = metric.key.partition("NAME")
