@@ -220,7 +220,7 @@ def test_the_script_runs_the_command_in_the_repository(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / ".venv")
     done = execute(["bash", str(script), "hpsv2"])
     assert done.returncode == 1
-    assert "there is no .venv" in done.stderr
+    assert ".venv, which provides `hf`, does not exist yet" in done.stderr
     assert "run `bash env_setup.sh`" in done.stderr
 
 

@@ -170,10 +170,11 @@ def test_an_iteration_prints_the_table(
     printed = capsys.readouterr().out
     assert all(line in printed for line in (*ABOUT, f"{train} training with adamw_8bit"))
     rows = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 3
+    assert len(rows) == 2 + 4
     assert len({line.count("|") for line in rows}) == 1
-    published, ours, flash = json.loads(path.read_text())["results"]
+    published, batched, ours, flash = json.loads(path.read_text())["results"]
     assert published["evaluations"] == {"rollout": 4, "update": 2}
+    assert batched["evaluations"] == {"rollout": 4, "update": 2}
     assert ours["evaluations"] == {"rollout": 3, "update": 1.5}
     assert flash["variant"] == "MixGRPO-Flash"
     size = flux_iteration.FluxSize.from_config(flux_iteration.SMALL_TRANSFORMER)
