@@ -6,13 +6,10 @@ import os
 import sys
 import traceback
 
-# Before torch is imported: where several processes share the cores, OpenMP threads that wait must
-# sleep, because spinning ones take the cores from the other processes' threads, and two processes
-# on two cores become many times slower. One process alone is faster with threads that spin.
-if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 from mixgrpo.commands import main
+from mixgrpo.commands.threads import set_wait_policy
+
+set_wait_policy()
 
 
 def run() -> int:

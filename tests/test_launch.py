@@ -168,18 +168,30 @@ def test_a_signal_saves_and_ends_all_processes(tmp_path, number):
     assert (folder / "checkpoints" / "latest").exists()
 
 
-@pytest.mark.parametrize(("processes", "policy"), [("1", None), ("2", "passive")])
-def test_threads_sleep_only_where_processes_share_the_cores(
-    processes: str, policy: str | None
-) -> None:
-    """One process alone is faster with threads that spin while they wait."""
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    shown = "import os, mixgrpo.__main__; print(os.environ.get('OMP_WAIT_POLICY'))"
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        ({}, "None 1000"),
+        ({"LOCAL_WORLD_SIZE": "1"}, "None 1000"),
+        ({"LOCAL_WORLD_SIZE": "2"}, "passive None"),
+        ({"LOCAL_WORLD_SIZE": "2", "OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"GOMP_SPINCOUNT": "7"}, "None 7"),
+    ],
+)
+def test_threads_sleep_where_processes_share_the_cores(given: dict[str, str], policy: str) -> None:
+    """Before torch is imported, which reads it."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_WORLD_SIZE")
+    others = {name: value for name, value in os.environ.items() if name not in names}
+    shown = (
+        "import os, sys, mixgrpo.__main__; "
+        "print(*map(os.environ.get, ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')), 'torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", shown],
-        env={**environment, "LOCAL_WORLD_SIZE": processes},
+        env={**others, **given},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == str(policy)
+    assert done.stdout.strip() == f"{policy} False"

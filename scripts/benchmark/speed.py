@@ -14,6 +14,7 @@ With --train, the same iteration is also timed as `python -m mixgrpo train` repo
 of its own with the same environment: what the training loop adds shows there.
 """
 
+
 from __future__ import annotations
 
 import argparse
@@ -35,6 +36,11 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, Protocol, cast
+
+from mixgrpo.commands.threads import set_wait_policy
+
+if __name__ == "__main__":
+    set_wait_policy()  # as the train command does, before torch is imported
 
 import torch
 from environment import ROOT, environment

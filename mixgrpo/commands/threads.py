@@ -1,0 +1,22 @@
+"""How idle OpenMP threads wait; this must be set before torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+
+def set_wait_policy() -> None:
+    """Lets idle threads leave the cores to others soon; does nothing if the user chose a policy.
+
+    By default they spin for milliseconds, and take the cores from everything else that runs: two
+    trainings on two cores become more than twice as slow as they need be. Where several processes
+    of a run share the cores, threads sleep at once (``OMP_WAIT_POLICY=passive``). That costs a
+    process which has the cores to itself a third of its speed, so there threads spin for
+    microseconds first (``GOMP_SPINCOUNT``, of GNU's OpenMP, which torch's packages use).
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+    else:
+        os.environ["GOMP_SPINCOUNT"] = "1000"
