@@ -94,7 +94,7 @@ def test_a_process_that_hangs_tells_where(tmp_path, hasty):
     told = (tmp_path / "told").read_text()
     assert re.match(
         r"error \(rank 0\): no progress for 4 s \(run.patience\); this process has been in phase "
-        r"'reward' for 100 s, its threads at\n",
+        r"'reward' for 100 s; its threads are at\n",
         told,
     )
     assert "in a_reward_that_hangs" in told

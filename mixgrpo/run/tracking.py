@@ -245,6 +245,6 @@ def _start_wandb(config: Config, folder: Path) -> Any:
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"wandb cannot be started ({reason}); set WANDB_API_KEY to a valid key, or set "
-            "--log.wandb to offline or disabled"
+            f"wandb cannot be started ({reason}); set WANDB_API_KEY to a valid key, or "
+            "--log.wandb offline or disabled"
         ) from error

@@ -14,7 +14,6 @@ With --train, the same iteration is also timed as `python -m mixgrpo train` repo
 of its own with the same environment: what the training loop adds shows there.
 """
 
-
 from __future__ import annotations
 
 import argparse
