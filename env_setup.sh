@@ -5,6 +5,8 @@
 #
 # Run again, it does only what changed; with nothing changed it takes a second.
 # It installs with uv, or with pip if uv cannot be installed or fails.
+# uv keeps what it downloaded in its cache, and .venv links to it: `.venv/bin/uv cache clean`
+# removes the cache, which takes 5 GB of its own once .venv is deleted.
 # Environment variables, both remembered by the .venv they made:
 #   PYTHON           the Python 3.11, 3.12 or 3.13 to use; else the first on PATH that works
 #   TORCH_INDEX_URL  the index to take torch and torchvision from, for another CUDA build;
