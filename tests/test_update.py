@@ -35,7 +35,9 @@ from mixgrpo.methods.grpo import (
     NonFiniteUpdate,
     Objective,
     evaluations_for,
+    evaluations_of_all,
     parts_of_groups,
+    passes,
     update,
 )
 from mixgrpo.rollout import rollout
@@ -349,8 +351,8 @@ def test_every_transition_is_served_once_by_its_own_state(size: int, shared: boo
     needed = evaluations_for(trajectory, samples, whole(trajectory).trained)
     for chunk_size in (1, 3, 100):
         served = []
-        for start in range(0, len(needed), chunk_size):
-            chunk = needed.chunk(start, chunk_size)
+        for part in passes([needed], chunk_size):
+            chunk = needed.chunk(part)
             for sample, at in zip(chunk.row_sample, chunk.row_evaluation, strict=True):
                 step, source = int(chunk.step[at]), int(chunk.sample[at])
                 served.append((int(sample), step))
@@ -518,3 +520,31 @@ def test_a_few_iterations_raise_the_reward() -> None:
         rewards.append(float(reward.mean()))
     first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
     assert last > first + 0.3
+
+
+# --- the sizes of passes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "batches"), [(3, [1, 3, 3, 3]), (5, [5, 5]), (10, [10]), (1, [1] * 10)]
+)
+def test_the_first_window_step_has_a_pass_of_its_own_if_that_takes_no_more(
+    micro_batch: int, batches: list[int]
+) -> None:
+    """So that rollout and update evaluate the same state in batches of the same size."""
+    net = SmallNet()
+    trajectory = small_trajectory(net, prompts=1, samples=3, start=1, size=4)
+    counted = Counted(net)
+    update(
+        Recording(net), counted, trajectory, drawn_advantages(3), objective(), knobs(1, micro_batch)
+    )
+    assert counted.batches == batches
+
+
+def test_processes_that_differ_have_passes_of_equal_sizes() -> None:
+    """Every process takes part in every gathering of sharded weights."""
+    trajectory = small_trajectory(SmallNet(), prompts=1, samples=4, size=3)
+    samples, all_steps = torch.arange(4), torch.ones(2, 4, 3, dtype=torch.bool)
+    all_steps[1, :, 0] = False  # trains no first step
+    everyone = evaluations_of_all(trajectory, samples, all_steps)
+    assert passes(everyone, 3) == [range(0, 3), range(3, 6), range(6, 9)]

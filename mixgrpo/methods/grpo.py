@@ -7,7 +7,7 @@ still have the same state, so one forward and one backward pass serve all of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +67,14 @@ class Evaluations:
     def __len__(self) -> int:
         return len(self.sample)
 
-    def chunk(self, start: int, size: int) -> Evaluations:
-        """Returns ``size`` evaluations from ``start`` on, with the transitions that they serve."""
-        inside = (self.row_evaluation >= start) & (self.row_evaluation < start + size)
+    def chunk(self, part: range) -> Evaluations:
+        """Returns the evaluations at these positions, with the transitions that they serve."""
+        start, stop = part.start, part.stop
+        inside = (self.row_evaluation >= start) & (self.row_evaluation < stop)
         return Evaluations(
-            self.sample[start : start + size],
-            self.prompt[start : start + size],
-            self.step[start : start + size],
+            self.sample[start:stop],
+            self.prompt[start:stop],
+            self.step[start:stop],
             self.row_sample[inside],
             self.row_evaluation[inside] - start,
         )
@@ -137,18 +138,18 @@ def update(
     emphasis = emphasis or whole(trajectory, engine.world_size)
     trained = emphasis.trained.view(-1, *emphasis.weights.shape)  # [world, B, w]
     for index, samples in enumerate(parts_of_groups(trajectory, knobs.optimizer_steps)):
-        needed = evaluations_of_all(trajectory, samples, trained)[engine.rank]
+        everyone = evaluations_of_all(trajectory, samples, trained)
+        needed, parts = everyone[engine.rank], passes(everyone, knobs.micro_batch)
         scale = 1 / int(trained[engine.rank, samples].sum())
-        starts = range(0, len(needed), knobs.micro_batch)
         step_rows = []
-        for start in starts:
-            with engine.accumulate(last=start == starts[-1]):
+        for part in parts:
+            with engine.accumulate(last=part == parts[-1]):
                 rows = _losses(
                     velocity,
                     trajectory,
                     advantages,
                     objective,
-                    needed.chunk(start, knobs.micro_batch),
+                    needed.chunk(part),
                     emphasis.weights,
                 )
                 engine.backward(rows["loss"].sum() * scale)
@@ -196,6 +197,29 @@ def evaluations_of_all(
     all_needed = [evaluations_for(trajectory, samples, mine) for mine in trained]
     most = max(len(needed) for needed in all_needed)
     return [needed.padded(most) for needed in all_needed]
+
+
+def passes(everyone: Sequence[Evaluations], size: int) -> list[range]:
+    """Splits the evaluations into forward passes of at most ``size``, equally on every process.
+
+    Unless it takes one more pass, those of the first window step are kept apart from the others, as
+    the rollout keeps them. The kernels of a GPU round differently for different batch sizes; with
+    equal ones in rollout and update, the ratio of an unchanged policy is exactly 1.
+
+    Args:
+        everyone: the evaluations of every process, equally many.
+    """
+    count, firsts = len(everyone[0]), {int((each.step == 0).sum()) for each in everyone}
+    together = _split(0, count, size)
+    if len(firsts) > 1:
+        return together
+    first = firsts.pop()
+    apart = [*_split(0, first, size), *_split(first, count, size)]
+    return apart if len(apart) == len(together) else together
+
+
+def _split(start: int, stop: int, size: int) -> list[range]:
+    return [range(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
 def evaluations_for(trajectory: Trajectory, samples: Tensor, trained: Tensor) -> Evaluations:
