@@ -103,14 +103,15 @@ class FrugalAdamW(Optimizer):
             weight.copy_(round_stochastically(exact, generator))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        # torch casts states to the dtype of their weight; these states have their own dtypes.
+        # torch would cast the states to the dtype of their weight, which takes up to four times
+        # their memory; they have dtypes of their own.
+        super().load_state_dict({**state_dict, "state": {}})
         saved = state_dict["state"]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for key, parameter in zip(_keys(state_dict), parameters, strict=True):
             for name, value in saved.get(key, {}).items():
                 device = "cpu" if name == "step" else parameter.device
-                self.state[parameter][name] = value.detach().to(device, copy=True)
+                self.state[parameter][name] = value.detach().to(device)
 
 
 def block_of(shape: torch.Size) -> int:

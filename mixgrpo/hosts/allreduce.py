@@ -19,6 +19,8 @@ def main() -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, hosts = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # By default, a timeout of NCCL ends the process without a word to Python.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
         dist.init_process_group(backend, timeout=WITHIN)
         for _ in range(2):  # the first one opens the connections

@@ -23,6 +23,9 @@ def compile_blocks(transformer: Any, backend: str | Callable[..., Any]) -> None:
     """
     # The code is shared by all blocks, and all batch sizes count against the same limit.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    # DDP would split a graph where its buckets of gradients end. A block's graph is small enough
+    # for communication to overlap with the other blocks' backward passes.
+    torch._dynamo.config.optimize_ddp = False
     forwards: dict[type, Callable[..., Any]] = {}
     for block in repeated_blocks(transformer):
         kind = type(block)

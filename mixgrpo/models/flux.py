@@ -162,8 +162,12 @@ class Flux:
         return evaluate
 
     def _autocast(self) -> torch.autocast:
+        # An evaluation uses each weight once: a cache would only keep the casts of all of them.
         return torch.autocast(
-            self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
+            self.device.type,
+            self.compute_dtype,
+            enabled=self.compute_dtype != torch.float32,
+            cache_enabled=False,
         )
 
     def _guidance(self, sigma: Tensor) -> Tensor | None:
@@ -209,7 +213,8 @@ def _recompute(chosen: Sequence[nn.Module]) -> Callable[..., Any]:
     def run(block: nn.Module, *inputs: Any) -> Any:
         if id(block) not in identities:
             return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False)
+        # Nothing in a block is random, so no state of a generator needs to be saved.
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     return run
 
