@@ -7,9 +7,9 @@ import sys
 import traceback
 
 from mixgrpo.commands import main
-from mixgrpo.commands.threads import set_wait_policy
+from mixgrpo.commands.before_torch import prepare
 
-set_wait_policy()
+prepare()
 
 
 def run() -> int:

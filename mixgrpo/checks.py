@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "run.folder",
     "run.resume",  # and run.resume_from
     "run.threads",
+    "run.deterministic",  # like the number of processes, it only changes rounding
     "run.patience",
     "run.grace",
     "text.mode",  # stored embeddings equal those of the encoders bit for bit

@@ -28,6 +28,9 @@ class RunConfig:
     resume_from: str = "latest"
     """where run.resume continues: 'latest', the newest checkpoint; 'undamaged', the newest
     checkpoint that is not damaged; or the name of a folder in checkpoints/, to go back to it"""
+    deterministic: bool = False
+    """use only deterministic kernels on a GPU: a run that was killed and resumed then equals an
+    undisturbed one to the last bit; on a CPU it always does"""
     threads: int = 0
     """CPU threads per process; 0 keeps torch's default, or an equal share under torchrun"""
     patience: int = 1800

@@ -13,6 +13,7 @@ from torch import Tensor
 from mixgrpo.assembly import Parts, Prompts, assemble, make_stored_text, make_windows
 from mixgrpo.checks import check
 from mixgrpo.config import Config
+from mixgrpo.devices import deterministic, is_out_of_memory
 from mixgrpo.engines.distributed import Process, process_group
 from mixgrpo.files.disk import own_folder
 from mixgrpo.maths.advantages import group_advantages
@@ -45,6 +46,7 @@ def train(config: Config) -> Path:
     """
     with (
         process_group(config.run.threads) as process,
+        deterministic(config.run.deterministic),
         _explained(config, process),
         Watchdog(config.run.patience, process) as watchdog,
     ):
@@ -73,7 +75,9 @@ def train(config: Config) -> Path:
 def _explained(config: Config, process: Process) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         there, per_node = memory_of(process.device), max(1, torch.cuda.device_count())
         said = explain_training(config, there, process.world_size, per_node)
         raise OutOfMemory(said) from error

@@ -23,7 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The rooms and the modules at the package's door, from the ground up. Each may import those of the
 # levels below it, never a neighbour on its own level; a new one must be given a place here.
 LEVELS = (
-    ("types", "config", "noise", "files"),
+    ("types", "config", "noise", "devices", "files"),
     ("checks", "maths", "rewards", "engines", "hosts", "downloads"),
     ("shapes", "checkpoint", "rollout", "methods"),
     ("models",),
@@ -45,10 +45,11 @@ MAY_IMPORT = {
     "mixgrpo.types": (),
     "mixgrpo.config": (),
     "mixgrpo.noise": (),
+    "mixgrpo.devices": (),
     "mixgrpo.files": (),
     "mixgrpo.checks": ("mixgrpo.config",),
     "mixgrpo.maths": ("mixgrpo.types",),
-    "mixgrpo.rewards": ("mixgrpo.types", "mixgrpo.files.weight_files"),
+    "mixgrpo.rewards": ("mixgrpo.types", "mixgrpo.devices", "mixgrpo.files.weight_files"),
     "mixgrpo.engines.distributed": (),
     "mixgrpo.engines.ema": (),
     "mixgrpo.engines.adamw": ("mixgrpo.noise",),
@@ -72,7 +73,7 @@ MAY_IMPORT = {
     "mixgrpo.run.hacking": (),
     "mixgrpo.run.stopping": (),
     "mixgrpo.run.watchdog": ("mixgrpo.engines.distributed",),
-    "mixgrpo.run.tracking": ("mixgrpo.config",),
+    "mixgrpo.run.tracking": ("mixgrpo.config", "mixgrpo.devices"),
     "mixgrpo.evaluation.manifests": ("mixgrpo.files.named_paths",),
     "mixgrpo.evaluation.comparison": (),
     "mixgrpo.evaluation.gallery_page": (),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_phases_add_up_and_are_taken_once():
 
 def test_a_phase_leaves_out_the_ones_inside_it(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 4.0, 7.0, 10.0])  # rollout 0-10, in it decode 1-3 and 4-7
-    monkeypatch.setattr("mixgrpo.run.tracking.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("mixgrpo.devices.perf_counter", lambda: next(clock))
     phases = Phases(torch.device("cpu"))
     with phases("rollout"):
         for _ in range(2):
@@ -154,6 +155,30 @@ def test_a_phase_leaves_out_the_ones_inside_it(monkeypatch):
                 pass
     phases.add("reward_hidden", 1.5)
     assert phases.take() == {"decode": 5.0, "rollout": 5.0, "reward_hidden": 1.5}
+
+
+def test_a_phase_that_fails_ends_with_those_around_it(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 7.0, 8.0, 9.0])  # rollout 0-7, in it decode 1-3; then update 8-9
+    monkeypatch.setattr("mixgrpo.devices.perf_counter", lambda: next(clock))
+    phases = Phases(torch.device("cpu"))
+    with pytest.raises(ValueError), phases("rollout"), phases("decode"):
+        raise ValueError
+    with phases("update"):
+        pass
+    assert phases.take() == {"decode": 2.0, "rollout": 5.0, "update": 1.0}
+
+
+def test_on_a_gpu_only_the_end_of_an_outermost_phase_is_waited_for(monkeypatch):
+    """An event that decoding waited for would leave the GPU idle until the next launch."""
+    clock = mock.Mock()
+    phases = Phases(torch.device("cpu"))
+    monkeypatch.setattr(phases, "clock", clock)
+    clock.seconds.side_effect = [5.0, 2.0]
+    with phases("rollout"):
+        with phases("decode"):
+            pass
+        clock.seconds.assert_not_called()
+    assert phases.take() == {"decode": 2.0, "rollout": 3.0}
 
 
 # ---- TensorBoard

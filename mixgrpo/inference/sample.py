@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixgrpo.config import flatten
+from mixgrpo.devices import is_out_of_memory
 from mixgrpo.engines.distributed import Process, process_group
 from mixgrpo.files.disk import own_folder
 from mixgrpo.files.fingerprint import fingerprint, fingerprint_files
@@ -232,5 +233,7 @@ def _barrier(process: Process) -> Callable[[], None]:
 def _explained(config: InferenceConfig, process: Process) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemory(explain(config, memory_of(process.device))) from error

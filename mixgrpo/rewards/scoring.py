@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixgrpo.devices import is_device_lost, is_out_of_memory
 from mixgrpo.rewards.protocol import Reward
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def score(
 
     Raises:
         RewardError: if a reward failed on every sample and has never worked before.
-        torch.OutOfMemoryError: if the GPU has too little memory.
+        RuntimeError: if the GPU has too little memory, or a kernel failed on it.
         ValueError: if the shapes of the inputs do not match, or a reward does not return a tensor
             of shape [B].
     """
@@ -85,9 +86,9 @@ def _score_one(
         part = slice(start, min(start + micro_batch, len(texts)))
         try:
             result = reward(images[part], texts[part])
-        except torch.OutOfMemoryError:
-            raise  # not caused by a sample
         except Exception as error:
+            if is_out_of_memory(error) or is_device_lost(error):
+                raise  # not caused by a sample
             failures.append(Failure(part, error))
             continue
         values[part] = _checked(name, result, part.stop - part.start).to(values)

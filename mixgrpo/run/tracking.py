@@ -12,20 +12,34 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mixgrpo.config import Config, flatten
+from mixgrpo.devices import Clock
 
 WANDB_PATIENCE = 60  # seconds to wait for the server of wandb
+_BETWEEN = "between phases"
+
+
+class _Span(NamedTuple):
+    """A phase that has ended, from one moment to another, and the phases nested in it."""
+
+    name: str
+    start: Any
+    end: Any
+    parts: list[_Span]
 
 
 class Phases:
-    """Seconds spent in each named phase since the last ``take``, excluding phases nested in it."""
+    """Seconds spent in each named phase since the last ``take``, excluding phases nested in it.
+
+    Of nested phases the host does not wait for the end, so that a GPU never runs dry because of
+    them; at the end of an outermost one it does.
+    """
 
     def __init__(
         self, device: torch.device, progress: Callable[[str], None] = lambda name: None
@@ -34,26 +48,34 @@ class Phases:
         Args:
             progress: called with the name of a phase when it begins and when a nested one ends.
         """
-        self.device = device
+        self.clock = Clock(device)
         self.progress = progress
         self.seconds: dict[str, float] = {}
-        self._name = "between phases"
-        self._inside = 0.0  # seconds of the phases that were nested in the present one
+        self._name = _BETWEEN
+        self._parts: list[_Span] = []  # those of the present phase that have ended
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        outer, self._inside = self._inside, 0.0
         outer_name, self._name = self._name, name
+        outer, self._parts = self._parts, []
         self.progress(name)
-        start = perf_counter()
-        yield
-        if self.device.type == "cuda":  # so that kernels count in the phase that launched them
-            torch.cuda.current_stream(self.device).synchronize()
-        seconds = perf_counter() - start
-        self.add(name, seconds - self._inside)
-        self._inside = outer + seconds
-        self._name = outer_name
+        start = self.clock.now()
+        try:
+            yield
+        finally:
+            span = _Span(name, start, self.clock.now(), self._parts)
+            self._parts, self._name = outer, outer_name
+            if outer_name == _BETWEEN:
+                self._count(span)
+            else:
+                self._parts.append(span)
         self.progress(outer_name)
+
+    def _count(self, span: _Span) -> float:
+        """Waits for a phase's end and adds its seconds; returns them with those of its parts."""
+        whole = self.clock.seconds(span.start, span.end)
+        self.add(span.name, whole - sum(map(self._count, span.parts)))
+        return whole
 
     def add(self, name: str, seconds: float) -> None:
         """Adds seconds that were measured elsewhere."""

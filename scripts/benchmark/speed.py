@@ -36,10 +36,10 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Protocol, cast
 
-from mixgrpo.commands.threads import set_wait_policy
+from mixgrpo.commands.before_torch import prepare
 
 if __name__ == "__main__":
-    set_wait_policy()  # as the train command does, before torch is imported
+    prepare()  # as the train command does, before torch is imported
 
 import torch
 from environment import ROOT, environment
@@ -88,6 +88,7 @@ class Task:
         micro_batch: ours only: model evaluations and decoded images in one pass.
         seed: of the noise.
         optimizer: makes it, and its schedule.
+        update_batch: ours only: evaluations in one pass of the update; 0 for ``micro_batch``.
     """
 
     policy: Flux
@@ -100,6 +101,7 @@ class Task:
     micro_batch: int
     seed: int
     optimizer: Callable[[list[nn.Parameter]], tuple[Optimizer, LambdaLR]] = frozen_adamw
+    update_batch: int = 0
 
     @property
     def images(self) -> int:
@@ -250,7 +252,7 @@ class Ours:
         self.objective = Objective(self.plan.transition, log_ratio, CLIP)
         self.knobs = UpdateConfig(
             optimizer_steps=task.optimizer_steps,
-            micro_batch=task.micro_batch,
+            micro_batch=task.update_batch or task.micro_batch,
             clip=CLIP,
             max_grad_norm=MAX_NORM,
         )
@@ -320,7 +322,7 @@ def measure(task: Task, make: Callable[[Task], Variant], iterations: int) -> Mea
     """Runs iterations 0 to ``iterations``; the first warms up and is not timed."""
     memory = PeakMemory(task.policy.device)
     variant = make(task)
-    runs = [_iteration(task, variant, index) for index in range(iterations + 1)]
+    runs = [iterate(task, variant, index) for index in range(iterations + 1)]
     timed = [{**run.seconds, "total": sum(run.seconds.values())} for run in runs[1:]]
     evaluations = runs[-1].evaluations
     return Measurement(
@@ -340,7 +342,8 @@ class Iteration:
     latents_bytes: int
 
 
-def _iteration(task: Task, variant: Variant, index: int) -> Iteration:
+def iterate(task: Task, variant: Variant, index: int) -> Iteration:
+    """One iteration, phase by phase."""
     seconds, evaluations = {}, {}
     given: Any = task.noise(index)
     for phase in PHASES:

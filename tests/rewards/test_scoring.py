@@ -70,12 +70,39 @@ def test_a_reward_that_never_worked_stops_the_run() -> None:
     assert isinstance(info.value.__cause__, ConnectionError)
 
 
-def test_a_gpu_that_is_too_small_is_no_samples_fault() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("!"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory", 2),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
+    ],
+    ids=["torch", "cuBLAS", "CUDA", "a kernel failed"],
+)
+def test_a_gpu_that_is_too_small_or_lost_is_no_samples_fault(error: RuntimeError) -> None:
     def large(images: Tensor, texts: Sequence[str]) -> Tensor:
-        raise torch.OutOfMemoryError("!")
+        if texts[0] == "a":
+            return torch.zeros(len(images))  # it has worked before
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)) as info:
         score({"r": large}, IMAGES, TEXTS, 2)
+    assert info.value is error
+
+
+def test_a_servers_memory_is_not_this_ones() -> None:
+    """A judge's server says what happened to it; the training goes on."""
+
+    class JudgeError(RuntimeError):
+        pass
+
+    def judge(images: Tensor, texts: Sequence[str]) -> Tensor:
+        if texts[0] == "a":
+            return torch.zeros(len(images))
+        raise JudgeError("HTTP 500: CUDA out of memory")
+
+    assert score({"r": judge}, IMAGES, TEXTS, 2)["r"].isnan().tolist() == [False] * 2 + [True] * 3
 
 
 def test_a_reward_that_has_worked_may_fail_entirely() -> None:

@@ -1,8 +1,16 @@
-"""How idle OpenMP threads wait; this must be set before torch is imported."""
+"""Settings in the environment that torch reads when it is imported."""
 
 from __future__ import annotations
 
 import os
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def prepare() -> None:
+    """Makes all settings that the user has not made; to be called before torch is imported."""
+    set_wait_policy()
+    set_allocator()
 
 
 def set_wait_policy() -> None:
@@ -20,3 +28,13 @@ def set_wait_policy() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
     else:
         os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+def set_allocator() -> None:
+    """Lets a GPU's memory be reused between rollout and update, whose tensors differ in size.
+
+    With segments that can grow, memory that one phase has freed serves the other one whatever the
+    sizes; with torch's default, much of it can be reserved and still unusable.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
