@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -32,7 +33,7 @@ from mixgrpo.rollout import SamplingPlan
 from mixgrpo.run.validation import Validator
 from mixgrpo.text.prompts import PromptBatch, PromptBatches, read_prompts
 from mixgrpo.text.stored import open_stored
-from mixgrpo.types import Velocity, Window
+from mixgrpo.types import TextEmbedding, Velocity, Window
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ def assemble(
     prompts: Prompts,
     stored: Text | None,
     progress: Callable[[str], None],
+    beat: Callable[[], None],
 ) -> Parts:
     """Loads the rewards and the model, and builds the parts that depend on them.
 
     Args:
         stored: stored embeddings; None loads the text encoders.
         progress: called with the name of each stage when it begins.
+        beat: called at every evaluation of the policy.
     """
     progress("loading the rewards")
     rewards = make_rewards(config, reward_device(config, process.device))
@@ -120,7 +123,7 @@ def assemble(
         policy=policy,
         trained_weights=trained_weights,
         engine=engine,
-        velocity=policy.velocity(engine.module),
+        velocity=watched(policy.velocity(engine.module), beat),
         ema=make_ema(config, engine),
         rewards=trained_rewards,
         validator=Validator(config, policy, rewards, prompts.validation, shift_for(config)),
@@ -175,6 +178,17 @@ def make_engine(config: Config, process: Process, policy: Policy) -> Engine:
 def network_of(policy: Policy, module: torch.nn.Module) -> Network:
     """Describes the policy's network, or a copy of it, to an engine."""
     return Network(module, policy.blocks(module), policy.compute_dtype, policy.stored)
+
+
+def watched(velocity: Velocity, beat: Callable[[], None]) -> Velocity:
+    """The velocity, which tells that the process is alive: an update or a validation of a large
+    model on few GPUs can take longer than a watchdog waits."""
+
+    def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        beat()
+        return velocity(x, sigma, text)
+
+    return evaluate
 
 
 def make_reference(policy: Policy, engine: Engine, untrained: torch.nn.Module | None) -> Velocity:

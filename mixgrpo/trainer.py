@@ -56,7 +56,9 @@ def train(config: Config) -> Path:
         prompts = Prompts.read(config)
         stored = make_stored_text(config, prompts.training + prompts.validation, process.device)
         with process.first(own_folder(config.run.folder, "run.folder")):
-            parts = assemble(config, process, windows, prompts, stored, watchdog.progress)
+            parts = assemble(
+                *(config, process, windows, prompts, stored, watchdog.progress, watchdog.beat)
+            )
             phases = Phases(process.device, watchdog.progress)
             saving = Saving(config, process, parts.engine, parts.ema, phases)
             if resumed is not None:

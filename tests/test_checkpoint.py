@@ -245,6 +245,21 @@ def test_copies_beside_a_gpu_take_the_same_memory_while_the_state_has_its_form(m
         assert same(copies.stage(other), other)
 
 
+def test_copies_that_would_take_too_much_of_the_memory_are_not_pinned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pages = {"SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(saver_module.os, "sysconf", pages.__getitem__)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    state = {"model": {"weight": torch.ones(1000)}, "step": 3}
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    for memory, expected in ((2 * 2 * 4000 * 8, 1), (2 * 2 * 4000 * 8 - 1, 0)):
+        pages["SC_PHYS_PAGES"] = memory
+        pinned.clear()
+        assert same(saver_module._Copies().stage(state), state)
+        assert len(pinned) == expected
+
+
 def test_a_saver_knows_which_iteration_it_saved_last(tmp_path):
     saver = Saver(ALONE, tmp_path, 0, asynchronous=True)
     assert not saver.has(1)

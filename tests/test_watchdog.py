@@ -17,6 +17,7 @@ import torch.distributed as dist
 from processes import Command
 from tiny_world import CPU, QUICK, World
 
+from mixgrpo.assembly import watched
 from mixgrpo.config import RewardConfig
 from mixgrpo.engines.distributed import Process
 from mixgrpo.run import watchdog
@@ -124,6 +125,22 @@ def test_every_process_tells_its_place(tmp_path, hasty, monkeypatch):
     assert "in a_collective_that_waits" in (tmp_path / "0").read_text()
     assert "error (rank 1): no progress" in (tmp_path / "1").read_text()
     assert "in a_reward_that_hangs" in (tmp_path / "1").read_text()
+
+
+def test_evaluations_are_signs_of_life(tmp_path, hasty):
+    """A phase may take longer than the patience if it goes on; its name stays."""
+
+    def act() -> None:
+        with Watchdog(4, Process(0, 1, CPU)) as dog:
+            dog.progress("update")
+            evaluate = watched(lambda x, sigma, text: x, dog.beat)
+            for _ in range(3):
+                hasty.seconds += 3
+                evaluate(None, None, None)
+            a_reward_that_hangs(hasty)
+
+    assert exit_code(forked(tmp_path / "told", act)) == 1
+    assert "in phase 'update' for 100 s" in (tmp_path / "told").read_text()
 
 
 @pytest.mark.parametrize("patience", [0, 0.8])

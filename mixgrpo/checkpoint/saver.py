@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -12,8 +13,10 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 
 from mixgrpo.checkpoint.folder import (
     CheckpointError,
@@ -34,7 +37,7 @@ class _Copies(BlockingAsyncStager):
     """Copies of a state on the CPU, in pinned memory for fast copies if there is a GPU.
 
     Pinning is slow, so the memory is reused for the next save as long as the state's structure and
-    shapes are the same.
+    shapes are the same. It is not pinned where that would take too much of the host's memory.
     """
 
     def __init__(self) -> None:
@@ -45,8 +48,25 @@ class _Copies(BlockingAsyncStager):
         form = _form_of(state_dict)
         if form != self._form:
             self._form, self.state_dict_cache = form, None
+            self.cache_staged_state_dict = torch.cuda.is_available() and _may_pin(state_dict)
         copied: dict[str, Any] = super().stage(state_dict)
         return copied
+
+
+def _may_pin(state: Any) -> bool:
+    """Whether pinned copies of this state, in every process of the host, take at most half of its
+    memory. Pinned memory comes in powers of two, and so may be twice the state."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2 * _bytes_of(state) * here <= memory / 2
+
+
+def _bytes_of(state: Any) -> int:
+    if isinstance(state, dict):
+        return sum(map(_bytes_of, state.values()))
+    if isinstance(state, DTensor):
+        return state.to_local().nbytes
+    return state.nbytes if isinstance(state, Tensor) else 0
 
 
 def _form_of(state: Any) -> Any:

@@ -27,6 +27,7 @@ from mixgrpo.rewards.images import (
 )
 from mixgrpo.rewards.weights import (
     find_file,
+    move_frozen,
     parse_dtype,
     read_heads,
     read_json,
@@ -127,7 +128,8 @@ class ImageReward:
 
     def to(self, device: torch.device) -> None:
         """Moves the model."""
-        self.device, self.model = device, self.model.to(device)
+        self.device = device
+        move_frozen(self.model, device)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Preprocessing: shorter edge resized (bicubic), centre cropped, normalised as for CLIP."""

@@ -24,6 +24,7 @@ from mixgrpo.files.weight_files import check_fits
 from mixgrpo.rewards.weights import (
     find_file,
     load_exactly,
+    move_frozen,
     parse_dtype,
     read_heads,
     read_json,
@@ -156,7 +157,8 @@ class CosineReward:
 
     def to(self, device: torch.device) -> None:
         """Moves the model."""
-        self.clip = replace(self.clip, model=self.clip.model.to(device), device=device)
+        move_frozen(self.clip.model, device)
+        self.clip = replace(self.clip, device=device)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Preprocessing: images [B, 3, H, W] in [0, 1] -> the model's input [B, 3, S, S]."""

@@ -16,6 +16,7 @@ from mixgrpo.rewards.images import center_crop, normalise, resize, resize_shorte
 from mixgrpo.rewards.weights import (
     NotReadable,
     find_file,
+    move_frozen,
     parse_dtype,
     read_heads,
     read_json,
@@ -130,7 +131,8 @@ class PickScore:
 
     def to(self, device: torch.device) -> None:
         """Moves the model."""
-        self.device, self.model = device, self.model.to(device)
+        self.device = device
+        move_frozen(self.model, device)
 
     def pixels(self, images: Tensor) -> Tensor:
         """The processor's preprocessing: shorter edge resized, centre cropped, normalised."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,38 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
     return _DTYPES[name]
+
+
+_ON_THE_CPU: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def move_frozen(module: nn.Module, device: torch.device) -> None:
+    """Moves a module whose weights never change.
+
+    Its tensors on the CPU are kept, so that moving back drops the device's copies without copying
+    them: rewards that only visit a GPU do so twice in every iteration.
+    """
+    kept = _ON_THE_CPU.setdefault(module, {})
+    moved: dict[int, Tensor] = {}  # by the identity of what was moved: shared tensors stay shared
+    for path, part in module.named_modules():
+        for own in (part._parameters, part._buffers):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                place = f"{path}.{name}"
+                if tensor.device.type == "cpu":
+                    kept[place] = tensor
+                if device.type == "cpu" and place in kept:
+                    own[name] = kept[place]
+                    continue
+                if id(tensor) not in moved:
+                    moved[id(tensor)] = _moved(tensor, device)
+                own[name] = moved[id(tensor)]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    copied = tensor.detach().to(device)
+    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
 def require_folder(path: str | Path, reward: str, option: str) -> Path:

@@ -44,6 +44,10 @@ class Watchdog:
         """Records that the process has reached another place."""
         self._place, self._since = place, monotonic()
 
+    def beat(self) -> None:
+        """Records that the process is alive, at the same place."""
+        self._since = monotonic()
+
     def __enter__(self) -> Watchdog:
         if self.patience:
             self.progress(self._place)

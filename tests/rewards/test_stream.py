@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixgrpo.rewards import RewardError, ScoreStream, Scoring, check_failures, resident, score
+from mixgrpo.rewards import (
+    RewardError,
+    ScoreStream,
+    Scoring,
+    build_reward,
+    check_failures,
+    resident,
+    score,
+)
+from mixgrpo.rewards.weights import move_frozen
+
+SHAPES = Path(__file__).resolve().parents[2] / "data" / "shapes"
 
 CPU = torch.device("cpu")
 IMAGES = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -120,3 +132,26 @@ def test_off_loaded_rewards_are_on_the_device_only_to_score() -> None:
     for placement in ("device", "cpu"):
         with resident(rewards, placement, meta):
             assert movable.device == CPU
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "pickscore", "imagereward"])
+def test_a_reward_comes_back_to_the_tensors_that_it_left(name: str) -> None:
+    """Copying weights that never change back from the GPU would take seconds per iteration."""
+    reward = build_reward(name, {"model": str(SHAPES / name)}, CPU)
+    module = reward.clip.model if name == "hpsv2" else reward.model
+    before = {key: value.data_ptr() for key, value in module.state_dict().items()}
+    expected = reward(IMAGES, TEXTS)
+    reward.to(torch.device("meta"))
+    assert {value.device.type for value in module.state_dict().values()} == {"meta"}
+    reward.to(CPU)
+    assert {key: value.data_ptr() for key, value in module.state_dict().items()} == before
+    assert torch.equal(reward(IMAGES, TEXTS), expected)
+
+
+def test_shared_weights_stay_shared_on_the_way() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module[1].weight = module[0].weight
+    for device in ("meta", "cpu"):
+        move_frozen(module, torch.device(device))
+        assert module[0].weight is module[1].weight
+        assert module[2].running_mean.device.type == device
