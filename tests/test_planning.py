@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mixgrpo.commands.plan import parse
 from mixgrpo.config import Config, RewardConfig
 from mixgrpo.models.flux import LORA_TARGETS
 from mixgrpo.models.flux_lora import without_casts
-from mixgrpo.planning.activations import Precision, kept_bytes
+from mixgrpo.planning.activations import Precision, double_block_bytes, kept_bytes
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory, device_memory
 from mixgrpo.planning.flux_size import FluxSize, Products
 from mixgrpo.planning.memory import training_memory
@@ -232,13 +232,14 @@ def test_full_training_on_one_gpu_by_hand() -> None:
     found = memory(named("single", 1), gpus=1, ema__decay=0.9, update__kl=0.1)
     assert found.weights == found.gradients == found.average == found.reference == 4 * P
     assert found.optimizer == 8 * P
-    assert found.whole == 2 * P  # what autocast has cast
+    assert found.whole == 2 * 2 * DEV.double_block  # autocast's casts, of the blocks at work
+    assert found.stepping == 0
     assert found.text == 2 * PUBLISHED["text_encoder*"]
     assert found.vae == 2 * PUBLISHED["vae"]
     assert found.rewards == 4 * PUBLISHED["hpsv2"]
     assert found.states == 32 * 12 * (2 * 4 + 2) * 2025 * 64 * 4
     assert found.held == 20 * P + found.states + found.text + found.vae + found.rewards + CONTEXT
-    assert found.peak == found.held + 6 * P + found.kept
+    assert found.peak == found.held + found.whole + 4 * P + found.kept
 
 
 def test_spread_over_32_gpus_by_hand() -> None:
@@ -267,7 +268,33 @@ def test_lora_by_hand() -> None:
     found = memory(named("ddp"), model__train="lora", update__kl=0.1)
     assert found.weights == 2 * P + 4 * adapters
     assert (found.gradients, found.optimizer) == (4 * adapters, 8 * adapters)
-    assert (found.reference, found.whole) == (0, 2 * adapters)
+    assert found.reference == 0
+    assert found.whole == 2 * (2 * DEV.double_block * adapters // P)
+    for every, share in ((1, 0.0), (2, 0.5)):
+        knobs = {"model__gradient_checkpointing": every > 1, "model__checkpoint_every": every}
+        kept = memory(named("ddp"), model__train="lora", **knobs)
+        if every == 1:  # nothing is recomputed, and backward passes need all casts
+            assert kept.whole == 2 * adapters
+        else:
+            assert kept.whole == pytest.approx(2 * share * adapters, rel=0.1)
+
+
+def test_a_compiled_block_keeps_what_its_backward_pass_would_need() -> None:
+    plain, compiled = (
+        memory(named("ddp"), model__compile=how, sampling__micro_batch=12, sampling__decode_batch=1)
+        for how in ("off", "inductor")
+    )
+    block = double_block_bytes(Precision.on_gpu(2, 2), train_all=True)
+    assert compiled.evaluating - plain.evaluating == 12 * 2537 * 3072 * block
+    assert compiled.kept == plain.kept
+
+
+def test_an_optimizer_that_computes_in_float32_needs_room_for_its_largest_weight() -> None:
+    knobs = {"update__optimizer": "adamw_8bit", "update__micro_batch": 1}
+    found = memory(Spread("single"), gpus=1, **knobs)
+    assert found.stepping == 10 * 4 * 3072 * 6 * 3072  # the modulation of a double block
+    large = replace(found, stepping=2 * found.kept)
+    assert large.peak - found.peak == large.stepping - max(found.kept, found.stepping)
 
 
 @pytest.mark.parametrize(

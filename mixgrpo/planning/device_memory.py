@@ -10,6 +10,7 @@ from mixgrpo.config import Config
 from mixgrpo.planning.activations import (
     Precision,
     decoding_bytes,
+    double_block_bytes,
     evaluation_bytes,
     kept_bytes,
 )
@@ -28,9 +29,10 @@ class DeviceMemory:
 
     Attributes:
         weights: the transformer's weights, trained and frozen.
-        whole: additional full weights in the products' dtype, gathered or cast by autocast.
+        whole: additional weights in the products' dtype, gathered or cast by autocast.
         gradients, optimizer, average: those of the trained weights; gradients exist only during
             the update.
+        stepping: working memory of an optimizer step that computes in another dtype than it stores.
         reference: the policy before training, for a KL term.
         states: the latents that a rollout keeps for the update.
         kept: activations kept by the update's forward and backward passes.
@@ -54,6 +56,7 @@ class DeviceMemory:
     visiting: int
     text: int
     vae: int
+    stepping: int = 0
     context: int = CONTEXT
 
     @property
@@ -66,7 +69,8 @@ class DeviceMemory:
     def peak(self) -> int:
         """Maximum over the phases: sampling with scoring, or the update."""
         sampling = self.evaluating + self.visiting
-        return self.held + self.whole + max(sampling, self.gradients + self.kept)
+        updating = self.gradients + max(self.kept, self.stepping)
+        return self.held + self.whole + max(sampling, updating)
 
 
 def device_memory(config: Config, spread: Spread, gpus: int) -> DeviceMemory:
@@ -86,18 +90,19 @@ def device_memory(config: Config, spread: Spread, gpus: int) -> DeviceMemory:
     visits = config.scoring.placement == "offload"
     return DeviceMemory(
         weights=spread_out * (trained * resting + frozen * compute) // spread.weights,
-        whole=_whole(size, trained, frozen, spread, compute, resting),
+        whole=_whole(config, size, trained, frozen, spread, resting),
         gradients=_gradients(size, trained, spread, resting),
         optimizer=spread_out * _optimizer(config, trained, spread) // spread.optimizer,
         average=trained * 4 // spread.weights if config.ema.decay else 0,
         reference=_reference(config, size, spread, compute, value),
         states=pictures * (2 * _window_size(config) + 2) * tokens * size.in_channels * 4,
         kept=_kept(config, size, tokens, Precision.on_gpu(compute, _seen(config, spread))),
-        evaluating=_evaluating(config, size, tokens, compute),
+        evaluating=_evaluating(config, size, tokens, Precision.on_gpu(compute, compute)),
         rewards=0 if visits else of_reward,
         visiting=of_reward if visits else 0,
         text=text_bytes(config),
         vae=vae_bytes(config),
+        stepping=_stepping(config, size),
     )
 
 
@@ -117,10 +122,17 @@ def _counts(config: Config, size: FluxSize) -> tuple[int, int]:
 
 
 def _whole(
-    size: FluxSize, trained: int, frozen: int, spread: Spread, compute: int, resting: int
+    config: Config, size: FluxSize, trained: int, frozen: int, spread: Spread, resting: int
 ) -> int:
+    model, compute = config.model, bytes_of(config.model.compute_dtype)
     if not spread.gathered:
-        return trained * compute if resting != compute else 0  # autocast caches its casts
+        if resting == compute:
+            return 0
+        # Backward passes need what autocast has cast; a recomputed block casts anew.
+        every = model.checkpoint_every if model.gradient_checkpointing else 0
+        recomputed = 1 / every if every else 0.0
+        at_work = min(trained, 2 * size.double_block * trained // size.parameters)
+        return compute * int((1 - recomputed) * trained + recomputed * at_work)
     share = (trained + frozen) / size.parameters
     everything = int(size.parameters * share)
     # The current block and the next one, and the weights outside the blocks.
@@ -139,6 +151,15 @@ def _gradients(size: FluxSize, trained: int, spread: Spread, resting: int) -> in
 def _optimizer(config: Config, trained: int, spread: Spread) -> int:
     moments = 2 if config.update.optimizer == "adamw_8bit" else 8
     return trained * (moments + (4 if spread.half else 0))
+
+
+def _stepping(config: Config, size: FluxSize) -> int:
+    """Float32 weight, gradient, moments, codes and random numbers of the largest weight."""
+    if config.update.optimizer == "adamw" and config.model.weights == "float32":
+        return 0
+    full = config.model.train == "full"
+    largest = 6 * size.width**2 if full else config.model.lora_rank * 6 * size.width
+    return 10 * 4 * largest
 
 
 def _reference(config: Config, size: FluxSize, spread: Spread, compute: int, value: int) -> int:
@@ -177,9 +198,13 @@ def _kept(config: Config, size: FluxSize, tokens: int, precision: Precision) -> 
     return kept + at_work
 
 
-def _evaluating(config: Config, size: FluxSize, tokens: int, compute: int) -> int:
-    model, sampling = config.model, config.sampling
-    evaluation = evaluation_bytes(size, tokens + model.text_length, sampling.micro_batch, compute)
+def _evaluating(config: Config, size: FluxSize, tokens: int, precision: Precision) -> int:
+    model, sampling, compute = config.model, config.sampling, precision.product
+    together = tokens + model.text_length
+    evaluation = evaluation_bytes(size, together, sampling.micro_batch, compute)
+    if model.compile != "off":  # a compiled block keeps what its backward pass would need
+        width = sampling.micro_batch * together * size.width
+        evaluation += width * double_block_bytes(precision, model.train == "full")
     batch = min(sampling.decode_batch, sampling.micro_batch)
     return max(
         evaluation,
