@@ -34,12 +34,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SEED",
         help="run the tests in an order drawn with this seed: none may depend on another's",
     )
+    parser.addoption(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="where the tests marked gpu run; on cuda they are skipped if there is none",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On two cores all tests take eleven minutes, and five without those that are marked slow."""
     if config.getoption("shuffle") is not None:
         random.Random(config.getoption("shuffle")).shuffle(items)
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU; --device cpu runs it on the CPU"))
     if os.environ.get("MIXGRPO_SLOW"):
         # First, so that at the end no core waits for another's.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -57,6 +67,14 @@ def _same_numbers() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the tests marked gpu run: the first GPU, or the CPU with ``--device cpu``."""
+    if request.config.getoption("device") == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="session")

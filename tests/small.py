@@ -67,8 +67,8 @@ class Counted:
 class Recording(DataParallel):
     """An engine that keeps the gradient of every optimizer step; at lr 0 it changes no weight."""
 
-    def __init__(self, module: nn.Module, lr: float = 0.0) -> None:
-        super().__init__(module, CPU, partial(_constant, lr=lr))
+    def __init__(self, module: nn.Module, lr: float = 0.0, device: torch.device = CPU) -> None:
+        super().__init__(module, device, partial(constant_sgd, lr=lr))
         self.gradients: list[Tensor] = []
 
     def step(self) -> None:
@@ -76,7 +76,7 @@ class Recording(DataParallel):
         super().step()
 
 
-def _constant(parameters: list[nn.Parameter], lr: float) -> tuple[Optimizer, LambdaLR]:
+def constant_sgd(parameters: list[nn.Parameter], lr: float) -> tuple[Optimizer, LambdaLR]:
     optimizer = SGD(parameters, lr=lr)
     return optimizer, LambdaLR(optimizer, lambda _: 1.0)
 
@@ -88,11 +88,12 @@ def gradient_of(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def perturbed(module: nn.Module, scale: float, seed: int = 1) -> nn.Module:
-    """Adds normal noise to every weight, in place."""
+    """Adds normal noise to every weight, in place; it is drawn on the CPU, wherever they are."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_((scale * noise).to(parameter.device))
     return module
 
 

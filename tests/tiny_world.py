@@ -239,12 +239,13 @@ QUICK = {
 }
 
 
-def train_here(config: Config, summary: bool = False) -> Path:
+def train_here(config: Config, summary: bool = False, device: torch.device = CPU) -> Path:
     """A training in this process, on the CPU; without the closing pictures unless asked for."""
     from mixgrpo import trainer
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
+        if device.type == "cpu":
+            stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
         if not summary:
             stack.enter_context(mock.patch("mixgrpo.report.summary.summarize", return_value=""))
         return trainer.train(config)
