@@ -1,0 +1,203 @@
+"""While it samples and while it computes losses, the host only queues work for a GPU.
+
+On a fake GPU, whose tensors have no values, in bfloat16 autocast as on a real one; so this also
+shows that no tensor is left on the wrong device. ``test_gpu.py`` repeats it on a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from fake_gpu import GPU, FakeGpu, HostWait, fake_gpu
+from small import CPU, constant_sgd, small_plan
+from torch import Tensor
+
+from mixgrpo.config import ModelConfig, UpdateConfig
+from mixgrpo.engines.data_parallel import DataParallel
+from mixgrpo.maths.transitions import log_ratio
+from mixgrpo.methods import grpo
+from mixgrpo.methods.emphasis import whole
+from mixgrpo.methods.grpo import Objective, update
+from mixgrpo.models.flux import Flux
+from mixgrpo.noise import Noise
+from mixgrpo.rollout import SamplingPlan, rollout
+from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
+from mixgrpo.types import TextEmbedding, Trajectory, Velocity
+
+PROMPTS, SAMPLES = 2, 4
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeGpu]:
+    with fake_gpu() as found:
+        yield found
+
+
+# ---- the fake GPU itself
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        Tensor.item,
+        bool,
+        Tensor.cpu,
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: torch.equal(x, x),
+        lambda x: torch.arange(3).to(x.device),
+        lambda x: x.copy_(torch.zeros(3)),
+        lambda x: x.index_put_((x > 0,), x[:2]),
+    ],
+    ids=[
+        "item",
+        "bool",
+        "cpu",
+        "mask",
+        "nonzero",
+        "cpu_index",
+        "equal",
+        "to_gpu",
+        "copy_",
+        "masked_write",
+    ],
+)
+def test_what_would_wait_is_found(gpu: FakeGpu, wait: Callable[[Tensor], Any]) -> None:
+    x = torch.ones(3, device=GPU)
+    with pytest.raises(HostWait):
+        wait(x.sum() if wait in (Tensor.item, bool) else x)
+
+
+def test_tensors_on_different_devices_do_not_mix(gpu: FakeGpu) -> None:
+    with pytest.raises(RuntimeError, match="two different devices"):
+        torch.ones(3, device=GPU) + torch.ones(3)
+
+
+def test_what_only_queues_is_let_through(gpu: FakeGpu) -> None:
+    x = torch.arange(3).to(GPU, non_blocking=True)
+    found = [x[x.flip(0)], x * torch.tensor(2.0), torch.where(x > 1, x, 0.0), x.new_full((2,), 7)]
+    x[x > 1] = 0
+    assert [tensor.device for tensor in found] == [GPU] * 4
+    assert found[1].dtype == torch.float32
+    with torch.autocast("cuda", torch.bfloat16):
+        assert (torch.ones(2, 3, device=GPU) @ torch.ones(3, 4, device=GPU)).dtype == torch.bfloat16
+    assert torch.ones(3).sum().item() == 3  # on the CPU values are real
+
+
+# ---- the product
+
+
+def make_policy(gpu: FakeGpu, train: str, checkpointing: bool = False) -> Flux:
+    """A small FLUX as ``Flux.load`` would make it, on the fake GPU."""
+    config = ModelConfig(
+        train=train,
+        height=64,
+        width=64,
+        text_length=TEXT_LENGTH,
+        gradient_checkpointing=checkpointing,
+    )
+    pipeline = flux_pipeline()
+    pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    pipeline.vae.to(torch.bfloat16)
+    if train == "lora":
+        pipeline.transformer.to(torch.bfloat16)
+    policy = Flux(pipeline, config, CPU, text=mock.sentinel.text)
+    policy._make_trainable(seed=0)
+    for module in (policy.module, pipeline.vae):
+        gpu.place(module)
+    policy.device = GPU
+    policy._image_ids = policy._image_ids.to(GPU, non_blocking=True)
+    return policy
+
+
+def make_text() -> TextEmbedding:
+    tokens = torch.zeros(PROMPTS, TEXT_LENGTH, 128, device=GPU, dtype=torch.bfloat16)
+    return TextEmbedding(tokens, torch.zeros(PROMPTS, 64, device=GPU, dtype=torch.bfloat16))
+
+
+def sampled(
+    policy: Flux, velocity: Velocity, plan: SamplingPlan, shared: bool = True, decode: bool = False
+) -> Trajectory:
+    """A rollout in two micro-batches, which may decode what it has sampled."""
+    images = []
+
+    def finished(latents: Tensor, rows: range) -> None:
+        images.append(policy.decode(latents) if decode else latents)
+
+    noise = Noise(0, 0, range(PROMPTS), SAMPLES, policy.latent_shape, shared, GPU)
+    trajectory = rollout(velocity, make_text(), plan, noise, 4, finished)
+    assert [len(batch) for batch in images] == [4, 4]
+    assert {batch.device for batch in images} == {trajectory.states.device} == {GPU}
+    return trajectory
+
+
+@pytest.mark.parametrize(("train", "shared", "solver"), [("lora", True, "euler"),
+                                                         ("full", False, "dpm")])  # fmt: skip
+def test_a_rollout_that_decodes_only_queues(
+    gpu: FakeGpu, train: str, shared: bool, solver: str
+) -> None:
+    policy = make_policy(gpu, train)
+    velocity = policy.velocity(policy.module)
+    plan = small_plan(steps=5, start=1, solver=solver, order=3)
+    sampled(policy, velocity, plan, shared, decode=True)
+    with pytest.raises(HostWait):
+        sampled(policy, asking(velocity), plan)
+
+
+def asking(velocity: Velocity) -> Velocity:
+    """A velocity that looks at a value."""
+
+    def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        return velocity(x, sigma, text) * x.mean().item()
+
+    return evaluate
+
+
+@pytest.mark.parametrize(("train", "checkpointing"), [("lora", False), ("lora", True),
+                                                      ("full", True)])  # fmt: skip
+def test_an_updates_losses_are_only_queued(gpu: FakeGpu, train: str, checkpointing: bool) -> None:
+    """With a reference policy too: without the adapters, or another one's velocity."""
+    policy, plan = make_policy(gpu, train, checkpointing), small_plan(steps=3, start=0)
+    velocity = policy.velocity(policy.module)
+    reference = policy.without_adapters(policy.module) if train == "lora" else velocity
+    trajectory = sampled(policy, velocity, plan)
+    metrics = losses(policy, velocity, trajectory, plan, reference)
+    assert metrics["kl"].device == metrics["loss"].device == GPU
+    assert metrics["ratio_error_on_policy"].dtype == torch.float32
+    with pytest.raises(HostWait):
+        losses(policy, asking(velocity), trajectory, plan, reference)
+
+
+def losses(
+    policy: Flux,
+    velocity: Velocity,
+    trajectory: Trajectory,
+    plan: SamplingPlan,
+    reference: Velocity,
+) -> dict[str, Tensor]:
+    """The update's forward half: two optimizer steps, without backward passes and steps.
+
+    The check for finite numbers is left out too: it waits once per optimizer step, and must.
+    """
+    engine = DataParallel(policy.module, GPU, partial(constant_sgd, lr=0.0))
+    norm = torch.ones((), device=GPU)
+    objective = Objective(plan.transition, log_ratio, clip=1e-4, kl=0.1, reference=reference)
+    advantages = torch.ones(len(trajectory), device=GPU)
+    emphasis = whole(trajectory, 1)
+    with (
+        mock.patch.object(engine, "backward") as backward,
+        mock.patch.object(engine, "clip_gradients", return_value=norm),
+        mock.patch.object(engine, "step"),
+        mock.patch.object(grpo, "_require_finite"),
+    ):
+        knobs = UpdateConfig(optimizer_steps=2, micro_batch=3)
+        metrics = update(engine, velocity, trajectory, advantages, objective, knobs, emphasis)
+    assert backward.call_count == 4  # 2 + 2 * 2 evaluations in each optimizer step
+    assert all(call.args[0].requires_grad for call in backward.call_args_list)
+    return metrics
