@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from small import Recording, perturbed, small_plan
-from tiny_world import ROOT
+from tiny_world import ROOT, train_here
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from trainings import become_rank, free_port
@@ -171,6 +172,23 @@ def on_policy(policy: Flux, task: Task) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
+def assert_ratio_is_one(found: dict[str, float]) -> None:
+    """Until the first optimizer step, which must then show."""
+    assert found["ratio_error_on_policy"] <= 1e-6, found
+    assert found["ratio_deviation"] > 1e-6, found
+
+
+def train_deterministically(config: Config, device: torch.device) -> Path:
+    """A training that repeats itself to the last bit, where a knob asks for that."""
+    if hasattr(config.run, "deterministic"):
+        config.run.deterministic = True
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        return train_here(config, device=device)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 # ---- engines and optimizers
 
 
@@ -293,7 +311,14 @@ def group_of_one(device: torch.device) -> Iterator[Process]:
         become_rank(0, 1, free_port())
         if device.type == "cpu":
             stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
+        stack.callback(_leave_group)
         yield stack.enter_context(process_group(1))
+
+
+def _leave_group() -> None:
+    """After a failure a GPU's group is left as it is: processes that end do not wait for others."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:

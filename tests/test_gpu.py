@@ -17,6 +17,7 @@ from on_device import (
     CAPTIONS,
     SHAPES,
     Task,
+    assert_ratio_is_one,
     course_of,
     descend,
     distance,
@@ -31,6 +32,7 @@ from on_device import (
     recomputing,
     shapes_policy,
     torchs,
+    train_deterministically,
     two_steps,
     waits_forbidden,
 )
@@ -39,7 +41,6 @@ from test_train import assert_same_checkpoint
 from tiny_world import QUICK, World, checkpoint_folder, records, train_here, without_times
 from torch import Tensor, nn
 
-from mixgrpo.config import Config
 from mixgrpo.engines.adamw import decode, round_stochastically
 from mixgrpo.methods import grpo
 from mixgrpo.models.flux import Flux
@@ -61,20 +62,15 @@ def _as_a_run_sets_it(device: torch.device) -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.fixture
-def _restored_determinism() -> Iterator[None]:
-    """A run that asks for deterministic kernels asks in the name of its whole process."""
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 # ---- the numbers are the CPU's
 
 
 @pytest.mark.parametrize(
     ("train", "task"),
-    [("full", Task(euler_plan())), ("lora", Task(flash_plan(), shared=False))],
+    [
+        ("full", Task(euler_plan(), clip=8e-5)),
+        ("lora", Task(flash_plan(), shared=False, clip=8e-5)),
+    ],
     ids=["full, Euler", "LoRA, Flash"],
 )
 def test_an_iteration_computes_what_the_cpu_computes(
@@ -82,23 +78,24 @@ def test_an_iteration_computes_what_the_cpu_computes(
 ) -> None:
     """Float32 without TF32. The noise is the same: it is drawn on the CPU.
 
-    Where sums are rounded differently, outputs differ by about 3e-7. Over a rollout's steps that
-    became 1e-6 when it was imitated on a CPU, 3e-6 in gradients and 3e-4 in log-ratios, which are
-    small differences of means. TF32, or a wrong constant, is far beyond the tolerances.
+    Sums that are rounded differently change a layer's outputs by some 1e-7. With 1e-6 instead,
+    added on a CPU, latents changed by up to 4e-6, gradients by 7e-6 and log-ratios, which are small
+    differences, by 9e-5: the tolerances are ten times as much or more. With 3e-4, as in TF32, they
+    changed by 4e-4, 2e-3 and 1e-2, beyond all tolerances.
     """
     expected = course_of(shapes_policy(CPU, train=train), task)
     found = course_of(shapes_policy(device, train=train), task)
     assert found.trajectory.states.device.type == device.type
-    for name, tolerance in (("states", 1e-4), ("old_means", 1e-4), ("final", 1e-4)):
+    for name in ("states", "old_means", "final"):
         ours, theirs = (getattr(course.trajectory, name).cpu() for course in (found, expected))
-        assert relative_error(ours, theirs) < tolerance, name
+        assert relative_error(ours, theirs) < 5e-5, name
     assert relative_error(found.images, expected.images) < 1e-4
-    # Each transition must be on the same side of the clip, or the gradients differ by its share.
-    distance = ((expected.log_ratios.exp() - 1).abs() - task.clip).abs()
-    assert distance.min() > 1e-6
-    assert expected.log_ratios.abs().max() > task.clip
-    assert relative_error(found.log_ratios, expected.log_ratios) < 5e-3
-    assert relative_error(found.gradient, expected.gradient) < 1e-3
+    # Some are clipped, and none is so near to the clip that rounding decides it.
+    beyond = (expected.log_ratios.exp() - 1).abs() - task.clip
+    assert beyond.min() < 0 < beyond.max()
+    assert beyond.abs().min() > 1e-5
+    assert relative_error(found.log_ratios, expected.log_ratios) < 2e-3
+    assert relative_error(found.gradient, expected.gradient) < 5e-4
 
 
 # ---- the ratio before the first update
@@ -120,20 +117,14 @@ def test_the_ratio_is_one_in_bfloat16(eager: Flux, checkpointing: bool) -> None:
         assert_ratio_is_one(on_policy(eager, TWELVES))
 
 
-def assert_ratio_is_one(found: dict[str, float]) -> None:
-    """Until the first optimizer step, which must then show."""
-    assert found["ratio_error_on_policy"] <= 1e-6, found
-    assert found["ratio_deviation"] > 1e-6, found
-
-
 def test_the_ratio_of_other_batches_is_nearly_one_in_bfloat16(eager: Flux) -> None:
     """Four prompts: the first window step is evaluated for 4 samples, and again among 12.
 
-    Velocities that differ by bfloat16's 2^-8 of their size change the mean of a step by less than
-    a hundredth of its standard deviation, which averages out over 1024 values: below 1e-3.
+    Against float32, where all of bfloat16's rounding shows, the error is 7e-4.
     """
     task = Task(TWELVES.plan, prompts=4, samples=4)
     found = on_policy(eager, task)
+    assert found["grad_norm"] > 0
     print(f"ratio error of mixed batch sizes: {found['ratio_error_on_policy']:.3g}")
     assert found["ratio_error_on_policy"] < 1e-3, found
 
@@ -149,18 +140,15 @@ def test_the_ratio_of_other_batches_is_nearly_one_in_bfloat16(eager: Flux) -> No
     ],
     ids=["LoRA", "full, 8 bits"],
 )
-@pytest.mark.usefixtures("_restored_determinism")
 def test_four_iterations_equal_two_and_two_resumed(
     device: torch.device, world: World, tmp_path: Path, knobs: dict[str, Any]
 ) -> None:
     """To the last bit."""
     knobs = {**QUICK, "model__compute_dtype": "bfloat16", "ema__decay": 0.9, **knobs}
-    if hasattr(Config().run, "deterministic"):
-        knobs["run__deterministic"] = True
 
     def trained(name: str, iterations: int, resume: bool = False) -> Path:
         given = {**knobs, "run__iterations": iterations, "run__resume": resume}
-        return train_here(world.config(tmp_path / name, **given), device=device)
+        return train_deterministically(world.config(tmp_path / name, **given), device)
 
     straight = trained("straight", 4)
     trained("resumed", 2)
