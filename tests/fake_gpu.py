@@ -10,6 +10,7 @@ real device.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -87,6 +88,8 @@ def fake_gpu() -> Iterator[FakeGpu]:
     with contextlib.ExitStack() as stack:
         for name, replacement in _PATCHES.items():
             stack.enter_context(mock.patch(name, replacement))
+        # Once something has been compiled in this process, it describes every tensor.
+        stack.enter_context(mock.patch.object(logging.getLogger("torch.__trace"), "disabled", True))
         yield stack.enter_context(FakeGpu())
 
 
