@@ -262,6 +262,9 @@ def parse(words: list[str], place: Path) -> tuple[str, Any]:
     if words[0].startswith("scripts/benchmark/"):
         parse_benchmark(words)
         return "benchmark", None
+    if words[:2] == ["-m", "gpu"]:
+        importlib.import_module("gpu.__main__").parse(words[2:])
+        return "benchmark", None
     if words[:2] == ["-m", "pytest"]:  # what test.sh gives it is in test_packaging
         return "tests", None
     pytest.fail(f"no test runs or parses: python {' '.join(words)}")
@@ -346,6 +349,7 @@ def test_a_shown_command_is_known_to_its_program(command: Command, place: Path) 
         "python scripts/benchmark/speed.py --models a",
         "python scripts/benchmark/engines.py --update.kll 0.04",
         "torchrun --nproc_per_node 2 scripts/benchmark/gathering.py --engines dpp",
+        "bash scripts/benchmark/gpu.sh --parts loar",
     ],
 )
 def test_what_no_program_knows_is_found(text: str, place: Path) -> None:

@@ -1,0 +1,290 @@
+"""Whole iterations at FLUX.1-dev's size: the published way beside this repository's, on one model.
+
+The variants are those of ``speed.py``. A policy is built once; compiled blocks replace its own and
+are taken away again, so that all variants have the same weights. Instead of a whole iteration, what
+warms up is one evaluation of every batch size that an iteration has. The optimizer's learning rate
+is 0: every iteration starts from the same weights.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from speed import Ours, Published, Task, Variant, iterate
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from gpu.job import Job
+from gpu.models import Scale, build, text_for
+from mixgrpo.config import ModelConfig
+from mixgrpo.engines.adamw import FrugalAdamW
+from mixgrpo.models.compiled import compile_blocks, repeated_blocks
+from mixgrpo.models.flux import Flux
+from mixgrpo.planning.operations import operations_per_picture
+from mixgrpo.types import Window
+
+GIB = 2**30
+VARIANTS: dict[str, Callable[[Task], Variant]] = {
+    "published": Published,
+    "MixGRPO": Ours,
+    "MixGRPO-Flash": partial(Ours, solver="dpm", ratio=0.4),
+    "MixGRPO-Flash*": partial(Ours, solver="dpm", ratio=0.2),
+}
+STAR = "MixGRPO-Flash*"  # its window stays at the first steps
+GUESSED_RATE = 150.0  # TFLOP/s of a GPU, until an iteration has been measured
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Evaluations in one pass.
+
+    Attributes:
+        rollout, update: at most so many.
+        decode: latents that are decoded together.
+    """
+
+    rollout: int
+    update: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An iteration to measure.
+
+    Attributes:
+        variant: one of VARIANTS.
+        compile: "off", or the compiler of the blocks.
+        samples, steps: fewer of them make a short form, which ends early.
+    """
+
+    variant: str
+    compile: str
+    samples: int
+    steps: int
+
+    def name(self, scale: Scale) -> str:
+        short = "" if self.steps == scale.steps else f", {self.steps} steps"
+        compiled = "" if self.compile == "off" else f", {self.compile}"
+        return f"{self.variant}{compiled}, {self.samples} images{short}"
+
+
+class Bench:
+    """A policy, and the iterations that are measured on it."""
+
+    def __init__(self, job: Job, scale: Scale, knobs: ModelConfig, batches: Batches) -> None:
+        self.job = job
+        self.scale = scale
+        self.batches = batches
+        self.device = torch.device(job.device)
+        self.policy = build(scale, knobs, self.device)
+        self.rate = GUESSED_RATE if self.device.type == "cuda" else 0.01
+        self.warm: set[tuple[str, int, bool]] = set()
+
+    def measure(self, wanted: Wanted) -> None:
+        """Reports an iteration, or that it does not fit into the time that is left."""
+        name = wanted.name(self.scale)
+        expected = self._operations(wanted) / 1e12 / self.rate
+        if expected > self.job.left():
+            self.job.report(name, skipped=f"{expected:.0f} s expected, {self.job.left():.0f} left")
+            return
+        self.job.attempt(name, partial(self._measure, wanted))
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _measure(self, wanted: Wanted) -> dict[str, Any]:
+        task = self.task(wanted)
+        with compiled(self.policy, wanted.compile):
+            warming = self._warm_up(task, wanted)
+            reset_peak(self.device)
+            variant = VARIANTS[wanted.variant](task)
+            stepping = Stepping(variant.optimizer, self.device)
+            found = iterate(task, variant, 0)
+        seconds = {**found.seconds, "total": sum(found.seconds.values())}
+        seconds["optimizer"] = stepping.seconds()
+        per_image = {phase: found.evaluations[phase] / task.images for phase in found.seconds}
+        operations = task.images * self._per_image(per_image["rollout"], per_image["update"])
+        self.rate = operations / 1e12 / seconds["total"]
+        return {
+            "variant": wanted.variant,
+            "compile": wanted.compile,
+            "images": task.images,
+            "steps": wanted.steps,
+            "window": [task.window.start, task.window.stop],
+            "batches": [self.batches.rollout, self.batches.update],
+            "model": {key: getattr(self.policy.config, key) for key in MODEL_KNOBS},
+            "seconds": seconds,
+            "warm_up": warming,
+            "evaluations": {phase: per_image[phase] for phase in ("rollout", "update")},
+            "tflop": operations / 1e12,
+            "tflops": self.rate,
+            "memory_gib": memory(self.device),
+        }
+
+    def task(self, wanted: Wanted) -> Task:
+        scale, policy = self.scale, self.policy
+        start = 0 if wanted.variant == STAR else min(scale.start, wanted.steps - scale.window - 1)
+        generator = torch.Generator().manual_seed(0)
+        return Task(
+            policy=policy,
+            text=text_for(policy, 1),
+            samples=wanted.samples,
+            steps=wanted.steps,
+            window=Window(start, start + scale.window),
+            optimizer_steps=scale.optimizer_steps,
+            advantages=torch.randn(wanted.samples, generator=generator).to(self.device),
+            micro_batch=self.batches.rollout,
+            update_batch=self.batches.update,
+            seed=0,
+            optimizer=frugal,
+        )
+
+    def _warm_up(self, task: Task, wanted: Wanted) -> float:
+        """Evaluates every batch size that is new, with gradients if the update has it; seconds."""
+        start = perf_counter()
+        for count, trains in sorted(batch_sizes(task, wanted.variant)):
+            if (wanted.compile, count, trains) not in self.warm:
+                evaluate(self.policy, count, trains)
+                self.warm.add((wanted.compile, count, trains))
+        synchronize(self.device)
+        return perf_counter() - start
+
+    def _operations(self, wanted: Wanted) -> float:
+        """About as many as the iteration will take."""
+        task = self.task(wanted)
+        plan = VARIANTS[wanted.variant](replace(task, optimizer=no_optimizer)).plan
+        images = task.images
+        first, rest = plan.window.start + 1, plan.steps - plan.window.start - 1
+        if wanted.variant == "published":
+            return images * self._per_image(plan.steps, plan.window.size)
+        shared = task.optimizer_steps / images
+        return images * self._per_image(first / images + rest, plan.window.size - 1 + shared)
+
+    def _per_image(self, rollout: float, update: float) -> float:
+        knobs = self.policy.config
+        return operations_per_picture(
+            self.scale.products,
+            rollout,
+            update,
+            train_all=knobs.train == "full",
+            recomputed=1 / knobs.checkpoint_every if knobs.gradient_checkpointing else 0.0,
+            with_reference=False,
+        )
+
+
+MODEL_KNOBS = (
+    *("train", "weights", "compute_dtype", "gradient_checkpointing", "checkpoint_every"),
+    *("attention", "lora_rank", "lora_targets"),
+)
+
+
+def frugal(parameters: list[nn.Parameter]) -> tuple[Optimizer, LambdaLR]:
+    """8-bit AdamW's work, without an effect."""
+    optimizer = FrugalAdamW(parameters, 0.0, (0.9, 0.999), 0.0, eight_bit=True, seed=0)
+    return optimizer, LambdaLR(optimizer, lambda _: 1.0)
+
+
+def no_optimizer(parameters: list[nn.Parameter]) -> tuple[Optimizer, LambdaLR]:
+    optimizer = torch.optim.SGD(parameters[:1], lr=0.0)
+    return optimizer, LambdaLR(optimizer, lambda _: 1.0)
+
+
+def batch_sizes(task: Task, variant: str) -> set[tuple[int, bool]]:
+    """The batch sizes of an iteration, and whether a backward pass follows."""
+    if variant == "published":
+        return {(1, False), (1, True)}
+    prompts, part = len(task.text), task.images // task.optimizer_steps
+    evaluated = prompts + part * (task.window.size - 1)  # by one optimizer step
+    rollout = {*sizes_of(prompts, task.micro_batch), *sizes_of(task.images, task.micro_batch)}
+    update = sizes_of(evaluated, task.update_batch or task.micro_batch)
+    return {(size, False) for size in rollout} | {(size, True) for size in update}
+
+
+def sizes_of(count: int, most: int) -> set[int]:
+    """The sizes of the parts when ``count`` is split into parts of ``most`` and a last one."""
+    return {size for size in (min(most, count), count % most) if size}
+
+
+def evaluate(policy: Flux, count: int, trains: bool) -> None:
+    """One evaluation of ``count`` samples, with a backward pass if ``trains``."""
+    x = torch.randn(count, *policy.latent_shape, device=policy.device)
+    sigma = x.new_full((count,), 0.5)
+    text = text_for(policy, 1).repeat_each(count)
+    with torch.set_grad_enabled(trains):
+        found = policy.velocity(policy.module)(x, sigma, text)
+    if trains:
+        found.square().mean().backward()
+        policy.module.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def compiled(policy: Flux, how: str) -> Iterator[None]:
+    """Context in which the policy's blocks are compiled, unless ``how`` is "off"."""
+    if how == "off":
+        yield
+        return
+    compile_blocks(policy.module, how)
+    try:
+        yield
+    finally:
+        for block in repeated_blocks(policy.module):
+            del block.forward
+
+
+class Stepping:
+    """The time that the steps of an optimizer take, on the device."""
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+        optimizer.register_step_pre_hook(lambda *_: self._mark())
+        optimizer.register_step_post_hook(lambda *_: self._mark())
+
+    def _mark(self) -> None:
+        if self.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(perf_counter())
+
+    def seconds(self) -> float:
+        pairs = list(zip(self.marks[::2], self.marks[1::2], strict=True))
+        if self.device.type == "cuda":
+            return sum(first.elapsed_time(second) for first, second in pairs) / 1000
+        return sum(second - first for first, second in pairs)
+
+
+# ---- memory
+
+
+def reset_peak(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """GiB: peaks of what tensors held and of what was reserved for them; what CUDA itself took."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated": torch.cuda.max_memory_allocated(device) / GIB,
+        "reserved": torch.cuda.max_memory_reserved(device) / GIB,
+        "context": (total - free - torch.cuda.memory_reserved(device)) / GIB,
+        "card": total / GIB,
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

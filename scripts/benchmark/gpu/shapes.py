@@ -1,0 +1,48 @@
+"""The family on the Shapes world: as many of ``family.py``'s runs as fit into the time left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from gpu.job import Job, main
+
+SCRIPT = Path(__file__).resolve().parents[1] / "family.py"
+SAVING = 25.0  # seconds that are left for ending: runs save a checkpoint when they are stopped
+PARALLEL = 6  # trainings of small models at a time on one GPU
+SMALL = ("--iterations", "2", "--prompts", "1", "--captions", "4", "--parallel", "2")
+
+
+def perform(job: Job) -> None:
+    folder = job.results.parent / "family"
+    output = folder / "family.json"
+    seconds = 12.0 if job.small else max(10.0, job.left() - SAVING)
+    words = [sys.executable, str(SCRIPT), "--minutes", f"{seconds / 60:.3f}"]
+    words += ["--folder", str(folder), "--output", str(output)]
+    words += SMALL if job.small else ("--parallel", str(PARALLEL))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if job.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    # What it prints goes to this part's log; a table that lacks runs is no failure.
+    subprocess.run(words, env=environment, check=False)
+    done = 0
+    for path in sorted((folder / "results").glob("*.json")):
+        found = json.loads(path.read_text())
+        done += 1
+        scores = found.get("scores", {})
+        job.report(
+            path.stem,
+            seconds_per_iteration=found.get("seconds_per_iteration"),
+            all_right=scores.get("all_right"),
+            error=found.get("error"),
+        )
+    if not done:
+        raise RuntimeError("not one run of family.py has ended; the log says why")
+    job.report("runs", done=done)
+
+
+if __name__ == "__main__":
+    main("shapes", perform)
