@@ -116,7 +116,8 @@ class Task:
     ) -> dict[str, Tensor]:
         """The advantages are drawn on the CPU, the same on every device."""
         generator = torch.Generator().manual_seed(3)
-        advantages = torch.randn(len(trajectory), generator=generator).to(engine.device)
+        advantages = torch.randn(len(trajectory), generator=generator)
+        advantages = advantages.to(engine.device, non_blocking=True)
         aim = replace(Objective(self.plan.transition, log_ratio, self.clip), **objective)
         knobs = UpdateConfig(
             optimizer_steps=self.optimizer_steps,

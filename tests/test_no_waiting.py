@@ -7,29 +7,21 @@ shows that no tensor is left on the wrong device. ``test_gpu.py`` repeats it on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from fake_gpu import GPU, FakeGpu, HostWait, fake_gpu
-from small import CPU, constant_sgd, small_plan
+from on_device import Task
+from small import CPU, Recording, small_plan
 from torch import Tensor
 
-from mixgrpo.config import ModelConfig, UpdateConfig
-from mixgrpo.engines.data_parallel import DataParallel
-from mixgrpo.maths.transitions import log_ratio
+from mixgrpo.config import ModelConfig
 from mixgrpo.methods import grpo
-from mixgrpo.methods.emphasis import whole
-from mixgrpo.methods.grpo import Objective, update
 from mixgrpo.models.flux import Flux
-from mixgrpo.noise import Noise
-from mixgrpo.rollout import SamplingPlan, rollout
 from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity
-
-PROMPTS, SAMPLES = 2, 4
 
 
 @pytest.fixture
@@ -116,22 +108,19 @@ def make_policy(gpu: FakeGpu, train: str, checkpointing: bool = False) -> Flux:
     return policy
 
 
-def make_text() -> TextEmbedding:
-    tokens = torch.zeros(PROMPTS, TEXT_LENGTH, 128, device=GPU, dtype=torch.bfloat16)
-    return TextEmbedding(tokens, torch.zeros(PROMPTS, 64, device=GPU, dtype=torch.bfloat16))
+def make_text(prompts: int) -> TextEmbedding:
+    tokens = torch.zeros(prompts, TEXT_LENGTH, 128, device=GPU, dtype=torch.bfloat16)
+    return TextEmbedding(tokens, torch.zeros(prompts, 64, device=GPU, dtype=torch.bfloat16))
 
 
-def sampled(
-    policy: Flux, velocity: Velocity, plan: SamplingPlan, shared: bool = True, decode: bool = False
-) -> Trajectory:
+def sampled(policy: Flux, velocity: Velocity, task: Task, decode: bool = False) -> Trajectory:
     """A rollout in two micro-batches, which may decode what it has sampled."""
     images = []
 
     def finished(latents: Tensor, rows: range) -> None:
         images.append(policy.decode(latents) if decode else latents)
 
-    noise = Noise(0, 0, range(PROMPTS), SAMPLES, policy.latent_shape, shared, GPU)
-    trajectory = rollout(velocity, make_text(), plan, noise, 4, finished)
+    trajectory = task.rollout(velocity, make_text(task.prompts), finished)
     assert [len(batch) for batch in images] == [4, 4]
     assert {batch.device for batch in images} == {trajectory.states.device} == {GPU}
     return trajectory
@@ -145,9 +134,10 @@ def test_a_rollout_that_decodes_only_queues(
     policy = make_policy(gpu, train)
     velocity = policy.velocity(policy.module)
     plan = small_plan(steps=5, start=1, solver=solver, order=3)
-    sampled(policy, velocity, plan, shared, decode=True)
+    task = Task(plan, shared=shared, micro_batch=4)
+    sampled(policy, velocity, task, decode=True)
     with pytest.raises(HostWait):
-        sampled(policy, asking(velocity), plan)
+        sampled(policy, asking(velocity), task)
 
 
 def asking(velocity: Velocity) -> Velocity:
@@ -163,41 +153,34 @@ def asking(velocity: Velocity) -> Velocity:
                                                       ("full", True)])  # fmt: skip
 def test_an_updates_losses_are_only_queued(gpu: FakeGpu, train: str, checkpointing: bool) -> None:
     """With a reference policy too: without the adapters, or another one's velocity."""
-    policy, plan = make_policy(gpu, train, checkpointing), small_plan(steps=3, start=0)
+    policy = make_policy(gpu, train, checkpointing)
     velocity = policy.velocity(policy.module)
     reference = policy.without_adapters(policy.module) if train == "lora" else velocity
-    trajectory = sampled(policy, velocity, plan)
-    metrics = losses(policy, velocity, trajectory, plan, reference)
+    task = Task(small_plan(steps=3, start=0), micro_batch=4, optimizer_steps=2)
+    trajectory = sampled(policy, velocity, task)
+    metrics = losses(policy, velocity, trajectory, task, reference)
     assert metrics["kl"].device == metrics["loss"].device == GPU
     assert metrics["ratio_error_on_policy"].dtype == torch.float32
     with pytest.raises(HostWait):
-        losses(policy, asking(velocity), trajectory, plan, reference)
+        losses(policy, asking(velocity), trajectory, task, reference)
 
 
 def losses(
-    policy: Flux,
-    velocity: Velocity,
-    trajectory: Trajectory,
-    plan: SamplingPlan,
-    reference: Velocity,
+    policy: Flux, velocity: Velocity, trajectory: Trajectory, task: Task, reference: Velocity
 ) -> dict[str, Tensor]:
     """The update's forward half: two optimizer steps, without backward passes and steps.
 
     The check for finite numbers is left out too: it waits once per optimizer step, and must.
     """
-    engine = DataParallel(policy.module, GPU, partial(constant_sgd, lr=0.0))
+    engine = Recording(policy.module, device=GPU)
     norm = torch.ones((), device=GPU)
-    objective = Objective(plan.transition, log_ratio, clip=1e-4, kl=0.1, reference=reference)
-    advantages = torch.ones(len(trajectory), device=GPU)
-    emphasis = whole(trajectory, 1)
     with (
         mock.patch.object(engine, "backward") as backward,
         mock.patch.object(engine, "clip_gradients", return_value=norm),
         mock.patch.object(engine, "step"),
         mock.patch.object(grpo, "_require_finite"),
     ):
-        knobs = UpdateConfig(optimizer_steps=2, micro_batch=3)
-        metrics = update(engine, velocity, trajectory, advantages, objective, knobs, emphasis)
+        metrics = task.update(engine, velocity, trajectory, kl=0.1, reference=reference)
     assert backward.call_count == 4  # 2 + 2 * 2 evaluations in each optimizer step
     assert all(call.args[0].requires_grad for call in backward.call_args_list)
     return metrics
