@@ -300,10 +300,10 @@ def test_text_encoders_off_loaded_leave_nothing_on_the_device(
     for _ in range(2):
         before = memory_used(device)
         found = resting.encode(CAPTIONS[:2]).to(CPU)
+        assert all(copied() is None for copied in copies), "copies await the garbage collector"
         after = memory_used(device)
     assert after == before
     assert len(copies) == 4
-    assert all(copied() is None for copied in copies)
     assert policy.pipeline.text_encoder_2 is own
     assert {p.device for p in own.parameters()} == {CPU}
     expected = FluxText(policy.pipeline, 16, device, "cpu").encode(CAPTIONS[:2]).to(CPU)
