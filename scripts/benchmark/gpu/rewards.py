@@ -67,11 +67,11 @@ def built(job: Job, name: str) -> Reward:
     if job.small:
         options = {"model": str(ROOT / "data" / "shapes" / scoring.FOLDERS.get(name, name))}
         return build_reward(name, options, job.device)
-    with tempfile.TemporaryDirectory(dir=scratch()) as folder, torch.device(job.device):
-        options = getattr(random_weights, name)(Path(folder), 0)
-        torch.cuda.empty_cache()
-        with torch.device("cpu"):
-            return build_reward(name, {**options, "dtype": "bfloat16"}, job.device)
+    with tempfile.TemporaryDirectory(dir=scratch()) as folder:
+        options = getattr(random_weights, name)(Path(folder), 0, job.device)
+        if job.device == "cuda":
+            torch.cuda.empty_cache()
+        return build_reward(name, {**options, "dtype": "bfloat16"}, job.device)
 
 
 def scratch() -> str | None:

@@ -1,6 +1,7 @@
 """The four published rewards at their published sizes and file formats, with seeded random weights.
 
 Each function fills an empty folder and returns the options with which the reward is built from it.
+The weights are drawn on ``device``, which gives other numbers on a GPU, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -50,27 +51,29 @@ PICKSCORE_VISION = {
 }
 
 
-def hpsv2(folder: Path, seed: int) -> Options:
+def hpsv2(folder: Path, seed: int, device: str = "cpu") -> Options:
     """``HPS_v2.1_compressed.pt``: open_clip's ViT-H-14 in half precision, under ``state_dict``."""
     path = folder / "HPS_v2.1_compressed.pt"
-    state = _open_clip("ViT-H-14", seed).half().state_dict()
+    state = _open_clip("ViT-H-14", seed, device).state_dict()
     torch.save({"epoch": 1, "state_dict": state}, path)
     return {"model": "ViT-H-14", "checkpoint": str(path)}
 
 
-def clip_score(folder: Path, seed: int) -> Options:
+def clip_score(folder: Path, seed: int, device: str = "cpu") -> Options:
     """``open_clip_pytorch_model.bin`` of DFN5B-CLIP-ViT-H-14-384, whose images are 378 pixels."""
     path = folder / "open_clip_pytorch_model.bin"
-    torch.save(_open_clip("ViT-H-14-378-quickgelu", seed).half().state_dict(), path)
+    torch.save(_open_clip("ViT-H-14-378-quickgelu", seed, device).state_dict(), path)
     return {"model": "ViT-H-14-378-quickgelu", "checkpoint": str(path)}
 
 
-def _open_clip(architecture: str, seed: int) -> nn.Module:
+def _open_clip(architecture: str, seed: int, device: str) -> nn.Module:
     torch.manual_seed(seed)
-    return shaken(open_clip.create_model(architecture, load_weights=False))
+    with torch.device(device):
+        model = open_clip.create_model(architecture, load_weights=False, device=device)
+        return shaken(model).half().cpu()
 
 
-def pickscore(folder: Path, seed: int) -> Options:
+def pickscore(folder: Path, seed: int, device: str = "cpu") -> Options:
     """A folder of transformers' CLIPModel with the sizes of PickScore_v1."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -78,7 +81,9 @@ def pickscore(folder: Path, seed: int) -> Options:
     config = CLIPConfig(
         text_config=PICKSCORE_TEXT, vision_config=PICKSCORE_VISION, projection_dim=1024
     )
-    shaken(CLIPModel(config)).half().save_pretrained(folder)
+    with torch.device(device):
+        model = shaken(CLIPModel(config)).half().cpu()
+    model.save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
     clip_tokenizer(folder)
     return {"model": str(folder)}
@@ -103,13 +108,14 @@ def clip_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def imagereward(folder: Path, seed: int) -> Options:
+def imagereward(folder: Path, seed: int, device: str = "cpu") -> Options:
     """``ImageReward.pt`` with the configuration of its BERT and a vocabulary."""
     from mixgrpo.rewards.imagereward import ImageRewardModel, VisionSize, to_imagereward_keys
 
     imagereward_files(folder)
     torch.manual_seed(seed)
-    model = shaken(ImageRewardModel(VisionSize(), MED_CONFIG))
+    with torch.device(device):
+        model = shaken(ImageRewardModel(VisionSize(), MED_CONFIG)).cpu()
     torch.save(to_imagereward_keys(model.state_dict()), folder / "ImageReward.pt")
     return {"model": str(folder)}
 
