@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,37 @@ def test_a_part_without_time_is_told_and_keeps_its_earlier_results(
     assert found["not started"]["skipped"].endswith("s were left, it needs 1000000")
 
 
+def test_a_program_that_is_stopped_ends_its_part_and_shows_what_it_has(tmp_path: Path) -> None:
+    """As a time limit around it would stop it."""
+    source = REPORTS.format(name="shapes", then="import time; time.sleep(600)")
+    parts_of(tmp_path, waits=source)
+    main = (
+        "import sys; from gpu import __main__ as program, tables; from gpu.parts import Part\n"
+        "class Planted(Part):\n    module = 'planted.waits'\n"
+        "program.PARTS = tables.PARTS = (Planted('shapes', '', 30, 0),)\n"
+        "sys.exit(program.main(['--small', '--parts', 'shapes', '--out', sys.argv[1]]))\n"
+    )
+    paths = (tmp_path, ROOT / "scripts" / "benchmark", ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", main, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": ":".join(map(str, paths))},
+    )  # fmt: skip
+    results = tmp_path / "cpu.jsonl"
+    for _ in range(600):
+        if len(read(results)) == 2:  # began, first
+            break
+        time.sleep(0.1)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "| first | 1.50 | - |" in said
+    assert "stopped; the parts that had not ended can be run with --parts" in said
+    waiting = subprocess.run(
+        ["pgrep", "-f", str(results)], capture_output=True, text=True, check=False
+    )
+    assert waiting.stdout == ""
+
+
 def test_a_part_that_runs_again_replaces_its_results(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     for name, value in (("began", 0), ("a", 1), ("b", 2), ("began", 0), ("a", 3)):
@@ -266,6 +298,27 @@ def test_the_plan_of_the_published_size(tmp_path: Path) -> None:
     assert compared["planned_gib"] == pytest.approx(found.peak / 2**30)
     assert compared["planned_seconds"] == pytest.approx(25.0)
     assert compared["measured_seconds"] == 30.0
+
+
+def test_full_training_goes_on_with_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the plan was too hopeful."""
+    from gpu import full
+
+    tried: list[tuple[str, int]] = []
+
+    class Bench:
+        def __init__(self, job: Job, scale: object, knobs: object, batches: Batches) -> None:
+            self.batches = batches
+
+        def measure(self, wanted: Wanted) -> bool:
+            tried.append((wanted.variant, self.batches.update))
+            return self.batches.update <= 3
+
+    monkeypatch.setattr(full, "Bench", Bench)
+    full.perform(Job("full", "cpu", True, tmp_path / "results.jsonl", 1e9))
+    assert tried[:4] == [("MixGRPO", 10), ("MixGRPO", 5), ("MixGRPO", 3), ("MixGRPO-Flash", 3)]
 
 
 def test_full_training_takes_the_largest_batches_that_fit() -> None:

@@ -173,7 +173,8 @@ def _measure(chosen: argparse.Namespace, settings: Settings) -> None:
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", flush=True)
     more = {"settings": {**asdict(settings), "parallel": chosen.parallel}}
-    found = collect(chosen.folder, settings, {**environment(torch.device("cpu")), **more})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = collect(chosen.folder, settings, {**environment(device), **more})
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     chosen.output.write_text(json.dumps(found, indent=1) + "\n")
 

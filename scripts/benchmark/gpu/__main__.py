@@ -59,13 +59,14 @@ class Run:
     def perform(self, part: Part) -> None:
         """Runs a part; reports when it began, how it ended, and how long it took."""
         left = self.deadline - monotonic()
-        if left < part.least:
+        if part.least and left < part.least:
             said = f"{max(0, left):.0f} s were left, it needs {part.least:.0f}"
             append(self.results, {"part": part.name, "name": "not started", "skipped": said})
             print(f"{part.name}: not started: {said}", flush=True)
             return
         limit = CPU_SECONDS if self.small else part.seconds
-        limit = max(part.least, min(limit, left))
+        if part.least:
+            limit = min(limit, left)
         append(self.results, {"part": part.name, "name": "began", "limit": limit})
         print(f"== {part.name}: {part.about} (at most {limit:.0f} s)", flush=True)
         start = perf_counter()
@@ -153,7 +154,7 @@ def card_name() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the parts and prints the tables; returns 1 if a part failed."""
+    """Runs the parts and prints the tables; returns 1 if a part failed, 130 if it was stopped."""
     chosen = parse(arguments)
     if chosen.carry is not None:
         import carry
@@ -178,13 +179,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log=folder / f"{name}.log",
         deadline=monotonic() + 60 * chosen.minutes,
     )
-    for part in PARTS:
-        if part.name in chosen.parts:
-            run.perform(part)
-    found = latest(read(results))
-    print(f"\n{tables(found)}\nresults: {results}", flush=True)
-    now = latest(read(results)[before:])
-    return 1 if failures(now) else 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the parts must not outlive it
+    is_stopped = False
+    try:
+        for part in PARTS:
+            if part.name in chosen.parts:
+                run.perform(part)
+    except KeyboardInterrupt:
+        is_stopped = True
+    print(f"\n{tables(latest(read(results)))}\nresults: {results}", flush=True)
+    if is_stopped:
+        print("stopped; the parts that had not ended can be run with --parts", flush=True)
+        return 130
+    return 1 if failures(latest(read(results)[before:])) else 0
 
 
 if __name__ == "__main__":

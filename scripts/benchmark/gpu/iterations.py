@@ -88,17 +88,18 @@ class Bench:
         self.rate = GUESSED_RATE if self.device.type == "cuda" else 0.01
         self.warm: set[tuple[str, int, bool]] = set()
 
-    def measure(self, wanted: Wanted) -> None:
-        """Reports an iteration, or that it does not fit into the time that is left."""
+    def measure(self, wanted: Wanted) -> bool:
+        """Reports an iteration, or that it does not fit into the time that is left; returns whether
+        it worked or was left out."""
         name = wanted.name(self.scale)
         expected = self._operations(wanted) / 1e12 / self.rate
         if expected > self.job.left():
             self.job.report(name, skipped=f"{expected:.0f} s expected, {self.job.left():.0f} left")
-            return
-        self.job.attempt(name, partial(self._measure, wanted))
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            return True
+        worked = self.job.attempt(name, partial(self._measure, wanted))
+        self.policy.module.zero_grad(set_to_none=True)  # what a failed one may have left
+        reset_peak(self.device)
+        return worked
 
     def _measure(self, wanted: Wanted) -> dict[str, Any]:
         task = self.task(wanted)

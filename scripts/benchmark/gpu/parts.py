@@ -13,7 +13,8 @@ class Part:
         name: name of the module and of the part in the results.
         about: what it shows, in a few words.
         seconds: time limit on a GPU.
-        least: with less time than this left, it is not started.
+        least: with less time than this left, it is not started; 0 for a part that needs no GPU and
+            is run in any case.
     """
 
     name: str
