@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from time import sleep
 
 from gpu.job import Job, main
 
 SCRIPT = Path(__file__).resolve().parents[1] / "family.py"
 SAVING = 25.0  # seconds that are left for ending: runs save a checkpoint when they are stopped
+ENOUGH = 2  # runs, with small
 PARALLEL = 6  # trainings of small models at a time on one GPU
 SMALL = ("--iterations", "2", "--prompts", "1", "--captions", "4", "--parallel", "2")
 
@@ -19,7 +21,7 @@ SMALL = ("--iterations", "2", "--prompts", "1", "--captions", "4", "--parallel",
 def perform(job: Job) -> None:
     folder = job.results.parent / "family"
     output = folder / "family.json"
-    seconds = 12.0 if job.small else max(10.0, job.left() - SAVING)
+    seconds = max(10.0, job.left() - SAVING)
     words = [sys.executable, str(SCRIPT), "--minutes", f"{seconds / 60:.3f}"]
     words += ["--folder", str(folder), "--output", str(output)]
     words += SMALL if job.small else ("--parallel", str(PARALLEL))
@@ -27,11 +29,14 @@ def perform(job: Job) -> None:
     if job.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     # What it prints goes to this part's log; a table that lacks runs is no failure.
-    subprocess.run(words, env=environment, check=False)
-    done = 0
-    for path in sorted((folder / "results").glob("*.json")):
+    process = subprocess.Popen(words, env=environment)
+    while process.poll() is None:
+        if job.small and len(ended(folder)) >= ENOUGH:
+            process.terminate()
+            process.wait()
+        sleep(0.2)
+    for path in ended(folder):
         found = json.loads(path.read_text())
-        done += 1
         scores = found.get("scores", {})
         job.report(
             path.stem,
@@ -39,9 +44,14 @@ def perform(job: Job) -> None:
             all_right=scores.get("all_right"),
             error=found.get("error"),
         )
-    if not done:
+    if not ended(folder):
         raise RuntimeError("not one run of family.py has ended; the log says why")
-    job.report("runs", done=done)
+    job.report("runs", done=len(ended(folder)))
+
+
+def ended(folder: Path) -> list[Path]:
+    """The results of the runs that have ended."""
+    return sorted((folder / "results").glob("*.json"))
 
 
 if __name__ == "__main__":
