@@ -28,6 +28,7 @@ from typing import TextIO
 from gpu.job import append, latest, read
 from gpu.parts import PARTS, Part
 from gpu.tables import failures, tables, write_readme
+from mixgrpo.commands.before_torch import ALLOCATOR, prepare
 
 ROOT = Path(__file__).resolve().parents[3]
 KEPT = ROOT / "scripts" / "benchmark" / "results" / "gpu"
@@ -35,7 +36,14 @@ README = ROOT / "scripts" / "benchmark" / "README.md"
 CPU_SECONDS = 150.0  # limit of every part with --small
 ENDING = 10.0  # seconds that a part gets to end when its time is over
 LAST_LINES = 6  # of a failed part's output, in the results
-ASK = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+PLANNING = 20.0  # seconds at the end for the parts that need no GPU
+# The name of the GPU, if there is one on which a tensor can be made.
+ASK = """
+import torch
+if torch.cuda.is_available():
+    torch.zeros(1, device="cuda")
+    print(torch.cuda.get_device_name())
+"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def last_lines(log: Path, begin: int) -> str:
     """The last lines that a part printed, from this place of the log on."""
-    with log.open() as file:
+    with log.open(errors="replace") as file:
         file.seek(begin)
         lines = [line.rstrip() for line in file if line.strip()]
     return "\n".join(lines[-LAST_LINES:])[-1000:]
@@ -144,9 +152,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def card_name() -> str:
     """The GPU's name; empty if there is none.
 
-    Asked of another process: this one should not hold memory on the GPU.
+    Asked of another process: this one should not hold memory on the GPU. The allocator is set as in
+    a training, unless it cannot be used here.
     """
-    said = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=False)
+    prepare()
+    ask = [sys.executable, "-c", ASK]
+    said = subprocess.run(ask, capture_output=True, text=True, check=False)
+    if said.returncode and os.environ.pop(ALLOCATOR[0], None):
+        said = subprocess.run(ask, capture_output=True, text=True, check=False)
     if said.returncode:
         lines = said.stderr.strip().splitlines() or ["no output"]
         raise SystemExit(f"error: torch does not work in {sys.executable}: {lines[-1]}")
@@ -163,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.report:
         write_readme(README, KEPT)
         return 0
+    deadline = monotonic() + 60 * chosen.minutes - PLANNING
     card = "" if chosen.small else card_name()
     if not card and not chosen.small:
         print("error: torch sees no GPU; --small runs every part on the CPU", file=sys.stderr)
@@ -177,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         small=chosen.small,
         results=results,
         log=folder / f"{name}.log",
-        deadline=monotonic() + 60 * chosen.minutes,
+        deadline=deadline,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the parts must not outlive it
     is_stopped = False

@@ -24,11 +24,12 @@ def wanted(scale: Scale, compiler: str) -> list[Wanted]:
     """The iterations, in the order of their worth."""
     few, all_images, steps = scale.optimizer_steps, scale.samples, scale.steps
     return [
-        Wanted("MixGRPO", "off", few, scale.window + 2),
-        Wanted("MixGRPO-Flash", compiler, all_images, steps),
-        Wanted("MixGRPO", compiler, all_images, steps),
-        Wanted("MixGRPO", "off", all_images, steps),
+        Wanted("MixGRPO", "off", few, steps),
         Wanted("published", "off", few, steps),
+        Wanted("MixGRPO-Flash", "off", few, steps),
+        Wanted("MixGRPO", compiler, all_images, steps),
+        Wanted("MixGRPO-Flash", compiler, all_images, steps),
+        Wanted("MixGRPO", "off", all_images, steps),
     ]
 
 

@@ -39,7 +39,8 @@ VARIANTS: dict[str, Callable[[Task], Variant]] = {
     "MixGRPO-Flash*": partial(Ours, solver="dpm", ratio=0.2),
 }
 STAR = "MixGRPO-Flash*"  # its window stays at the first steps
-GUESSED_RATE = 150.0  # TFLOP/s of a GPU, until an iteration has been measured
+GUESSED_RATE = 200.0  # TFLOP/s of a GPU, until an iteration has been measured
+COMPILING = 25.0  # seconds for a batch size, on a GPU; a guess
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,21 @@ class Bench:
         self.device = torch.device(job.device)
         self.policy = build(scale, knobs, self.device)
         self.rate = GUESSED_RATE if self.device.type == "cuda" else 0.01
+        self.stepping = 0.0  # seconds of an optimizer step
         self.warm: set[tuple[str, int, bool]] = set()
 
     def measure(self, wanted: Wanted) -> bool:
         """Reports an iteration, or that it does not fit into the time that is left; returns whether
         it worked or was left out."""
         name = wanted.name(self.scale)
-        expected = self._operations(wanted) / 1e12 / self.rate
+        expected = self._expected(wanted)
         if expected > self.job.left():
             self.job.report(name, skipped=f"{expected:.0f} s expected, {self.job.left():.0f} left")
             return True
         worked = self.job.attempt(name, partial(self._measure, wanted))
-        self.policy.module.zero_grad(set_to_none=True)  # what a failed one may have left
-        reset_peak(self.device)
+        if not worked:
+            self.policy.module.zero_grad(set_to_none=True)  # what it may have left
+            reset_peak(self.device, empty=True)
         return worked
 
     def _measure(self, wanted: Wanted) -> dict[str, Any]:
@@ -111,22 +114,25 @@ class Bench:
             found = iterate(task, variant, 0)
         seconds = {**found.seconds, "total": sum(found.seconds.values())}
         seconds["optimizer"] = stepping.seconds()
+        self.stepping = seconds["optimizer"] / task.optimizer_steps
         per_image = {phase: found.evaluations[phase] / task.images for phase in found.seconds}
         operations = task.images * self._per_image(per_image["rollout"], per_image["update"])
-        self.rate = operations / 1e12 / seconds["total"]
+        self.rate = operations / 1e12 / (seconds["total"] - seconds["optimizer"])
         return {
             "variant": wanted.variant,
             "compile": wanted.compile,
             "images": task.images,
+            "of": self.scale.samples,
             "steps": wanted.steps,
             "window": [task.window.start, task.window.stop],
+            "optimizer_steps": task.optimizer_steps,
             "batches": [self.batches.rollout, self.batches.update],
             "model": {key: getattr(self.policy.config, key) for key in MODEL_KNOBS},
             "seconds": seconds,
             "warm_up": warming,
             "evaluations": {phase: per_image[phase] for phase in ("rollout", "update")},
             "tflop": operations / 1e12,
-            "tflops": self.rate,
+            "tflops": operations / 1e12 / seconds["total"],
             "memory_gib": memory(self.device),
         }
 
@@ -149,18 +155,34 @@ class Bench:
         )
 
     def _warm_up(self, task: Task, wanted: Wanted) -> float:
-        """Evaluates every batch size that is new, with gradients if the update has it; seconds."""
+        """Evaluates every batch size that is new, with gradients if the update has it, and decodes;
+        returns the seconds."""
         start = perf_counter()
-        for count, trains in sorted(batch_sizes(task, wanted.variant)):
-            if (wanted.compile, count, trains) not in self.warm:
-                evaluate(self.policy, count, trains)
-                self.warm.add((wanted.compile, count, trains))
+        for count, trains in self._cold(task, wanted):
+            evaluate(self.policy, count, trains)
+            self.warm.add((wanted.compile, count, trains))
+        count = 1 if wanted.variant == "published" else min(task.images, task.micro_batch)
+        self.policy.decode(torch.zeros(count, *self.policy.latent_shape, device=self.device))
         synchronize(self.device)
         return perf_counter() - start
 
-    def _operations(self, wanted: Wanted) -> float:
-        """About as many as the iteration will take."""
+    def _cold(self, task: Task, wanted: Wanted) -> list[tuple[int, bool]]:
+        """The batch sizes of an iteration that have not been evaluated yet."""
+        sizes = sorted(batch_sizes(task, wanted.variant))
+        return [size for size in sizes if (wanted.compile, *size) not in self.warm]
+
+    def _expected(self, wanted: Wanted) -> float:
+        """About the seconds that the iteration will take, with what warms up before it."""
         task = self.task(wanted)
+        cold = self._cold(task, wanted)
+        first = sum(count * self._per_image(float(not t), float(t)) for count, t in cold)
+        seconds = (first + self._operations(wanted, task)) / 1e12 / self.rate
+        if wanted.compile == "inductor":
+            seconds += COMPILING * len({count for count, _ in cold})
+        return seconds + task.optimizer_steps * self.stepping
+
+    def _operations(self, wanted: Wanted, task: Task) -> float:
+        """About as many as the iteration will take."""
         plan = VARIANTS[wanted.variant](replace(task, optimizer=no_optimizer)).plan
         images = task.images
         first, rest = plan.window.start + 1, plan.steps - plan.window.start - 1
@@ -266,10 +288,12 @@ class Stepping:
 # ---- memory
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device, empty: bool = False) -> None:
+    """Begins to look for the peak anew; ``empty`` also gives back what is reserved and unused."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        if empty:
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -7,6 +7,7 @@ moves data. Both are measured on random numbers: on zeros, a GPU is faster.
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def describe(device: torch.device) -> dict[str, object]:
     """Name, memory, driver and versions; what CUDA takes of the memory before any tensor."""
     found: dict[str, object] = dict(environment(device))
     found["python"] = platform.python_version()
+    found["allocator"] = os.environ.get("PYTORCH_ALLOC_CONF", "torch's default")
     if device.type != "cuda":
         return found
     torch.zeros(1, device=device)

@@ -29,12 +29,12 @@ class Part:
 
 PARTS = (
     Part("machine", "rates of matrix products and copies: the ceilings", 40, 10),
-    Part("right", "tests: the GPU computes what the CPU computes", 120, 30),
-    Part("lora", "iterations at FLUX.1-dev's size, LoRA", 190, 40),
-    Part("full", "iterations at FLUX.1-dev's size, all weights trained", 90, 40),
+    Part("right", "tests: the GPU computes what the CPU computes", 110, 30),
+    Part("lora", "iterations at FLUX.1-dev's size, LoRA", 270, 40),
+    Part("full", "iterations at FLUX.1-dev's size, all weights trained", 100, 40),
     Part("evaluation", "attention backends, batch sizes, where the time goes", 70, 30),
     Part("rewards", "rewards at their published sizes", 80, 30),
-    Part("outside", "cheaper evaluations outside the window, float8 among them", 80, 40),
+    Part("outside", "cheaper evaluations outside the window, float8 among them", 130, 110),
     Part("shapes", "the family on the Shapes world", 120, 40),
     Part("plan", "the plan's memory and seconds against the measured ones", 30, 0),
 )

@@ -60,9 +60,12 @@ def comparison(
     scale: Scale, folder: Path, found: Mapping[str, Any], question: Question
 ) -> dict[str, Any]:
     """Planned and measured GiB and seconds of an iteration."""
-    rollout, update = found["batches"]
+    # A batch is never larger than what there is to evaluate.
+    images, window = found["images"], found["window"][1] - found["window"][0]
+    evaluated = 1 + images // found["optimizer_steps"] * (window - 1)
+    rollout, update = min(found["batches"][0], images), min(found["batches"][1], evaluated)
     knobs = scale.knobs(**found["model"])
-    planned = planned_memory(scale, knobs, Batches(rollout, update), folder, found["images"])
+    planned = planned_memory(scale, knobs, Batches(rollout, update), folder, images)
     operations = found["tflop"] * 1e12
     return {
         "planned_gib": planned.peak / GIB,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from time import sleep
 
@@ -19,11 +20,29 @@ SMALL = ("--iterations", "2", "--prompts", "1", "--captions", "4", "--parallel",
 
 
 def perform(job: Job) -> None:
-    folder = job.results.parent / "family"
-    output = folder / "family.json"
+    # Of the runs themselves nothing is kept: next time they are to be timed again.
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        train(job, folder)
+        for path in ended(folder):
+            found = json.loads(path.read_text())
+            scores = found.get("scores", {})
+            job.report(
+                path.stem,
+                seconds_per_iteration=found.get("seconds_per_iteration"),
+                all_right=scores.get("all_right"),
+                error=found.get("error"),
+            )
+        if not ended(folder):
+            raise RuntimeError("not one run of family.py has ended; the log says why")
+        job.report("runs", done=len(ended(folder)))
+
+
+def train(job: Job, folder: Path) -> None:
+    """Lets family.py train until the time is over or, with ``small``, enough runs have ended."""
     seconds = max(10.0, job.left() - SAVING)
     words = [sys.executable, str(SCRIPT), "--minutes", f"{seconds / 60:.3f}"]
-    words += ["--folder", str(folder), "--output", str(output)]
+    words += ["--folder", str(folder), "--output", str(folder / "family.json")]
     words += SMALL if job.small else ("--parallel", str(PARALLEL))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if job.device == "cpu":
@@ -35,18 +54,6 @@ def perform(job: Job) -> None:
             process.terminate()
             process.wait()
         sleep(0.2)
-    for path in ended(folder):
-        found = json.loads(path.read_text())
-        scores = found.get("scores", {})
-        job.report(
-            path.stem,
-            seconds_per_iteration=found.get("seconds_per_iteration"),
-            all_right=scores.get("all_right"),
-            error=found.get("error"),
-        )
-    if not ended(folder):
-        raise RuntimeError("not one run of family.py has ended; the log says why")
-    job.report("runs", done=len(ended(folder)))
 
 
 def ended(folder: Path) -> list[Path]:

@@ -97,41 +97,54 @@ def iterations(part: str) -> Callable[[Results], list[str]]:
     def make(found: Results) -> list[str]:
         top = ceiling(found)
         done = [r for r in found[part].values() if "seconds" in r and "variant" in r]
-        published = {r["steps"]: r for r in done if r["variant"] == "published"}
+        # Eager, as published; of as many images as were measured.
+        published: dict[int, Record] = {}
+        for r in sorted(done, key=lambda r: r["images"]):
+            if r["variant"] == "published" and r["compile"] == "off":
+                published[r["steps"]] = r
         rows = [iteration_row(r, top, published.get(r["steps"])) for r in done]
         if not rows:
             return []
         heads = (
-            *("", "images", "rollout + decoding + update, s per image", "s per image"),
-            *("of it optimizer", "evaluations per image", "TFLOP/s", "of ceiling"),
-            *("peak memory", "faster"),
+            *("", "images", "rollout + decoding + update", "of it optimizer"),
+            *(f"s per iteration of {done[0]['of']}", "evaluations per image", "TFLOP/s"),
+            *("of ceiling", "peak memory", "faster"),
         )
         titles = {"lora": "LoRA", "full": "All weights trained"}
-        return [f"{titles[part]}, {size(found)}:", "", *table(heads, rows)]
+        title = f"{titles[part]}, {size(found)}, seconds (in brackets: from fewer images):"
+        return [title, "", *table(heads, rows)]
 
     return make
 
 
 def iteration_row(result: Record, top: float | None, published: Record | None) -> Sequence[str]:
     seconds, images = result["seconds"], result["images"]
-    phases = " + ".join(f"{seconds[p] / images:.3f}" for p in ("rollout", "decode", "update"))
+    phases = " + ".join(f"{seconds[p]:.2f}" for p in ("rollout", "decode", "update"))
     compiled = "" if result["compile"] == "off" else f", {result['compile']}"
     evaluations = result["evaluations"]
     held = result["memory_gib"].get("allocated")
-    each = seconds["total"] / images
-    before = published["seconds"]["total"] / published["images"] if published else None
+    whole = iteration_seconds(result)
+    before = iteration_seconds(published) if published else None
     return (
         f"{result['variant']}{compiled}, {result['steps']} steps",
         str(images),
-        phases,
-        f"{each:.3f}",
-        f"{seconds['optimizer'] / images:.3f}",
+        f"{phases} = {seconds['total']:.2f}",
+        f"{seconds['optimizer']:.2f}",
+        f"{whole:.2f}" if images == result["of"] else f"({whole:.2f})",
         f"{evaluations['rollout']:.2f} + {evaluations['update']:.2f}",
         rate(result["tflops"]),
         share(result["tflops"], top),
         f"{held:.1f} GiB" if held else "-",
-        f"{before / each:.2f}x" if before else "-",
+        f"{before / whole:.2f}x" if before else "-",
     )
+
+
+def iteration_seconds(result: Record) -> float:
+    """Seconds of an iteration of all images, if fewer were measured: all but the optimizer's steps,
+    which are as many, takes as many times as long."""
+    seconds = result["seconds"]
+    rest = seconds["total"] - seconds["optimizer"]
+    return float(rest * result["of"] / result["images"] + seconds["optimizer"])
 
 
 def evaluation(found: Results) -> list[str]:
