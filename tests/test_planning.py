@@ -17,7 +17,7 @@ from mixgrpo.commands import main
 from mixgrpo.commands.plan import parse
 from mixgrpo.config import Config, RewardConfig
 from mixgrpo.models.flux import LORA_TARGETS
-from mixgrpo.models.flux_lora import without_casts
+from mixgrpo.models.flux_lora import streamline
 from mixgrpo.planning.activations import Precision, double_block_bytes, kept_bytes
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory, device_memory
 from mixgrpo.planning.flux_size import FluxSize, Products
@@ -186,7 +186,7 @@ def test_what_a_forward_pass_keeps_is_measured(train: str, dtype: torch.dtype) -
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        without_casts(model)
+        streamline(model)
     found = saved_bytes(model, 192, 64, dtype) - saved_bytes(model, 64, 32, dtype)
     expected = [
         kept_bytes(size, image, text, 2, ON_CPU[dtype], train == "full", recompute_every=0)
@@ -215,14 +215,14 @@ def test_with_checkpointing_each_block_keeps_its_input() -> None:
 
 
 def test_flux_devs_activations_by_hand() -> None:
-    """In bfloat16 on a GPU, weights float32: 60 bytes in each single block, 70 in a double one."""
+    """In bfloat16 on a GPU, weights float32: 54 bytes in each single block, 66 in a double one."""
     precision = Precision.on_gpu(compute=2, weights=4)
     assert precision == Precision(product=2, norm=4, head_norm=8)
     kept = kept_bytes(DEV, 2025, 512, 3, precision, train_all=True, recompute_every=0)
     ends = 3 * 2025 * 3072 * (4 + 4 + 2)
-    assert kept == 3 * 2537 * 3072 * (19 * 70 + 38 * 60) + ends
+    assert kept == 3 * 2537 * 3072 * (19 * 66 + 38 * 54) + ends
     checkpointed = kept_bytes(DEV, 2025, 512, 3, precision, train_all=True, recompute_every=1)
-    assert checkpointed == 3 * 2537 * 3072 * (57 * 2 + 70) + ends
+    assert checkpointed == 3 * 2537 * 3072 * (57 * 2 + 66) + ends
 
 
 # ---- what is held

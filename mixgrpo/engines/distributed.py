@@ -61,6 +61,7 @@ def process_group(threads: int) -> Iterator[Process]:
         return
     # On a GPU, too, CPU tensors are communicated by gloo: flags and Python objects then wait for a
     # slow process, where NCCL times out after minutes, and a lost process is noticed at once.
+    # For the same reason no device is named here: barriers would then go through NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     _keep(dist.group.WORLD)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from mixgrpo.config import ModelConfig
 from mixgrpo.models import Text
 from mixgrpo.models.compiled import compile_blocks
-from mixgrpo.models.flux_lora import switched_off, without_casts
+from mixgrpo.models.flux_lora import streamline, switched_off
 from mixgrpo.models.flux_stored import StoredFlux, draw_adapters, empty_transformer
 from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, open_pipeline, require_parts
 from mixgrpo.types import TextEmbedding, Velocity
@@ -58,6 +61,8 @@ class Flux:
         self.module: nn.Module = pipeline.transformer
         self.module.register_forward_pre_hook(_note_times, with_kwargs=True)
         self.module.time_text_embed.register_forward_pre_hook(_use_noted_times)
+        if self.compute_dtype != torch.float32:
+            cast_once(self.module, self.compute_dtype)
         side = pipeline.vae_scale_factor * 2
         self.grid = (config.height // side, config.width // side)
         self.latent_shape = (self.grid[0] * self.grid[1], pipeline.transformer.config.in_channels)
@@ -138,7 +143,7 @@ class Flux:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(trained_dtype(self.config))
         draw_adapters(transformer, seed)
-        without_casts(transformer)
+        streamline(transformer)
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         transformer: Any = module
@@ -204,6 +209,29 @@ class Flux:
         z = unpacked / vae.config.scaling_factor + vae.config.shift_factor
         decoded = vae.decode(z.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def cast_once(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Casts what several matrix products read to their dtype; the outputs are the same.
+
+    The blocks' norms return float32 under autocast, which otherwise casts it anew for each of up to
+    eight products: the projections and the adapters beside them.
+    """
+    for module in transformer.modules():
+        if isinstance(module, (AdaLayerNormZero, AdaLayerNormZeroSingle)):
+            module.register_forward_hook(partial(_cast_first_output, dtype))
+        elif isinstance(module, FeedForward):
+            module.register_forward_pre_hook(partial(_cast_input, dtype))
+
+
+def _cast_first_output(
+    dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    return (outputs[0].to(dtype), *outputs[1:])
+
+
+def _cast_input(dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].to(dtype),)
 
 
 def _recompute(chosen: Sequence[nn.Module]) -> Callable[..., Any]:

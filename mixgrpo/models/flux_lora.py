@@ -6,9 +6,12 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import torch
 from diffusers import FluxPipeline
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -86,14 +89,32 @@ def attach_lora(transformer: Any, lora: Lora, scale: float) -> None:
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-    without_casts(transformer)
+    streamline(transformer)
 
 
-def without_casts(transformer: nn.Module) -> None:
-    """Turns off the adapters' own input casts, which autocast makes unnecessary."""
+def streamline(transformer: nn.Module) -> None:
+    """Lets adapters move less memory than the library's own forward pass; the outputs are the same.
+
+    Their own input casts are turned off, which autocast makes unnecessary, and their outputs are
+    scaled and added in one pass instead of two.
+    """
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+        if isinstance(module, Linear):
+            # A bound method, not a closure over the layer: a copy of the layer gets its own.
+            module.forward = MethodType(_adapted, module)
+
+
+def _adapted(layer: Linear, x: Tensor) -> Tensor:
+    """W x + b, and scale * B A x for each active adapter."""
+    outputs: Tensor = layer.base_layer(x)
+    if layer.disable_adapters:
+        return outputs
+    for name in layer.active_adapters:
+        change = layer.lora_B[name](layer.lora_A[name](x))
+        outputs = torch.add(outputs, change, alpha=layer.scaling[name])
+    return outputs
 
 
 @contextlib.contextmanager

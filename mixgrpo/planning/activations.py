@@ -25,8 +25,8 @@ class Precision:
 
     Attributes:
         product: in matrix products and in the residual stream.
-        norm: in the blocks' norms; where it differs from ``product``, each matrix product casts
-            its own copy of a norm's output (autocast on a GPU).
+        norm: in the blocks' norms; where it differs from ``product``, a norm's output is cast for
+            the matrix products, once for all of them (autocast on a GPU).
         head_norm: kept per value by the norms of q and k.
     """
 
@@ -39,10 +39,6 @@ class Precision:
         """For products and weights of this many bytes; norms are fused only if both are equal."""
         fused = compute == weights
         return cls(product=compute, norm=4, head_norm=compute if fused else 8)
-
-    @property
-    def casts(self) -> bool:
-        return self.norm != self.product
 
 
 def evaluation_bytes(size: FluxSize, tokens: int, batch: int, product: int) -> int:
@@ -64,12 +60,10 @@ def double_block_bytes(precision: Precision, train_all: bool) -> int:
     after the feed-forward's activation. With adapters, neither the outputs of norms nor ungated
     outputs are kept, since scales, shifts and gates are not trained.
     """
-    p, copies = precision.product, 4 if precision.casts else 2
+    p = precision.product
     norms, gated = (4, 2) if train_all else (2, 0)
     return (
-        norms * precision.norm
-        + 2 * _head_norm(precision, train_all)
-        + (gated + 3 + 2 + copies + 8) * p
+        norms * precision.norm + 2 * _head_norm(precision, train_all) + (gated + 3 + 2 + 2 + 8) * p
     )
 
 
@@ -78,12 +72,12 @@ def single_block_bytes(precision: Precision, train_all: bool) -> int:
 
     As above; the last projection's input is the attention output with the feed-forward's four.
     """
-    p, copies = precision.product, 4 if precision.casts else 1
+    p = precision.product
     norms, gated = (2, 1) if train_all else (1, 0)
     return (
         norms * precision.norm
         + 2 * _head_norm(precision, train_all)
-        + (gated + 3 + 1 + copies + 4 + 5) * p
+        + (gated + 3 + 1 + 1 + 4 + 5) * p
     )
 
 
