@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import GPU, fake_gpu
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from small import CPU, gradient_of, perturbed, relative_error
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.models.flux import Flux
-from mixgrpo.models.flux_lora import switched_off
+from mixgrpo.models.flux_lora import streamline, switched_off
 from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
 from mixgrpo.types import TextEmbedding
 
@@ -123,6 +124,37 @@ def test_the_adapters_scale_is_followed(scale: float) -> None:
             base = evaluate(policy, policy.module)
     assert relative_error(found, expected) < 1e-6
     assert torch.equal(found, base) == (scale == 0.0)
+
+
+@pytest.mark.parametrize("knobs", [{"use_dora": True}, {"lora_dropout": 0.5}])
+def test_other_kinds_of_adapters_keep_the_librarys_forward_pass(knobs: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], **knobs), model)
+    streamline(adapted)
+    assert "forward" not in vars(adapted[0])
+    assert not adapted[0].cast_input_dtype_enabled
+
+
+def test_merged_adapters_are_not_added_again() -> None:
+    policy = make_policy("lora", "float32")
+    with torch.no_grad():
+        expected = evaluate(policy, policy.module)
+        for part in policy.module.modules():
+            if isinstance(part, Linear):
+                part.merge()
+        assert relative_error(evaluate(policy, policy.module), expected) < 1e-5
+
+
+def test_a_layer_without_the_active_adapter_is_its_base() -> None:
+    """As when a second LoRA adapts fewer layers."""
+    policy = make_policy("lora", "float32")
+    with torch.no_grad(), switched_off(policy.module):
+        base = evaluate(policy, policy.module)
+    for part in policy.module.modules():
+        if isinstance(part, Linear):
+            part._active_adapter = ["other"]
+    with torch.no_grad():
+        assert torch.equal(evaluate(policy, policy.module), base)
 
 
 def test_a_copy_has_its_own_adapters() -> None:

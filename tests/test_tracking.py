@@ -157,15 +157,16 @@ def test_a_phase_leaves_out_the_ones_inside_it(monkeypatch):
     assert phases.take() == {"decode": 5.0, "rollout": 5.0, "reward_hidden": 1.5}
 
 
-def test_a_phase_that_fails_ends_with_those_around_it(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 7.0, 8.0, 9.0])  # rollout 0-7, in it decode 1-3; then update 8-9
+def test_a_phase_that_fails_is_left_with_those_around_it(monkeypatch):
+    """Its end is not waited for: after a failed kernel, waiting fails too and would hide why."""
+    clock = iter([0.0, 1.0, 8.0, 9.0])  # rollout from 0, in it decode from 1; then update 8-9
     monkeypatch.setattr("mixgrpo.devices.perf_counter", lambda: next(clock))
     phases = Phases(torch.device("cpu"))
     with pytest.raises(ValueError), phases("rollout"), phases("decode"):
         raise ValueError
     with phases("update"):
         pass
-    assert phases.take() == {"decode": 2.0, "rollout": 5.0, "update": 1.0}
+    assert phases.take() == {"update": 1.0}
 
 
 def test_on_a_gpu_only_the_end_of_an_outermost_phase_is_waited_for(monkeypatch):

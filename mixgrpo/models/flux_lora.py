@@ -96,24 +96,31 @@ def streamline(transformer: nn.Module) -> None:
     """Lets adapters move less memory than the library's own forward pass; the outputs are the same.
 
     Their own input casts are turned off, which autocast makes unnecessary, and their outputs are
-    scaled and added in one pass instead of two.
+    scaled and added in one pass instead of two. Kinds of adapters that compute something else, such
+    as DoRA, keep the library's.
     """
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and _is_plain(module):
             # A bound method, not a closure over the layer: a copy of the layer gets its own.
             module.forward = MethodType(_adapted, module)
+
+
+def _is_plain(layer: Linear) -> bool:
+    has_dropout = any(not isinstance(part, nn.Identity) for part in layer.lora_dropout.values())
+    return not layer.lora_variant and not has_dropout
 
 
 def _adapted(layer: Linear, x: Tensor) -> Tensor:
     """W x + b, and scale * B A x for each active adapter."""
     outputs: Tensor = layer.base_layer(x)
-    if layer.disable_adapters:
+    if layer.disable_adapters or layer.merged:
         return outputs
     for name in layer.active_adapters:
-        change = layer.lora_B[name](layer.lora_A[name](x))
-        outputs = torch.add(outputs, change, alpha=layer.scaling[name])
+        if name in layer.lora_A:
+            change = layer.lora_B[name](layer.lora_A[name](x))
+            outputs = torch.add(outputs, change, alpha=layer.scaling[name]).to(outputs.dtype)
     return outputs
 
 

@@ -62,13 +62,13 @@ class Phases:
         start = self.clock.now()
         try:
             yield
-        finally:
             span = _Span(name, start, self.clock.now(), self._parts)
+        finally:
             self._parts, self._name = outer, outer_name
-            if outer_name == _BETWEEN:
-                self._count(span)
-            else:
-                self._parts.append(span)
+        if outer_name == _BETWEEN:
+            self._count(span)
+        else:
+            self._parts.append(span)
         self.progress(outer_name)
 
     def _count(self, span: _Span) -> float:
