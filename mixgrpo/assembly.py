@@ -8,16 +8,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mixgrpo.config import Config
 from mixgrpo.engines import Engine, Network
-from mixgrpo.engines.adamw import FrugalAdamW
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.engines.distributed import Process
 from mixgrpo.engines.ema import Ema
 from mixgrpo.engines.fsdp import FullySharded
+from mixgrpo.engines.optimizer import make_optimizer
 from mixgrpo.engines.zero import Zero
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.objective import make_kl
@@ -269,30 +267,6 @@ def reward_device(
     """The device of the reward models; with placement offload it differs while they score."""
     away = {"cpu"} if while_scoring else {"cpu", "offload"}
     return torch.device("cpu") if config.scoring.placement in away else device
-
-
-def make_optimizer(
-    config: Config, parameters: list[torch.nn.Parameter]
-) -> tuple[Optimizer, LRScheduler]:
-    """AdamW, torch's own if the knobs allow it, and its linear warm-up."""
-    knobs = config.update
-    betas = (knobs.betas[0], knobs.betas[1])
-    optimizer: Optimizer
-    if knobs.optimizer == "adamw" and config.model.weights == "float32":
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=knobs.learning_rate,
-            betas=betas,
-            weight_decay=knobs.weight_decay,
-            fused=parameters[0].device.type == "cuda",
-        )
-    else:
-        eight_bit = knobs.optimizer == "adamw_8bit"
-        optimizer = FrugalAdamW(
-            parameters, knobs.learning_rate, betas, knobs.weight_decay, eight_bit, config.run.seed
-        )
-    warmup = max(1, knobs.warmup)
-    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
 
 
 def make_noise(

@@ -22,13 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from trainings import become_rank, free_port
 from whole_states import whole
 
-from mixgrpo.assembly import make_optimizer, network_of
+from mixgrpo.assembly import network_of
 from mixgrpo.config import Config, EngineConfig, ModelConfig, UpdateConfig
 from mixgrpo.engines import Engine
 from mixgrpo.engines.adamw import FrugalAdamW
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.engines.distributed import Process, process_group
 from mixgrpo.engines.fsdp import FullySharded
+from mixgrpo.engines.optimizer import make_optimizer
 from mixgrpo.maths.transitions import log_ratio
 from mixgrpo.methods.grpo import Objective, update
 from mixgrpo.models.flux import Flux, _recompute
