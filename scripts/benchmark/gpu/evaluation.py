@@ -20,6 +20,7 @@ from gpu.iterations import compiled, evaluate, memory, reset_peak
 from gpu.job import Job, main
 from gpu.machine import seconds_of
 from gpu.models import FULL, SMALL, Scale, build, text_for
+from mixgrpo.devices import deterministic
 from mixgrpo.models.flux import Flux, _recompute
 
 # A kernel belongs to the first kind of which its name has a word.
@@ -50,11 +51,24 @@ class Evaluations:
             self.job.attempt(name, partial(self._time, count, trains, **choice))
 
     def _time(
-        self, count: int, trains: bool, recompute_every: int = 1, backend: str = "native"
+        self,
+        count: int,
+        trains: bool,
+        recompute_every: int = 1,
+        backend: str = "native",
+        repeatable: bool = False,
     ) -> dict[str, Any]:
-        """Seconds for one image, of an evaluation alone or with its backward pass."""
+        """Seconds for one image, of an evaluation alone or with its backward pass.
+
+        Args:
+            repeatable: use deterministic kernels, as ``run.deterministic`` does.
+        """
         reset_peak(self.device)
-        with recomputing(self.policy, recompute_every), attention(self.policy, backend):
+        with (
+            recomputing(self.policy, recompute_every),
+            attention(self.policy, backend),
+            deterministic(repeatable),
+        ):
             work = partial(evaluate, self.policy, count, trains)
             seconds = seconds_of(work, self.device, repeats=2, warm_up=1) / count
             change = None if trains else gradients_change(self.policy, count)
@@ -149,6 +163,8 @@ def perform(job: Job) -> None:
         for backend in chosen.backends:
             name = f"attention {backend}, {phase}, batch {chosen.batch}"
             bench.report(name, chosen.batch, trains, backend=backend)
+        name = f"deterministic kernels, {phase}, batch {chosen.batch}"
+        bench.report(name, chosen.batch, trains, repeatable=True)
     for counts in zip_longest(chosen.rollout, chosen.update):
         for count, (trains, phase) in zip(counts, phases, strict=True):
             if count:

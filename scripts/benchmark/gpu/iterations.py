@@ -45,12 +45,8 @@ COMPILING = 25.0  # seconds for a batch size, on a GPU; a guess
 
 @dataclass(frozen=True)
 class Batches:
-    """Evaluations in one pass.
-
-    Attributes:
-        rollout, update: at most so many.
-        decode: latents that are decoded together.
-    """
+    """The largest numbers of evaluations in one pass; as many latents as in the rollout are decoded
+    together."""
 
     rollout: int
     update: int
