@@ -59,7 +59,7 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     distances = {name: r["distance"] for name, r in found["outside"].items() if "distance" in r}
     assert distances["as in the window"] == distances["no activations kept"] == 0
     assert 0 < distances["merged"] < distances["float8"] < 0.1
-    for heading in ("LoRA, small models:", "All weights trained", "One evaluation", "float8"):
+    for heading in ("LoRA, small models,", "All weights trained", "One evaluation", "float8"):
         assert heading in done.stdout
     for line in done.stdout.splitlines():
         assert line.count("|") in (0, *range(3, 12)), line
