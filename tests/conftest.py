@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On two cores all tests take eleven minutes, and five without those that are marked slow."""
+    """On two cores all tests take ten minutes, and six without those that are marked slow."""
     if config.getoption("shuffle") is not None:
         random.Random(config.getoption("shuffle")).shuffle(items)
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
