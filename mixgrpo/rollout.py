@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixgrpo.maths.batches import in_batches_of
 from mixgrpo.maths.dpm_solver import Euler, Solver
 from mixgrpo.maths.schedule import step_at
 from mixgrpo.maths.transitions import Transition, euler, predict_data, sample
@@ -80,7 +81,7 @@ def rollout(
     group = torch.arange(len(text)).repeat_interleave(noise.samples)
     prompt = group.to(x.device, non_blocking=True)
     branches = []
-    for rows in _chunks(len(x), micro_batch):
+    for rows in in_batches_of(micro_batch, range(len(x))):
         part = slice(rows.start, rows.stop)
         branches.append(_branch(velocity, x[part], v[part], text[prompt[part]], plan, noise, rows))
         if finished:
@@ -152,7 +153,7 @@ def in_batches(
     """
 
     def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
-        parts = [slice(rows.start, rows.stop) for rows in _chunks(len(x), micro_batch)]
+        parts = [slice(rows.start, rows.stop) for rows in in_batches_of(micro_batch, range(len(x)))]
         return torch.cat([velocity(x[p], _per_sample(sigma, x[p]), text[p]) for p in parts])
 
     return evaluate
@@ -161,7 +162,3 @@ def in_batches(
 def _per_sample(sigma: Tensor, x: Tensor) -> Tensor:
     # Filled on x's device from a CPU scalar: copying the scalar would synchronise with the device.
     return x.new_full((len(x),), float(sigma))
-
-
-def _chunks(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]

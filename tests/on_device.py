@@ -10,13 +10,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from small import Recording, perturbed, small_plan
-from tiny_world import ROOT, train_here
+from tiny_world import ROOT
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from trainings import become_rank, free_port
@@ -32,7 +31,7 @@ from mixgrpo.engines.fsdp import FullySharded
 from mixgrpo.engines.optimizer import make_optimizer
 from mixgrpo.maths.transitions import log_ratio
 from mixgrpo.methods.grpo import Objective, update
-from mixgrpo.models.flux import Flux, _recompute
+from mixgrpo.models.flux import Flux, recompute
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import SamplingPlan, rollout
 from mixgrpo.shapes.architecture import TEXT_LENGTH
@@ -75,7 +74,7 @@ def recomputing(policy: Flux, wanted: bool) -> Iterator[None]:
     """Context with or without gradient checkpointing, on one policy: compiling it takes long."""
     transformer: Any = policy.module
     if wanted:
-        transformer.enable_gradient_checkpointing(_recompute(policy.blocks(transformer)))
+        transformer.enable_gradient_checkpointing(recompute(policy.blocks(transformer)))
     try:
         yield
     finally:
@@ -178,17 +177,6 @@ def assert_ratio_is_one(found: dict[str, float]) -> None:
     """Until the first optimizer step, which must then show."""
     assert found["ratio_error_on_policy"] <= 1e-6, found
     assert found["ratio_deviation"] > 1e-6, found
-
-
-def train_deterministically(config: Config, device: torch.device) -> Path:
-    """A training that repeats itself to the last bit, where a knob asks for that."""
-    if hasattr(config.run, "deterministic"):
-        config.run.deterministic = True
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
-        return train_here(config, device=device)
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 # ---- engines and optimizers

@@ -32,7 +32,6 @@ from on_device import (
     recomputing,
     shapes_policy,
     torchs,
-    train_deterministically,
     two_steps,
     waits_forbidden,
 )
@@ -148,7 +147,8 @@ def test_four_iterations_equal_two_and_two_resumed(
 
     def trained(name: str, iterations: int, resume: bool = False) -> Path:
         given = {**knobs, "run__iterations": iterations, "run__resume": resume}
-        return train_deterministically(world.config(tmp_path / name, **given), device)
+        config = world.config(tmp_path / name, run__deterministic=True, **given)
+        return train_here(config, device=device)
 
     straight = trained("straight", 4)
     trained("resumed", 2)

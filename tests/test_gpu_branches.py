@@ -21,10 +21,12 @@ from fake_gpu import fake_gpu
 from gpu import full, machine, outside
 from gpu.evaluation import Evaluations, profiled
 from gpu.iterations import Batches, Bench, Wanted
-from gpu.job import Job, latest, read
+from gpu.job import Job, latest
 from gpu.models import SMALL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from mixgrpo.files.json_lines import read_records
 
 GIB = 2**30
 SCALE = replace(SMALL, steps=4, window=2, samples=2, optimizer_steps=1, start=1)
@@ -68,6 +70,7 @@ def _valueless(name: str, value: Any) -> Callable[[Tensor], Any]:
 STUBS: dict[str, Any] = {
     "torch.cuda.Event": Event,
     "torch.cuda.synchronize": lambda device=None: None,
+    "torch.cuda.current_stream": lambda device: None,
     "torch.cuda.empty_cache": lambda: None,
     "torch.cuda.reset_peak_memory_stats": lambda device: None,
     "torch.cuda.mem_get_info": lambda device: (70 * GIB, 80 * GIB),
@@ -98,7 +101,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 def results(job: Job) -> dict[str, dict[str, Any]]:
     """They must all have worked."""
-    found = latest(read(job.results))[job.part]
+    found = latest(read_records(job.results))[job.part]
     assert [result["error"] for result in found.values() if "error" in result] == []
     return found
 

@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "mixgrpo.run.hacking": (),
     "mixgrpo.run.stopping": (),
     "mixgrpo.run.watchdog": ("mixgrpo.engines.distributed",),
-    "mixgrpo.run.tracking": ("mixgrpo.config", "mixgrpo.devices"),
+    "mixgrpo.run.tracking": (*("mixgrpo.config", "mixgrpo.devices", "mixgrpo.files.json_lines"),),
     "mixgrpo.evaluation.manifests": ("mixgrpo.files.named_paths",),
     "mixgrpo.evaluation.comparison": (),
     "mixgrpo.evaluation.gallery_page": (),

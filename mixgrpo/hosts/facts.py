@@ -46,14 +46,14 @@ class Facts:
 def gather(folder: Path, paths: list[str]) -> Facts:
     """This host's facts; ``paths`` are relative to ``folder``."""
     names = re.findall(r"^([\w.-]+)(?:\[.*\])?==", REQUIREMENTS.read_text(), re.MULTILINE)
-    cards = _nvidia("name")
+    cards = ask_nvidia("name")
     return Facts(
         python=platform.python_version(),
         packages={name: _version(name) for name in names},
         revision=exact_revision(),
         files={path: _describe(folder / path) for path in paths},
         gpus=f"{len(cards)} x {cards[0]}" if cards else "none",
-        driver=next(iter(_nvidia("driver_version")), "none"),
+        driver=next(iter(ask_nvidia("driver_version")), "none"),
     )
 
 
@@ -73,7 +73,8 @@ def _describe(path: Path) -> str:
     return "missing"
 
 
-def _nvidia(field: str) -> list[str]:
+def ask_nvidia(field: str) -> list[str]:
+    """What nvidia-smi says of each GPU; nothing if it cannot be run."""
     query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)

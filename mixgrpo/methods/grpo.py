@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixgrpo.config import UpdateConfig
 from mixgrpo.engines import Engine
+from mixgrpo.maths.batches import in_batches_of
 from mixgrpo.maths.objective import KL, Prediction, clipped_loss, is_clipped, kl_in_mean
 from mixgrpo.maths.schedule import step_at
 from mixgrpo.maths.transitions import LogRatio, Transition
@@ -210,16 +211,12 @@ def passes(everyone: Sequence[Evaluations], size: int) -> list[range]:
         everyone: the evaluations of every process, equally many.
     """
     count, firsts = len(everyone[0]), {int((each.step == 0).sum()) for each in everyone}
-    together = _split(0, count, size)
+    together = in_batches_of(size, range(count))
     if len(firsts) > 1:
         return together
     first = firsts.pop()
-    apart = [*_split(0, first, size), *_split(first, count, size)]
+    apart = in_batches_of(size, range(first)) + in_batches_of(size, range(first, count))
     return apart if len(apart) == len(together) else together
-
-
-def _split(start: int, stop: int, size: int) -> list[range]:
-    return [range(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
 def evaluations_for(trajectory: Trajectory, samples: Tensor, trained: Tensor) -> Evaluations:

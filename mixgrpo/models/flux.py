@@ -126,7 +126,7 @@ class Flux:
         self.pipeline.vae.requires_grad_(False).eval()
         if self.config.gradient_checkpointing:
             chosen = self.blocks(transformer)[:: self.config.checkpoint_every]
-            transformer.enable_gradient_checkpointing(_recompute(chosen))
+            transformer.enable_gradient_checkpointing(recompute(chosen))
         transformer.train()
         if self.config.train == "full":
             transformer.requires_grad_(True)
@@ -234,7 +234,7 @@ def _cast_input(dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor]) ->
     return (inputs[0].to(dtype),)
 
 
-def _recompute(chosen: Sequence[nn.Module]) -> Callable[..., Any]:
+def recompute(chosen: Sequence[nn.Module]) -> Callable[..., Any]:
     """A function that runs a block of a diffusers model, and recomputes the chosen ones."""
     identities = {id(block) for block in chosen}
 

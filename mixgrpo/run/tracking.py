@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mixgrpo.config import Config, flatten
 from mixgrpo.devices import Clock
+from mixgrpo.files.json_lines import read_records
 
 WANDB_PATIENCE = 60  # seconds to wait for the server of wandb
 _BETWEEN = "between phases"
@@ -88,14 +89,7 @@ class Phases:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's ``metrics.jsonl``, without a last line that is incomplete."""
-    records = []
-    path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    return read_records(folder / "metrics.jsonl")
 
 
 def is_validation(record: dict[str, Any]) -> bool:

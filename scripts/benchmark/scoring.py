@@ -21,6 +21,7 @@ import torch
 import transformers
 from environment import ROOT, environment
 from oracles import random_weights
+from speed import synchronize
 from torch import Tensor
 
 from mixgrpo.rewards import Reward, build_reward, score
@@ -53,16 +54,11 @@ def measure(name: str, reward: Reward, images: Tensor, repeats: int) -> Speed:
         for _ in range(repeats + 1):
             start = perf_counter()
             found = score({name: reward}, images, texts, micro_batch)[name]
-            _wait(images.device)
+            synchronize(images.device)
             seconds.append(perf_counter() - start)
         rates.append(len(images) / median(seconds[1:]))
         scores.append(found)
     return Speed(name, *rates, (scores[0] - scores[1]).abs().max().item())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

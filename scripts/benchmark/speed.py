@@ -356,14 +356,15 @@ def iterate(task: Task, variant: Variant, index: int) -> Iteration:
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    _synchronize(device)
+    synchronize(device)
     start = perf_counter()
     result = work()
-    _synchronize(device)
+    synchronize(device)
     return result, perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -21,7 +21,7 @@ from gpu.job import Job, main
 from gpu.machine import seconds_of
 from gpu.models import FULL, SMALL, Scale, build, text_for
 from mixgrpo.devices import deterministic
-from mixgrpo.models.flux import Flux, _recompute
+from mixgrpo.models.flux import Flux, recompute
 
 # A kernel belongs to the first kind of which its name has a word.
 KINDS = {
@@ -117,11 +117,11 @@ def recomputing(policy: Flux, every: int) -> Iterator[None]:
     transformer: Any = policy.module
     kept: Sequence[nn.Module] = policy.blocks(transformer)
     if every != 1:
-        transformer.enable_gradient_checkpointing(_recompute(kept[::every] if every else ()))
+        transformer.enable_gradient_checkpointing(recompute(kept[::every] if every else ()))
     try:
         yield
     finally:
-        transformer.enable_gradient_checkpointing(_recompute(kept))
+        transformer.enable_gradient_checkpointing(recompute(kept))
 
 
 @dataclass(frozen=True)

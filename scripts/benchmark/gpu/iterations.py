@@ -9,15 +9,15 @@ is 0: every iteration starts from the same weights.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
-from speed import Ours, Published, Task, Variant, iterate
+from speed import Ours, Published, Task, Variant, iterate, synchronize
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gpu.job import Job
 from gpu.models import Scale, build, text_for
 from mixgrpo.config import ModelConfig
+from mixgrpo.devices import Clock
 from mixgrpo.engines.adamw import FrugalAdamW
 from mixgrpo.models.compiled import compile_blocks, repeated_blocks
 from mixgrpo.models.flux import Flux
@@ -32,11 +33,12 @@ from mixgrpo.planning.operations import operations_per_picture
 from mixgrpo.types import Window
 
 GIB = 2**30
-VARIANTS: dict[str, Callable[[Task], Variant]] = {
-    "published": Published,
-    "MixGRPO": Ours,
-    "MixGRPO-Flash": partial(Ours, solver="dpm", ratio=0.4),
-    "MixGRPO-Flash*": partial(Ours, solver="dpm", ratio=0.2),
+# The solver behind the window, and the share of the steps there that are kept.
+TAILS = {
+    "published": ("euler", 1.0),
+    "MixGRPO": ("euler", 1.0),
+    "MixGRPO-Flash": ("dpm", 0.4),
+    "MixGRPO-Flash*": ("dpm", 0.2),
 }
 STAR = "MixGRPO-Flash*"  # its window stays at the first steps
 GUESSED_RATE = 200.0  # TFLOP/s of a GPU, until an iteration has been measured
@@ -57,7 +59,7 @@ class Wanted:
     """An iteration to measure.
 
     Attributes:
-        variant: one of VARIANTS.
+        variant: one of TAILS.
         compile: "off", or the compiler of the blocks.
         samples, steps: fewer of them make a short form, which ends early.
     """
@@ -105,7 +107,7 @@ class Bench:
         with compiled(self.policy, wanted.compile):
             warming = self._warm_up(task, wanted)
             reset_peak(self.device)
-            variant = VARIANTS[wanted.variant](task)
+            variant = make_variant(wanted.variant, task)
             stepping = Stepping(variant.optimizer, self.device)
             found = iterate(task, variant, 0)
         seconds = {**found.seconds, "total": sum(found.seconds.values())}
@@ -179,7 +181,7 @@ class Bench:
 
     def _operations(self, wanted: Wanted, task: Task) -> float:
         """About as many as the iteration will take."""
-        plan = VARIANTS[wanted.variant](replace(task, optimizer=no_optimizer)).plan
+        plan = task.plan(*TAILS[wanted.variant])
         images = task.images
         first, rest = plan.window.start + 1, plan.steps - plan.window.start - 1
         if wanted.variant == "published":
@@ -205,14 +207,13 @@ MODEL_KNOBS = (
 )
 
 
+def make_variant(name: str, task: Task) -> Variant:
+    return Published(task) if name == "published" else Ours(task, *TAILS[name])
+
+
 def frugal(parameters: list[nn.Parameter]) -> tuple[Optimizer, LambdaLR]:
     """8-bit AdamW's work, without an effect."""
     optimizer = FrugalAdamW(parameters, 0.0, (0.9, 0.999), 0.0, eight_bit=True, seed=0)
-    return optimizer, LambdaLR(optimizer, lambda _: 1.0)
-
-
-def no_optimizer(parameters: list[nn.Parameter]) -> tuple[Optimizer, LambdaLR]:
-    optimizer = torch.optim.SGD(parameters[:1], lr=0.0)
     return optimizer, LambdaLR(optimizer, lambda _: 1.0)
 
 
@@ -262,23 +263,14 @@ class Stepping:
     """The time that the steps of an optimizer take, on the device."""
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
-        self.device = device
+        self.clock = Clock(device)
         self.marks: list[Any] = []
-        optimizer.register_step_pre_hook(lambda *_: self._mark())
-        optimizer.register_step_post_hook(lambda *_: self._mark())
-
-    def _mark(self) -> None:
-        if self.device.type == "cuda":
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(perf_counter())
+        optimizer.register_step_pre_hook(lambda *_: self.marks.append(self.clock.now()))
+        optimizer.register_step_post_hook(lambda *_: self.marks.append(self.clock.now()))
 
     def seconds(self) -> float:
-        pairs = list(zip(self.marks[::2], self.marks[1::2], strict=True))
-        if self.device.type == "cuda":
-            return sum(first.elapsed_time(second) for first, second in pairs) / 1000
-        return sum(second - first for first, second in pairs)
+        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+        return sum(self.clock.seconds(*pair) for pair in pairs)
 
 
 # ---- memory
@@ -304,8 +296,3 @@ def memory(device: torch.device) -> dict[str, float]:
         "context": (total - free - torch.cuda.memory_reserved(device)) / GIB,
         "card": total / GIB,
     }
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

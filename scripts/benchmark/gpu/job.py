@@ -13,6 +13,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from mixgrpo.files.json_lines import read_records
+
 
 @dataclass(frozen=True)
 class Job:
@@ -43,7 +45,7 @@ class Job:
 
     def earlier(self, part: str) -> dict[str, dict[str, Any]]:
         """The results of another part so far, by name."""
-        return latest(read(self.results)).get(part, {})
+        return latest(read_records(self.results)).get(part, {})
 
     def attempt(self, name: str, work: Callable[[], Mapping[str, Any]]) -> bool:
         """Reports what ``work`` returns, or the last lines of its error; returns whether it worked.
@@ -86,17 +88,6 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     """Appends a line of JSON, whole or not at all."""
     with path.open("a") as file:
         file.write(json.dumps(plain(record)) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, without a last line that is incomplete."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
 
 
 def latest(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import itertools
 import os
 import platform
-import subprocess
 from collections.abc import Callable
+from functools import partial
 from statistics import median
-from time import perf_counter
 
 import torch
 from environment import environment
 
 from gpu.job import Job, main
+from mixgrpo.devices import Clock
+from mixgrpo.hosts.facts import ask_nvidia
 
 GIB = 2**30
 # [M, K] x [K, N]: a large square, and FLUX.1-dev's largest product for one and for twelve images.
@@ -27,18 +28,16 @@ PRODUCTS = {
     "twelve images, 30444 x 3072 x 12288": (30444, 3072, 12288),
 }
 SMALL_PRODUCTS = {"256 x 256 x 256": (256, 256, 256)}
-CEILING = "ceiling"
 
 
 def perform(job: Job) -> None:
     device = torch.device(job.device)
     job.report("machine", **describe(device), small=job.small)
-    rates = {}
     for name, sides in (SMALL_PRODUCTS if job.small else PRODUCTS).items():
-        job.attempt(f"product {name}", lambda sides=sides: product(device, sides))
-        rates[name] = job.earlier(job.part)[f"product {name}"].get("tflops") or 0.0
-    job.attempt("copy", lambda: copy(device, 2**20 if job.small else GIB))
-    job.report(CEILING, tflops=max(rates.values()))
+        job.attempt(f"product {name}", partial(product, device, sides))
+    job.attempt("copy", partial(copy, device, 2**20 if job.small else GIB))
+    measured = (result.get("tflops") or 0.0 for result in job.earlier(job.part).values())
+    job.report("ceiling", tflops=max(measured))
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -50,21 +49,11 @@ def describe(device: torch.device) -> dict[str, object]:
         return found
     torch.zeros(1, device=device)
     free, total = torch.cuda.mem_get_info(device)
-    cuda, driver = torch.version.cuda, driver_version()
+    cuda, driver = torch.version.cuda, next(iter(ask_nvidia("driver_version")), "unknown")
     found |= {"card": torch.cuda.get_device_name(device), "cuda": cuda, "driver": driver}
     found["memory_gib"] = total / GIB
     found["context_gib"] = (total - free - torch.cuda.memory_reserved(device)) / GIB
     return found
-
-
-def driver_version() -> str:
-    """The NVIDIA driver's version; "unknown" where its program is missing."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return said.stdout.splitlines()[0].strip()
 
 
 def product(device: torch.device, sides: tuple[int, int, int]) -> dict[str, float]:
@@ -88,24 +77,14 @@ def seconds_of(
     work: Callable[[], object], device: torch.device, repeats: int = 10, warm_up: int = 3
 ) -> float:
     """Median seconds of a piece of work, by CUDA events on a GPU."""
+    clock = Clock(device)
     for _ in range(warm_up):
         work()
-    if device.type != "cuda":
-        return median(_timed(work) for _ in range(repeats))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    marks = [clock.now()]
+    for _ in range(repeats):
         work()
-        mark.record()
-    torch.cuda.synchronize(device)
-    pairs = itertools.pairwise(marks)
-    return median(first.elapsed_time(second) for first, second in pairs) / 1000
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = perf_counter()
-    work()
-    return perf_counter() - start
+        marks.append(clock.now())
+    return median(clock.seconds(*pair) for pair in itertools.pairwise(marks))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ random weights it shows the size of the rounding, not of a change in the images'
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from speed import Ours, Task
+from speed import Task
 from torch import Tensor, nn
 
-from gpu.iterations import compiled, memory, no_optimizer, reset_peak
+from gpu.iterations import TAILS, compiled, memory, reset_peak
 from gpu.job import Job, main
 from gpu.machine import seconds_of
 from gpu.models import FULL, SMALL, Scale, build, move_adapters, text_for
@@ -152,7 +151,7 @@ class Comparison:
         self.inside = self.policy.velocity(self.policy.module)
         count = scale.samples
         window = Window(scale.start, scale.start + scale.window)
-        # No advantages and no optimizer: nothing is trained here.
+        # Nothing is trained here: advantages and optimizer steps do not matter.
         self.task = Task(
             policy=self.policy,
             text=text_for(self.policy, 1),
@@ -163,18 +162,15 @@ class Comparison:
             advantages=torch.zeros(count),
             micro_batch=count,
             seed=0,
-            optimizer=no_optimizer,
         )
-        self.plan = Ours(self.task, solver="dpm", ratio=0.4).plan
+        self.plan = self.task.plan(*TAILS["MixGRPO-Flash"])
         self.expected: Tensor | None = None
 
     def report(self, name: str, make: Callable[[], nn.Module]) -> None:
         """Times one evaluation of the network that ``make`` returns, and a rollout that uses it."""
         if self.job.left() > 0:
             self.job.attempt(name, partial(self._measure, make))
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        reset_peak(self.device, empty=True)
 
     @torch.no_grad()
     def _measure(self, make: Callable[[], nn.Module]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ import scoring
 import torch
 from environment import ROOT
 from oracles import random_weights
-from speed import Ours, Task
+from speed import Task, synchronize
 from torch import Tensor
 
-from gpu.iterations import evaluate, no_optimizer, synchronize
+from gpu.iterations import evaluate
 from gpu.job import Job, main
 from gpu.models import FULL, SMALL, Scale, build, text_for
 from mixgrpo.rewards import Reward, ScoreStream, build_reward
@@ -103,9 +103,8 @@ def hidden(job: Job, scale: Scale, rewards: Mapping[str, Reward]) -> dict[str, A
         advantages=torch.zeros(scale.samples),
         micro_batch=size,
         seed=0,
-        optimizer=no_optimizer,
     )
-    plan, velocity = Ours(task).plan, policy.velocity(policy.module)
+    plan, velocity = task.plan(), policy.velocity(policy.module)
     texts = [scoring.CAPTION] * scale.samples
 
     def sample(stream: ScoreStream | None) -> float:
