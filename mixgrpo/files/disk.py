@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mixgrpo.files.regular import check_regular
+
 PARTIAL = "partial_"
 
 
@@ -17,7 +19,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises:
         OSError: the file could not be written; an existing file is untouched.
+        ValueError: there is something at ``path`` that is not a regular file, such as a device,
+            which a rename would replace.
     """
+    if path.exists():
+        check_regular(path)
     partial = path.with_name(PARTIAL + path.name)
     try:
         write(partial)

@@ -1,0 +1,53 @@
+"""Reading files that a configuration or another file names: regular files only, up to a size.
+
+Opening a FIFO waits for a writer, and a device such as /dev/zero never ends.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+MIB = 2**20
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading in binary mode.
+
+    Raises:
+        OSError: it does not exist or cannot be opened.
+        ValueError: it is not a regular file, or a link to one.
+    """
+    check_regular(path)
+    # It may be exchanged for a FIFO between the two calls.
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValueError if the path is something other than a regular file; it must exist."""
+    kind = stat.S_IFMT(path.stat().st_mode)
+    if kind != stat.S_IFREG:
+        raise ValueError(f"{path} is {_KINDS.get(kind, 'no regular file')}, not a regular file")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The contents of a file of at most ``most`` bytes.
+
+    Raises:
+        OSError: it does not exist or cannot be read.
+        ValueError: it is not a regular file, or is larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} is larger than {most / MIB:g} MiB, the most that is read here")
+    return content
