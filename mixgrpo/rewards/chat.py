@@ -10,7 +10,9 @@ import base64
 import email.utils
 import functools
 import io
+import json
 import random
+import re
 import ssl
 import threading
 import time
@@ -21,6 +23,9 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 from numpy.typing import NDArray
+
+from mixgrpo.rewards import excerpts
+from mixgrpo.rewards.completion import LARGEST, Failure, PassingFailure, answer_in, decoded
 
 _MAX_BACKOFF = 30.0
 # Seconds that the event loop may need after the deadline to cancel pending requests.
@@ -35,22 +40,6 @@ class Question(NamedTuple):
 
     text: str
     picture: NDArray[np.uint8]
-
-
-class Failure(Exception):
-    """Why a question has no answer: a ``cause``, which is counted, and a ``detail``."""
-
-    def __init__(self, cause: str, detail: str = "") -> None:
-        super().__init__(f"{cause}: {detail}" if detail else cause)
-        self.cause = cause
-
-
-class PassingFailure(Failure):
-    """A failure that a retry may resolve, after at least ``wait`` seconds."""
-
-    def __init__(self, cause: str, detail: str = "", wait: float = 0.0) -> None:
-        super().__init__(cause, detail)
-        self.wait = wait
 
 
 @dataclass(frozen=True)
@@ -79,6 +68,14 @@ class Server:
     backoff: float
     deadline: float
 
+    def beginning(self, text: str) -> str:
+        """The beginning of what a server said, for a message: one line, without the key."""
+        return excerpts.beginning(text, self.key, _SHOWN)
+
+    def end(self, text: str) -> str:
+        """The end of what a server said, in the same way."""
+        return excerpts.end(text, self.key, _SHOWN // 2)
+
 
 def ask_all(server: Server, questions: Sequence[Question], turn: int) -> list[str | Failure]:
     """Returns the answers in the order of the questions, with a Failure for each missing one.
@@ -94,7 +91,7 @@ def ask_all(server: Server, questions: Sequence[Question], turn: int) -> list[st
         try:
             await _fill(answers, server, questions, turn)
         except Exception as error:  # of the client itself, such as an unusable proxy
-            broken = Failure(type(error).__name__, _shown(str(error), server))
+            broken = Failure(type(error).__name__, server.beginning(str(error)))
             answers[:] = [broken if answer is late else answer for answer in answers]
         finally:
             finished.set()
@@ -115,7 +112,7 @@ async def _fill(
         "verify": _certificates(),
         "timeout": None,  # see _try
         "limits": httpx.Limits(max_connections=server.concurrency),
-        "headers": {"Authorization": f"Bearer {server.key}"} if server.key else {},
+        "headers": headers(server),
     }
     async with httpx.AsyncClient(**settings) as client:
 
@@ -128,13 +125,19 @@ async def _fill(
                 except Failure as failure:
                     answers[index] = failure
                 except Exception as error:
-                    answers[index] = Failure(type(error).__name__, _shown(str(error), server))
+                    answers[index] = Failure(type(error).__name__, server.beginning(str(error)))
 
         tasks = [asyncio.create_task(answer(index)) for index in range(len(questions))]
         _, pending = await asyncio.wait(tasks, timeout=server.deadline)
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+
+
+def headers(server: Server) -> dict[str, str]:
+    """The headers of every request."""
+    key = {"Authorization": f"Bearer {server.key}"} if server.key else {}
+    return {"Accept-Encoding": "identity", "Content-Type": "application/json", **key}
 
 
 @functools.cache
@@ -166,7 +169,7 @@ def _backoff(server: Server, attempt: int) -> float:
     return min(_MAX_BACKOFF, server.backoff * 2**attempt) * _JITTER.uniform(0.5, 1.0)
 
 
-def _body(server: Server, question: Question) -> dict[str, Any]:
+def _body(server: Server, question: Question) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -180,27 +183,55 @@ def _body(server: Server, question: Question) -> dict[str, Any]:
         {"type": "image_url", "image_url": picture},
         {"type": "text", "text": question.text},
     ]
-    return {**server.body, "messages": [{"role": "user", "content": content}]}
+    body = {**server.body, "messages": [{"role": "user", "content": content}]}
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        detail = "it contains half of a surrogate pair; correct the prompt"
+        raise Failure("the prompt is not valid Unicode", detail) from error
 
 
-async def _try(client: httpx.AsyncClient, server: Server, url: str, body: Mapping[str, Any]) -> str:
+async def _try(client: httpx.AsyncClient, server: Server, url: str, body: bytes) -> str:
     try:
         # httpx's own timeouts restart with every byte; this one does not.
-        async with asyncio.timeout(server.timeout):
-            response = await client.post(url, json=body)
+        async with (
+            asyncio.timeout(server.timeout),
+            client.stream("POST", url, content=body) as response,
+        ):
+            raw = await _read(response)
     except TimeoutError as error:
         raise PassingFailure("timeout", f"{url} took over {server.timeout:g} s") from error
     except httpx.TransportError as error:
-        reason = _shown(str(error), server) or type(error).__name__
+        reason = server.beginning(str(error)) or type(error).__name__
         raise PassingFailure("no connection", f"{url}: {reason}") from error
     if response.status_code != httpx.codes.OK:
-        raise _refusal(server, url, response)
-    return _text(server, response)
+        raise _refusal(server, url, response, raw)
+    try:
+        return answer_in(decoded(raw, response.headers), server.beginning)
+    except Failure as failure:
+        raise Failure(failure.cause, f"{url}: {failure.detail}") from failure
 
 
-def _refusal(server: Server, url: str, response: httpx.Response) -> Failure:
+async def _read(response: httpx.Response) -> bytes:
+    """The reply as it was sent, or its beginning if it is larger than ``LARGEST``."""
+    raw = bytearray()
+    async for part in response.aiter_raw():
+        raw += part
+        if len(raw) > LARGEST:
+            break
+    return bytes(raw)
+
+
+def _refusal(server: Server, url: str, response: httpx.Response, raw: bytes) -> Failure:
     status = response.status_code
-    detail = f"{url}: {_shown(response.text, server)}"
+    location = response.headers.get("Location")
+    try:
+        said = server.beginning(decoded(raw, response.headers).decode(errors="replace"))
+    except Failure as failure:
+        said = str(failure)
+    if response.is_redirect and location:
+        said = f"a redirection to {server.beginning(location)}; correct the address in urls"
+    detail = f"{url}: {said}"
     if status == httpx.codes.TOO_MANY_REQUESTS or status >= httpx.codes.INTERNAL_SERVER_ERROR:
         wait = _retry_after(response.headers.get("Retry-After", ""))
         return PassingFailure(f"HTTP {status}", detail, wait)
@@ -209,32 +240,10 @@ def _refusal(server: Server, url: str, response: httpx.Response) -> Failure:
 
 def _retry_after(value: str) -> float:
     """Seconds to wait from either form of the header (RFC 9110, 10.2.3); 0 if it is neither."""
-    if value.strip().isdecimal():
+    if re.fullmatch(r"\s*[0-9]+\s*", value):
         return float(value)
     try:
-        then = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        then = email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError, OSError):
         return 0.0
-    return max(0.0, then.timestamp() - time.time())
-
-
-def _text(server: Server, response: httpx.Response) -> str:
-    try:
-        text = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError) as error:
-        detail = _shown(response.text, server)
-        raise Failure("the reply is not a chat completion", detail) from error
-    if not isinstance(text, str) or not text.strip():
-        raise Failure("the reply is empty", _shown(response.text, server))
-    return _without_key(text, server)
-
-
-def _shown(text: str, server: Server) -> str:
-    """The beginning of a text, on one line and without the key."""
-    text = " ".join(_without_key(text, server).split())
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _without_key(text: str, server: Server) -> str:
-    """Masks the key, because servers often repeat a key that they reject."""
-    return text.replace(server.key, "***") if server.key else text
+    return max(0.0, then - time.time())

@@ -6,6 +6,7 @@ takes an image and replies with a number.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -15,12 +16,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import torch
 from torch import Tensor
 
 from mixgrpo.rewards import options
-from mixgrpo.rewards.chat import Failure, Question, Server, ask_all
+from mixgrpo.rewards.chat import Question, Server, ask_all
+from mixgrpo.rewards.completion import Failure
 from mixgrpo.rewards.images import to_uint8
+from mixgrpo.rewards.verdict import PATTERN, read_score
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +41,14 @@ text at all) to {max} (fits it perfectly and looks flawless), decimals allowed:
 
 Final Score: X"""
 
-# "Final Score", optionally a range in parentheses, a colon, the number, optionally "/5"; quotes,
-# asterisks and underscores may surround the number. A range, percentage or list (4-5, 4 to 5, 80%,
-# 4,5) does not match.
-PATTERN = r"""(?ix)
-    \b final \s+ score \b (?: \s* \( [^()\n]* \) )? [\s*_"'`]* [:=] [\s*_"'`]*
-    (?P<score> [-+]? (?: \d++ (?: \.\d++ )?+ | \.\d++ ) )
-    (?: \s* / \s* (?P<of> \d++ (?: \.\d++ )?+ ) )?+
-    (?! \.?\d | [^\S\n]* % | [^\S\n]* (?: [-–—~,/] | to \b | or \b ) [^\S\n]* \d )
-"""  # noqa: RUF001
-
+# Upper limits of options. A larger number can only be a mistake, or seconds given in milliseconds.
+_SCORES = 1e6
+_TOKENS = 1_000_000
+_CONCURRENT = 1024  # each request is an open connection
+_RETRIES = 100
+_SECONDS = 24 * 3600.0
+# Fields of a request that decide the form of the reply, and the only value that can be read.
+_FIXED = {"stream": False, "n": 1}
 _FORMATS = ("png", "jpeg")
 _PATH = "/v1/chat/completions"
 
@@ -73,18 +75,20 @@ class Vlm:
         template: the question; ``{prompt}`` is replaced by the text, ``{min}`` and ``{max}`` by the
             range.
         pattern: regular expression with a group ``score`` for the score; the value of a group
-            ``of``, as in 4/5, must equal ``max``. It must match exactly once.
-        min: lowest accepted score.
-        max: highest accepted score.
+            ``of``, as in 4/5, must equal ``max``. All matches must give the same score. What the
+            model wrote as its reasoning, ``<think>...</think>``, is removed before.
+        min: lowest accepted score; at least -1e6.
+        max: highest accepted score; at most 1e6.
         rescale: return (score - min) / (max - min) instead.
         image_format: png or jpeg (quality 95, a fifth of the size).
-        max_tokens: maximum number of tokens in a reply.
+        max_tokens: maximum number of tokens in a reply, at most 1,000,000; a reply that reaches it
+            has no score.
         request: additional fields of the request body; null removes a field. By default the body
             has ``model``, ``temperature`` 0 and ``max_tokens``.
         api_key_env: name of the environment variable that holds the API key.
-        concurrency: maximum number of concurrent requests per process.
-        timeout: seconds per attempt of a request.
-        retries: number of retries after 429, 5xx, a lost connection or a timeout.
+        concurrency: maximum number of concurrent requests per process, at most 1024.
+        timeout: seconds per attempt of a request; like ``backoff`` and ``deadline`` at most a day.
+        retries: number of retries after 429, 5xx, a lost connection or a timeout, at most 100.
         backoff: seconds before the first retry, doubled with each retry, up to 30; the server's
             Retry-After is used if it is longer.
         deadline: seconds for one call, which is one scoring.micro_batch; scores that are missing by
@@ -112,16 +116,18 @@ class Vlm:
         backoff: float = 1.0,
         deadline: float = 300.0,
     ) -> None:
-        self.low = options.number("vlm", "min", min)
-        self.high = options.number("vlm", "max", max)
+        self.low = options.number("vlm", "min", min, _SCORES)
+        self.high = options.number("vlm", "max", max, _SCORES)
         if self.low >= self.high:
-            raise ValueError(f"vlm: min ({min:g}) must be below max ({max:g})")
+            raise ValueError(f"vlm: min ({min:.15g}) must be below max ({max:.15g})")
         if image_format not in _FORMATS:
-            raise ValueError(f"vlm: image_format must be png or jpeg, got {image_format!r}")
+            raise ValueError(
+                f"vlm: image_format must be png or jpeg, got {options.shown(image_format)}"
+            )
         body = {
             "model": options.text("vlm", "model", model),
             "temperature": 0,
-            "max_tokens": options.whole("vlm", "max_tokens", max_tokens, 1),
+            "max_tokens": options.whole("vlm", "max_tokens", max_tokens, 1, _TOKENS),
             **_request(request),
         }
         self.server = Server(
@@ -129,11 +135,11 @@ class Vlm:
             body={name: value for name, value in body.items() if value is not None},
             image_format=image_format,
             key=_key(api_key_env),
-            concurrency=options.whole("vlm", "concurrency", concurrency, 1),
-            timeout=options.positive("vlm", "timeout", timeout),
-            retries=options.whole("vlm", "retries", retries, 0),
-            backoff=options.positive("vlm", "backoff", backoff),
-            deadline=options.positive("vlm", "deadline", deadline),
+            concurrency=options.whole("vlm", "concurrency", concurrency, 1, _CONCURRENT),
+            timeout=options.positive("vlm", "timeout", timeout, _SECONDS),
+            retries=options.whole("vlm", "retries", retries, 0, _RETRIES),
+            backoff=options.positive("vlm", "backoff", backoff, _SECONDS),
+            deadline=options.positive("vlm", "deadline", deadline, _SECONDS),
         )
         self.template = _template(template, self.low, self.high)
         self.pattern = _pattern(pattern)
@@ -161,27 +167,10 @@ class Vlm:
         if isinstance(answer, Failure):
             return answer
         score = read_score(answer, self.pattern, self.low, self.high)
-        if isinstance(score, float) and self.rescale:
-            return (score - self.low) / (self.high - self.low)
-        return score
-
-
-def read_score(reply: str, pattern: re.Pattern[str], low: float, high: float) -> float | Failure:
-    """Returns the only score in a reply, or a Failure if there is none or more than one."""
-    found = list(pattern.finditer(reply))
-    end = " ".join(reply.split())[-100:]
-    if len(found) != 1:
-        cause = "no score in the reply" if not found else "several scores in the reply"
-        return Failure(cause, f"it ends {end!r}")
-    of = found[0].groupdict().get("of")
-    try:
-        score = float(found[0]["score"])
-        right_scale = of is None or float(of) == high
-    except (TypeError, ValueError):
-        return Failure("no number in the reply", f"it ends {end!r}")
-    if not right_scale or not low <= score <= high:
-        return Failure("score out of range", f"{found[0][0].strip()!r} is not in {low:g}..{high:g}")
-    return score
+        if isinstance(score, Failure):
+            ends = f"the reply ends {self.server.end(answer)!r}"
+            return Failure(score.cause, f"{score.detail}; {ends}" if score.detail else ends)
+        return (score - self.low) / (self.high - self.low) if self.rescale else score
 
 
 def _report(results: Sequence[float | Failure]) -> None:
@@ -214,32 +203,51 @@ def _urls(urls: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:
-        raise ValueError(
-            f"vlm: {url!r} is not a URL ({error}); write it as http://host:8000"
-        ) from error
     # The URL is not shown, because it may contain a password.
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    if set(url) & set("@?#"):
         raise ValueError(
             "vlm: a URL must have the form http://host:8000, without user, password or query; "
             "put the key into an environment variable (api_key_env)"
         )
+    try:
+        if not url.isprintable() or " " in url:
+            raise ValueError("it contains white space or control characters")
+        parts = urlsplit(url)
+        _ = parts.port, httpx.URL(url), (parts.hostname or "").encode("idna")
+    except (ValueError, httpx.InvalidURL) as error:
+        raise ValueError(
+            f"vlm: {options.shown(url)} is not a URL ({error}); write it as http://host:8000"
+        ) from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"vlm: {url!r} is not the URL of a server; write it as http://host:8000")
+        raise ValueError(
+            f"vlm: {options.shown(url)} is not the URL of a server; write it as http://host:8000"
+        )
     path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
     return f"{parts.scheme}://{parts.netloc}{path}{_PATH}"
 
 
 def _request(fields: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    if not isinstance(fields or {}, Mapping) or "messages" in (fields or {}):
+    if fields is None:
+        return {}
+    named = isinstance(fields, Mapping) and all(isinstance(name, str) for name in fields)
+    if not named or "messages" in fields:
         raise ValueError(
-            f"vlm: request must be a mapping of fields other than messages, got {fields!r}; "
-            "put the text of the question into template"
+            "vlm: request must be a mapping of named fields other than messages, got "
+            f"{options.shown(fields)}; put the text of the question into template"
         )
-    return fields or {}
+    for name, value in _FIXED.items():
+        if fields.get(name) not in (None, value):
+            raise ValueError(
+                f"vlm: request must not set {name} to {options.shown(fields[name])}, because a "
+                "reply must be one whole message; remove it"
+            )
+    try:
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"vlm: request cannot be sent as JSON ({error}); correct its values"
+        ) from error
+    return fields
 
 
 def _key(variable: str) -> str | None:
@@ -260,13 +268,13 @@ def _key(variable: str) -> str | None:
 def _template(template: str, low: float, high: float) -> str:
     if "{prompt}" not in options.text("vlm", "template", template):
         raise ValueError("vlm: the template lacks {prompt}; add it where the text belongs")
-    return template.replace("{min}", f"{low:g}").replace("{max}", f"{high:g}")
+    return template.replace("{min}", f"{low:.15g}").replace("{max}", f"{high:.15g}")
 
 
 def _pattern(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(options.text("vlm", "pattern", pattern))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"vlm: pattern is not a valid regular expression ({error}); correct it"
         ) from error

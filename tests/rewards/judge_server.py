@@ -17,19 +17,29 @@ from PIL import Image
 
 @dataclass
 class Reply:
-    """What the server sends; ``hang`` keeps the connection open and says nothing."""
+    """What the server sends; ``hang`` keeps the connection open and says nothing.
+
+    ``endless`` sends the body again and again, as a chunked reply.
+    """
 
     status: int = 200
-    body: str = ""
+    body: str | bytes = ""
     headers: dict[str, str] = field(default_factory=dict)
     hang: bool = False
     drip: bool = False
     cut: bool = False
+    endless: bool = False
 
 
-def says(content: Any) -> Reply:
+def completion(content: Any, **of_choice: Any) -> dict[str, Any]:
     """A chat completion whose message is ``content``."""
-    return Reply(body=json.dumps({"choices": [{"message": {"content": content}}]}))
+    choice = {"message": {"content": content}, "finish_reason": "stop", **of_choice}
+    return {"choices": [choice]}
+
+
+def says(content: Any, **of_choice: Any) -> Reply:
+    """The same as a reply."""
+    return Reply(body=json.dumps(completion(content, **of_choice)))
 
 
 @dataclass
@@ -97,10 +107,12 @@ class JudgeServer:
                     server.stop.wait(30)
                     self.close_connection = True
                     return
-                body = reply.body.encode()
+                body = reply.body if isinstance(reply.body, bytes) else reply.body.encode()
                 self.send_response(reply.status)
                 for name, value in reply.headers.items():
                     self.send_header(name, value)
+                if reply.endless:
+                    self._send_for_ever(body)
                 self.send_header("Content-Length", str(len(body) + (1 if reply.cut else 0)))
                 self.end_headers()
                 for byte in body if reply.drip else ():
@@ -111,6 +123,12 @@ class JudgeServer:
                 if not reply.drip:
                     self.wfile.write(body)
                 self.close_connection = reply.cut
+
+            def _send_for_ever(self, body: bytes) -> None:
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                while not server.stop.is_set():
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
 
             def log_message(self, *args: object) -> None:
                 pass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
+import gzip
 import inspect
 import json
 import logging
@@ -11,9 +13,12 @@ import re
 import socket
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -23,15 +28,17 @@ from mixgrpo.assembly import make_rewards
 from mixgrpo.commands.train import parse
 from mixgrpo.rewards import RewardError, build_reward, score
 from mixgrpo.rewards import chat as chat_module
-from mixgrpo.rewards.chat import Failure
+from mixgrpo.rewards.completion import LARGEST
 from mixgrpo.rewards.ocr import Ocr
-from mixgrpo.rewards.vlm import PATTERN, JudgeError, Vlm, read_score
+from mixgrpo.rewards.vlm import JudgeError, Vlm
 
 from . import tiny
-from .judge_server import Asked, JudgeServer, Reply, says
+from .judge_server import Asked, JudgeServer, Reply, completion, says
 
 README = Path(__file__).parents[2] / "mixgrpo" / "rewards" / "README.md"
-KEY = "sk-secret-0123456789"
+KEY = 'sk-secret-01/23"45+6789'
+ENCODED = {name: {"Content-Encoding": name} for name in ("gzip", "deflate", "br", "gzip, gzip")}
+BOMB = gzip.compress(bytes(100 * 2**20), 1)
 IMAGES = tiny.images(4, 6, 8)
 TEXTS = ["a zebra", "a {max} of {prompt}", "'quoted' \"text\"", "日本"]
 
@@ -183,50 +190,6 @@ def test_no_picture_no_question(serve: Any) -> None:
 # --- the reply ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("Final Score: 4", 4),
-        ("final score:4.", 4),
-        ("The sky is 3 shades off.\n\n**Final Score:** 3.62\nThat is all.", 3.62),
-        ("**Final Score: 2.5**", 2.5),
-        ("Final Score (1-5): 4", 4),
-        ("Final Score: 4/5", 4),
-        ("Final Score: 4 / 5.0 because", 4),
-        ('{"final score": "1"}', 1),
-        ("Final  Score = .5e", "out of range"),
-        ("Final Score: 4\n- 3 details are wrong", 4),
-        ("Final Score: 5.0", 5),
-        ("Final Score: 5.01", "out of range"),
-        ("Final Score: 0", "out of range"),
-        ("Final Score: -4", "out of range"),
-        ("Final Score: 8/10", "out of range"),
-        ("Final Score: 4/10", "out of range"),
-        ("Final Score: 4-5", "no score"),
-        ("Final Score: 4 to 5", "no score"),
-        ("Final Score: 4 or 5", "no score"),
-        ("Final Score: 4,5", "no score"),
-        ("Final Score: 4.5.1", "no score"),
-        ("Final Score: 80%", "no score"),
-        ("Final Score: X", "no score"),
-        ("Final Score: four", "no score"),
-        ("Score: 4", "no score"),
-        ("semifinal score: 4", "no score"),
-        ("4", "no score"),
-        ("Final Score: nan", "no score"),
-        ("Final Score: 4\nFinal Score: 2", "several scores"),
-        ("Final Score: 4\nFinal Score: 4", "several scores"),
-    ],
-)
-def test_exactly_one_score_in_the_range_counts(reply: str, expected: float | str) -> None:
-    found = read_score(reply, re.compile(PATTERN), 1, 5)
-    if isinstance(expected, str):
-        assert isinstance(found, Failure)
-        assert expected in found.cause
-    else:
-        assert found == expected
-
-
 def test_a_pattern_of_ones_own(serve: Any) -> None:
     server = serve(
         replies(one=says("<s>0.25</s>"), two=says("<s>high</s>"), three=says("Final Score: 1"))
@@ -237,19 +200,50 @@ def test_a_pattern_of_ones_own(serve: Any) -> None:
     assert is_nan(scores) == [False, True, True]
 
 
-BAD = {
-    "high": says("Final Score: 6"),
-    "rubbish": says("I cannot judge this."),
-    "empty": says(""),
-    "none": says(None),
+FOUR = json.dumps(completion("Final Score: 4"))
+
+
+def whole(**fields: Any) -> Reply:
+    """A chat completion with the score 4 and these fields."""
+    return Reply(body=json.dumps({**completion("Final Score: 4"), **fields}))
+
+
+NO_COMPLETION = {
     "parts": says([{"text": "Final Score: 4"}]),
     "html": Reply(body="<html>Final Score: 4</html>"),
     "nothing": Reply(),
     "list": Reply(body="[]"),
-    "choiceless": Reply(body='{"choices": []}'),
-    "binary": Reply(body="\x00\x01"),
+    "null": Reply(body="null"),
+    "text": Reply(body='"Final Score: 4"'),
+    "choiceless": whole(choices=[]),
+    "mapped": whole(choices={"0": completion("Final Score: 4")["choices"][0]}),
+    "spelled": whole(choices="abc"),
+    "nulls": whole(choices=[None]),
+    "legacy": whole(choices=[{"text": "Final Score: 4"}]),
+    "number": says(math.nan),
+    "twice": Reply(body=2 * FOUR),
+    "stream": Reply(body=f"data: {FOUR}\n\ndata: [DONE]\n"),
+    "binary": Reply(body=b"\x00\xff"),
+    "latin1": Reply(body=FOUR.replace("Final", "\xe9 Final").encode("latin-1")),
+    "digits": Reply(body=f'{{"id": {"9" * 9000}}}'),
+    "deep": Reply(body="[" * 100_000),
+}
+INCOMPLETE = ("length", "LENGTH", "content_filter", "tool_calls", "abort", "", 3, ["stop"])
+BAD = {
+    "high": says("Final Score: 6"),
+    "rubbish": says("I cannot judge this."),
+    "endless": says("<think>Final Score: 4"),
+    "empty": says(" \n"),
+    "none": says(None, message={"content": None, "reasoning_content": "Final Score: 4"}),
+    **NO_COMPLETION,
+    **{f"cut{i}": says("Final Score: 3.", finish_reason=r) for i, r in enumerate(INCOMPLETE)},
+    "several": whole(choices=2 * completion("Final Score: 4")["choices"]),
+    "error": Reply(body='{"error": {"message": "overloaded"}}'),
+    "error2": whole(error={"message": "overloaded"}),
+    "error3": says("Final Score: 4", error={"code": 502}),
     "forbidden": Reply(status=403, body="no"),
     "moved": Reply(status=302, headers={"Location": "/elsewhere"}),
+    "created": Reply(status=201, body=FOUR),
 }
 
 
@@ -266,12 +260,75 @@ def test_every_bad_reply_is_nan_for_its_sample_alone(
     (record,) = caplog.records
     message = record.getMessage()
     assert f"{len(BAD)} of {len(texts)} images could not be scored" in message
-    assert "5 x the reply is not a chat completion, 3 x the reply is empty" in message
-    assert "1 x HTTP 403" in message
-    assert (
-        "the first failure, on image 1: score out of range: 'Final Score: 6' is not in 1..5"
-        in message
+    for count, cause in (
+        *((len(NO_COMPLETION), "the reply is not a chat completion"), (2, "the reply is empty")),
+        *((len(INCOMPLETE), "the reply is incomplete"), (3, "the server reports an error")),
+        *((1, "several choices in the reply"), (1, "unfinished reasoning in the reply")),
+        *((1, "no score in the reply"), (1, "HTTP 403"), (1, "HTTP 302"), (1, "HTTP 201")),
+    ):
+        assert f"{count} x {cause}" in message
+    assert message.endswith(
+        "the first failure, on image 1: score out of range: 6 is not in 1..5; the reply ends "
+        "'Final Score: 6'"
     )
+
+
+FINE = {
+    "stop": says("Final Score: 4.", finish_reason="STOP"),
+    "eos": says("Final Score: 4", finish_reason="eos_token"),
+    "null": says("Final Score: 4", finish_reason=None),
+    "omitted": Reply(body='{"choices": [{"message": {"content": "Final Score: 4"}}]}'),
+    "error": whole(error=None),
+    "infinite": whole(created=math.inf),
+    "surrogate": says("\ud800 Final Score: 4"),
+    "bom": Reply(body=b"\xef\xbb\xbf" + FOUR.encode()),
+    "thought": says("<think>Final Score: 2</think>\nFinal Score: 4"),
+    "gzip": Reply(body=gzip.compress(FOUR.encode()), headers=ENCODED["gzip"]),
+    "deflate": Reply(body=zlib.compress(FOUR.encode()), headers=ENCODED["deflate"]),
+}
+
+
+def test_unusual_replies_that_are_clear(serve: Any) -> None:
+    reward = judge(serve(replies(**FINE)))
+    assert reward(tiny.images(len(FINE), 4, 4), list(FINE)).tolist() == [4] * len(FINE)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message", "requests"),
+    [
+        (Reply(body="{" + " " * LARGEST), "the reply is too large: .*: over 4 MiB", 1),
+        (Reply(body=" " * 65536, endless=True), "the reply is too large", 1),
+        (Reply(body=BOMB, headers=ENCODED["gzip"]), "the reply is too large: .*: over 4 MiB", 1),
+        (Reply(404, BOMB, ENCODED["gzip"]), "HTTP 404: .*: the reply is too large", 1),
+        (Reply(500, BOMB, ENCODED["gzip"]), "HTTP 500: .*: the reply is too large", 2),
+        (Reply(500, "e" * 65536, endless=True), "HTTP 500: .*: the reply is too large", 2),
+        (Reply(body=gzip.compress(BOMB), headers=ENCODED["gzip, gzip"]), "be decompressed", 1),
+        (Reply(body=b"{}", headers=ENCODED["br"]), "decompressed: .*only gzip and deflate", 1),
+        (Reply(body=b"{}", headers=ENCODED["gzip"]), "the reply cannot be decompressed", 1),
+        (Reply(body=BOMB[:99], headers=ENCODED["gzip"]), "decompressed: .*it is incomplete", 1),
+        (Reply(302, headers={"Location": "http://a"}), "a redirection to http://a; correct", 1),
+    ],
+    ids=range(11),
+)
+def test_replies_of_any_size_take_little_memory(
+    serve: Any, reply: Reply, message: str, requests: int
+) -> None:
+    server = serve(lambda asked, number: reply)
+    tracemalloc.start()
+    with pytest.raises(JudgeError, match=message):
+        judge(server, retries=1)(IMAGES[:1], TEXTS[:1])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * LARGEST
+    assert len(server.asked) == requests
+
+
+def test_a_prompt_that_is_no_text_fails_alone(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve(replies())
+    scores = judge(server)(IMAGES, ["a", "half \ud800", "{min} {", "\x00"])
+    assert is_nan(scores) == [False, True, False, False]
+    assert "1 x the prompt is not valid Unicode" in caplog.text
+    assert len(server.asked) == 3
 
 
 def test_a_batch_without_failure_warns_of_nothing(
@@ -318,7 +375,9 @@ def test_retry_after_as_a_date_is_honoured(serve: Any, naps: list[float]) -> Non
     assert 30 < naps[0] <= 90
 
 
-@pytest.mark.parametrize("header", ["soon", "-3", ""])
+@pytest.mark.parametrize(
+    "header", ["soon", "-3", "", "0x9", "9e9", "Mon, 01 Jan 0001 00:00:00 GMT"]
+)
 def test_a_retry_after_that_is_none_falls_back_to_the_backoff(
     serve: Any, naps: list[float], header: str
 ) -> None:
@@ -328,8 +387,11 @@ def test_a_retry_after_that_is_none_falls_back_to_the_backoff(
     assert 0.005 <= naps[0] <= 0.01
 
 
-def test_a_retry_after_beyond_the_deadline_is_not_waited_for(serve: Any, naps: list[float]) -> None:
-    server = serve(in_turn(Reply(429, headers={"Retry-After": "3600"})))
+@pytest.mark.parametrize("header", ["3600", "9" * 500, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_retry_after_beyond_the_deadline_is_not_waited_for(
+    serve: Any, naps: list[float], header: str
+) -> None:
+    server = serve(in_turn(Reply(429, headers={"Retry-After": header})))
     with pytest.raises(JudgeError, match="1 x HTTP 429"):
         judge(server)(IMAGES[:1], TEXTS[:1])
     assert naps == []
@@ -491,36 +553,64 @@ def test_a_judge_that_has_answered_may_be_away_for_a_while(
 # --- the key --------------------------------------------------------------------------------------
 
 
+def escaped(text: str) -> str:
+    return "".join(f"\\u{ord(char):04x}" for char in text)
+
+
 def test_the_key_is_sent_and_never_shown(
     serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")
-    server = serve(
-        replies(
-            refused=Reply(401, f"wrong key {KEY}"),
-            repeated=says(f"your key is {KEY}"),
-            html=Reply(body=f"<b>{KEY}</b>"),
-        )
-    )
-    reward = judge(server, api_key_env="JUDGE_KEY")
-    with caplog.at_level(logging.DEBUG):
-        for text in ("refused", "repeated", "html"):
+    echoes = {
+        "refused": Reply(401, f"wrong key {KEY}"),
+        "repeated": says(f"your key is {KEY}"),
+        "cut": says("." * 90 + KEY + "." * 90),
+        "html": Reply(body=f"<b>{KEY}</b>"),
+        "error": Reply(body=f'{{"error": "{escaped(KEY)}"}}'),
+        "reason": says("Final Score: 4", finish_reason=KEY),
+        "moved": Reply(302, headers={"Location": f"http://a/?key={quote(KEY, safe='')}"}),
+        "encoded": Reply(400, base64.b64encode(f"Bearer {KEY}".encode())),
+        "halves": Reply(400, f"{KEY[:10]} and {KEY[10:]}"),
+        "malformed": Reply(headers={f"{KEY}:": KEY}),
+    }
+    reward = judge(serve(replies(**echoes)), api_key_env="JUDGE_KEY", retries=0)
+    with caplog.at_level(logging.DEBUG, logger="mixgrpo"):
+        for text in echoes:
             assert is_nan(reward(IMAGES[:2], [text, "good"])) == [True, False]
             with pytest.raises(JudgeError) as info:
                 reward(IMAGES[:1], [text])
             assert "***" in str(info.value)
-            assert KEY not in str(info.value)
-    assert {asked.headers["Authorization"] for asked in server.asked} == {f"Bearer {KEY}"}
-    assert KEY not in caplog.text
-    assert KEY not in repr(reward.server)
-    assert KEY not in json.dumps([asked.body for asked in server.asked])
+            assert not hidden(str(info.value))
+    assert not hidden(caplog.text)
+    assert not hidden(repr(reward.server))
+
+
+def hidden(text: str) -> list[str]:
+    """The parts of the key that a text shows."""
+    text = text.replace(escaped(KEY), KEY).replace("\\", "")
+    return [KEY[i : i + 4] for i in range(len(KEY) - 3) if KEY[i : i + 4] in text]
+
+
+def test_the_key_is_sent_in_the_header_alone(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(replies())
+    judge(server)(IMAGES[:1], TEXTS[:1])
+    (asked,) = server.asked
+    assert asked.headers["Authorization"] == f"Bearer {KEY}"
+    assert not hidden(json.dumps(asked.body))
 
 
 def test_a_key_in_the_recipe_is_refused_and_not_repeated() -> None:
     with pytest.raises(ValueError, match="must be the name of an environment variable") as info:
         judge("http://host", api_key_env=KEY)
     assert KEY not in str(info.value)
-    for url in (f"http://me:{KEY}@host", f"http://host/v1?key={KEY}", f"http://host#{KEY}"):
+    for url in (
+        f"http://me:{KEY}@host",
+        f"http://host/v1?key={KEY}",
+        f"http://host#{KEY}",
+        f"http://me:{KEY}@host:99999",
+        f"http://me:{KEY}@[::1",
+    ):
         with pytest.raises(ValueError, match="without user, password or query") as info:
             judge(url)
         assert KEY not in str(info.value)
@@ -531,48 +621,3 @@ def test_a_key_that_cannot_be_one_is_not_repeated(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="the key in OPENAI_API_KEY has characters") as info:
         judge("http://host")
     assert KEY not in str(info.value)
-
-
-# --- options --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"urls": []}, "urls is empty"),
-        ({"urls": None}, "urls must be a list of strings"),
-        ({"urls": [3]}, "urls must be a list of strings"),
-        ({"urls": "localhost:8000"}, "'localhost:8000' is not the URL of a server"),
-        ({"urls": "http://"}, "'http://' is not the URL of a server"),
-        ({"urls": "http://host:99999"}, r"'http://host:99999' is not a URL \(Port"),
-        ({"model": " "}, "model must be a non-empty string, got ' '"),
-        ({"template": "judge this"}, "lacks {prompt}"),
-        ({"pattern": "(?P<score>"}, "not a valid regular expression"),
-        ({"pattern": r"(\d)"}, "no group `score`"),
-        ({"min": 5, "max": 5}, r"min \(5\) must be below max \(5\)"),
-        ({"max": "5"}, "max must be a finite number, got '5'"),
-        ({"min": math.nan}, "min must be a finite number, got nan"),
-        ({"rescale": "false"}, "rescale must be true or false, got 'false'"),
-        ({"image_format": "gif"}, "image_format must be png or jpeg, got 'gif'"),
-        ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
-        ({"request": [1]}, "request must be a mapping"),
-        ({"request": {"messages": []}}, "other than messages"),
-        ({"concurrency": 0}, "concurrency must be an integer of at least 1, got 0"),
-        ({"concurrency": True}, "concurrency must be an integer of at least 1, got True"),
-        ({"timeout": -1}, "timeout must be positive, got -1"),
-        ({"retries": -1}, "retries must be an integer of at least 0, got -1"),
-        ({"retries": 1.5}, "retries must be an integer of at least 0"),
-        ({"backoff": 0}, "backoff must be positive, got 0"),
-        ({"deadline": "1h"}, "deadline must be a finite number, got '1h'"),
-        ({"timout": 3}, "'vlm' has no option timout; it accepts urls, model"),
-        ({"checkpoint": "x"}, "has no option checkpoint"),
-    ],
-)
-def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_reward("vlm", {"urls": "http://host:8000", "model": "judge", **options})
-
-
-def test_options_that_are_missing() -> None:
-    with pytest.raises(ValueError, match="'vlm' needs the option urls, model"):
-        build_reward("vlm", {})
