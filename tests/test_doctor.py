@@ -11,7 +11,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -388,14 +388,19 @@ def test_a_missing_published_checkpoint_names_its_download(tmp_path: Path) -> No
 
 
 class Models(BaseHTTPRequestHandler):
-    """Serves one model, to those who have the key."""
+    """Serves models, to those who have the key."""
+
+    models: ClassVar[list[str]] = ["judge"]
 
     def do_GET(self) -> None:
         allowed = self.headers.get("Authorization") == f"Bearer {SECRET}"
-        body = json.dumps({"data": [{"id": "judge"}]} if allowed else {"got": SECRET}).encode()
+        body = json.dumps(self.listing() if allowed else {"got": SECRET}).encode()
         self.send_response(200 if allowed else 401)
         self.end_headers()
         self.wfile.write(body)
+
+    def listing(self) -> dict[str, Any]:
+        return {"data": [{"id": model} for model in self.models]}
 
     def log_message(self, *_: object) -> None:
         pass
@@ -427,6 +432,24 @@ def test_a_judge_that_answers(
     lines = rewards(tmp_path, kind="vlm", model=model, options={"urls": [server]})
     assert words in only(lines, level).text
     assert SECRET not in render(lines)
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (["".join(f"\\u{ord(char):04x}" for char in SECRET), "other"], "serves ***, other, not j"),
+        (["m" * 10_000_000], "answers (HTTP 200)"),  # too large to be read
+        (["m" * 1000], f"serves {'m' * 200}..., not judge"),
+    ],
+)
+def test_a_judge_that_lists_anything(
+    models: list[str], words: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(Models, "models", models)
+    (line,) = rewards(tmp_path, kind="vlm", model="judge", options={"urls": [server]})
+    assert words in line.text
 
 
 def test_a_judge_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import httpx
 from mixgrpo.config import Config, RewardConfig
 from mixgrpo.doctor.lines import Line, error, fetching, ok, size, warning
 from mixgrpo.files.weight_files import find_shards
+from mixgrpo.rewards import chat
+from mixgrpo.rewards.completion import LARGEST, Failure, decoded
 from mixgrpo.rewards.registry import check_call
 from mixgrpo.rewards.vlm import Vlm
 from mixgrpo.rewards.weights import NotReadable
@@ -61,36 +65,43 @@ def _check_servers(name: str, judge: Vlm) -> Iterator[Line]:
 
 
 def _check_server(name: str, url: str, judge: Vlm) -> Line:
-    key = judge.server.key
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     listing = url.removesuffix("/chat/completions") + "/models"
     try:
-        found = httpx.get(listing, headers=headers, timeout=TIMEOUT)
+        status, models = _ask(listing, judge)
     except (httpx.HTTPError, httpx.InvalidURL) as caught:
         return error(
             "rewards",
             f"{name}: {listing} does not answer within {TIMEOUT:g} s ({type(caught).__name__})",
             f"start the server, or set --rewards.{name}.options.urls to its address",
         )
-    if found.status_code in _REFUSED:
-        sent = "the key that it was sent" if key else "a request without a key"
+    if status in _REFUSED:
+        sent = "the key that it was sent" if judge.server.key else "a request without a key"
         remedy = "export the key in the variable that the reward's option api_key_env names"
         return error("rewards", f"{name}: {listing} refuses {sent}", remedy)
-    models = _listed(found)
     wanted = judge.server.body.get("model")
     if models is not None and wanted not in models:
+        served = judge.server.beginning(", ".join(models[:5])) or "no model"
         return warning(
             "rewards",
-            f"{name}: {listing} serves {', '.join(models[:5]) or 'no model'}, not {wanted}",
+            f"{name}: {listing} serves {served}, not {wanted}",
             f"set --rewards.{name}.model to one of them",
         )
-    return ok("rewards", f"{name}: {listing} answers (HTTP {found.status_code})")
+    return ok("rewards", f"{name}: {listing} answers (HTTP {status})")
 
 
-def _listed(response: httpx.Response) -> list[str] | None:
-    """The names of the served models; None where the server does not list them."""
+def _ask(listing: str, judge: Vlm) -> tuple[int, list[str] | None]:
+    """The status of a server's reply and the names of its models, None if it does not list them."""
+    headers, until = chat.headers(judge.server), time.monotonic() + TIMEOUT
+    raw = bytearray()
+    with httpx.stream("GET", listing, headers=headers, timeout=TIMEOUT) as response:
+        for part in response.iter_raw():
+            raw += part
+            if len(raw) > LARGEST:
+                break
+            if time.monotonic() > until:
+                raise httpx.ReadTimeout("the reply does not end")
     try:
-        models: list[dict[str, Any]] = response.json()["data"]
-        return [str(model["id"]) for model in models]
-    except (ValueError, LookupError, TypeError):
-        return None
+        models: list[dict[str, Any]] = json.loads(decoded(bytes(raw), response.headers))["data"]
+        return response.status_code, [str(model["id"]) for model in models]
+    except (Failure, ValueError, LookupError, TypeError, RecursionError):
+        return response.status_code, None
