@@ -16,7 +16,7 @@ _MARK = r"""
 _NUMBER = r"(?: [0-9]++ (?: \.[0-9]++ )?+ | \.[0-9]++ )"
 
 # "Final Score", optionally a range in parentheses, a colon, the number, optionally "/5" or "out of
-# 5". Behind it the line must end, or the sentence, or the member of a JSON object, or a reason must
+# 5". After it the line must end, or the sentence, or the member of a JSON object, or a reason must
 # follow; so a range, fraction, percentage or list (4-5, 4 1/2, 80%, 4,5) is no score. Where a
 # number begins that does not fit, the group is empty, and so the reply is unclear.
 PATTERN = rf"""(?ix)
@@ -99,7 +99,7 @@ def without_reasoning(reply: str) -> str | None:
 
 
 def _number(match: re.Match[str], group: str) -> float | None:
-    """The value of a group, None if it is not a whole number in decimal digits."""
+    """The value of a group, None if it is not a complete decimal number."""
     if match.re.groupindex.get(group) is None or match[group] is None:
         return None
     captured = _CAPTURED.fullmatch(match[group])

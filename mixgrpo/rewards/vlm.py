@@ -75,8 +75,8 @@ class Vlm:
         template: the question; ``{prompt}`` is replaced by the text, ``{min}`` and ``{max}`` by the
             range.
         pattern: regular expression with a group ``score`` for the score; the value of a group
-            ``of``, as in 4/5, must equal ``max``. All matches must give the same score. What the
-            model wrote as its reasoning, ``<think>...</think>``, is removed before.
+            ``of``, as in 4/5, must equal ``max``. All matches must give the same score. The model's
+            reasoning, ``<think>...</think>``, is removed first.
         min: lowest accepted score; at least -1e6.
         max: highest accepted score; at most 1e6.
         rescale: return (score - min) / (max - min) instead.
@@ -280,6 +280,6 @@ def _pattern(pattern: str) -> re.Pattern[str]:
         ) from error
     if "score" not in compiled.groupindex:
         raise ValueError(
-            r"vlm: the pattern has no group `score`; write the number as (?P<score>\d+)"
+            r"vlm: the pattern has no group `score`; write the number as (?P<score>[\d.]+)"
         )
     return compiled

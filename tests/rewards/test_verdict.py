@@ -267,7 +267,7 @@ def test_other_markup_is_no_thought() -> None:
         (r"(?P<score>)", "4", "unclear score"),
     ],
 )
-def test_a_pattern_of_ones_own_must_hold_a_whole_number(
+def test_a_pattern_of_ones_own_must_hold_a_complete_number(
     pattern: str, reply: str, expected: float | str
 ) -> None:
     if isinstance(expected, str):
