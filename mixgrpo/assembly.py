@@ -29,6 +29,7 @@ from mixgrpo.noise import Noise
 from mixgrpo.rewards import Reward, ScoreStream, build_reward
 from mixgrpo.rollout import SamplingPlan
 from mixgrpo.run.validation import Validator
+from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import PromptBatch, PromptBatches, read_prompts
 from mixgrpo.text.stored import open_stored
 from mixgrpo.types import TextEmbedding, Velocity, Window
@@ -73,15 +74,19 @@ class Parts:
 class Prompts:
     """The prompts of training and of validation."""
 
-    training: list[str]
-    validation: list[str]
+    training: PromptList
+    validation: PromptList
+
+    @property
+    def texts(self) -> list[str]:
+        return [*self.training.texts, *self.validation.texts]
 
     @staticmethod
     def read(config: Config) -> Prompts:
         """Raises ValueError, FileNotFoundError: see ``read_prompts``."""
         training = read_prompts(config.batch.prompts_file, "batch.prompts_file")
         validation = read_prompts(config.validation.prompts_file, "validation.prompts_file")
-        return Prompts(training, validation[: config.validation.prompts or None])
+        return Prompts(training, validation.first(config.validation.prompts))
 
 
 def assemble(

@@ -202,7 +202,7 @@ class BatchConfig:
     """Prompts and samples of one iteration."""
 
     prompts_file: str = "data/prompts.txt"
-    """file of training prompts, one per line, UTF-8"""
+    """file of training prompts, UTF-8: one per line, or JSONL with a key `prompt`"""
     prompts: int = 32
     """prompts per iteration, summed over all processes"""
     samples: int = 12
@@ -346,7 +346,7 @@ class ValidationConfig:
     before: bool = True
     """validate the untrained model too; set to false if its scores are known from another run"""
     prompts_file: str = "data/prompts_test.txt"
-    """file of validation prompts, one per line, UTF-8"""
+    """file of validation prompts, UTF-8: one per line, or JSONL with a key `prompt`"""
     prompts: int = 64
     """number of prompts to use, from the top of the file; 0 uses all"""
     steps: int = 50
@@ -428,7 +428,8 @@ class PreprocessConfig:
     """How prompts are encoded in advance."""
 
     prompts_files: list[str]
-    """files of prompts, one per line, UTF-8; each distinct prompt is encoded once"""
+    """files of prompts, UTF-8: one per line, or JSONL with a key `prompt`; each distinct prompt is
+    encoded once"""
     output: str
     """folder for the embeddings; prompts that it already contains are not encoded again"""
     model: EncoderConfig = field(default_factory=EncoderConfig)

@@ -54,7 +54,7 @@ def train(config: Config) -> Path:
         windows = make_windows(config)
         resumed = resumed_checkpoint(config, process)
         prompts = Prompts.read(config)
-        stored = make_stored_text(config, prompts.training + prompts.validation, process.device)
+        stored = make_stored_text(config, prompts.texts, process.device)
         with process.first(own_folder(config.run.folder, "run.folder")):
             parts = assemble(
                 *(config, process, windows, prompts, stored, watchdog.progress, watchdog.beat)
@@ -153,7 +153,9 @@ class Trainer:
         with self.phases("text"):
             text = parts.policy.encode(prompts.texts)
         noise = parts.noise(prompts, iteration)
-        texts = [text for text in prompts.texts for _ in range(config.batch.samples)]
+        samples = range(config.batch.samples)
+        texts = [text for text in prompts.texts for _ in samples]
+        metadata = [each for each in prompts.metadata for _ in samples]
         with resident(parts.rewards, config.scoring.placement, self.engine.device):
             stream = parts.score_stream()
 
@@ -161,7 +163,8 @@ class Trainer:
                 with self.phases("decode"):
                     batches = latents.split(config.sampling.decode_batch)
                     images = torch.cat([parts.policy.decode(batch) for batch in batches])
-                stream.submit(images, texts[rows.start : rows.stop])
+                part = slice(rows.start, rows.stop)
+                stream.submit(images, texts[part], metadata[part])
                 if self.saving.is_asked_to_stop():
                     raise SamplingStopped
 
@@ -256,7 +259,7 @@ class Trainer:
     def _announce(self) -> None:
         say, config, parts = self.tracker.say, self.config, self.parts
         if self.tracker.active:
-            prompts = [*parts.batches.prompts, *parts.validator.prompts]
+            prompts = [*parts.batches.prompts.texts, *parts.validator.prompts.texts]
             warn_of_truncation(say, parts.policy, prompts)
         announce(
             *(say, config, self.engine, parts.windows),

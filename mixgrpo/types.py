@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -121,3 +121,6 @@ class Trajectory:
 
 # Reward name -> [B] float32 scores; NaN marks a sample whose reward failed.
 Scores = Mapping[str, Tensor]
+
+# What a prompt file says about a prompt beside its text: values of JSON by key, never changed.
+Metadata = Mapping[str, Any]

@@ -18,6 +18,7 @@ from mixgrpo import checkpoint as checkpoints
 from mixgrpo.commands import main
 from mixgrpo.config import RewardConfig
 from mixgrpo.models.export import EXPORTERS
+from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import PromptBatches, read_prompts
 
 Complain = Callable[..., str]
@@ -141,7 +142,7 @@ def test_prompt_files(world, folder, tmp_path, complain, knob, content, words):
 def test_blank_lines_are_skipped_and_duplicates_kept(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffeins\n\n  zwei  \r\neins\n\n".encode())
-    assert read_prompts(str(path), "batch.prompts_file") == ["eins", "zwei", "eins"]
+    assert read_prompts(str(path), "batch.prompts_file").texts == ["eins", "zwei", "eins"]
 
 
 def test_a_line_is_a_prompt_whatever_is_in_it(tmp_path):
@@ -151,7 +152,7 @@ def test_a_line_is_a_prompt_whatever_is_in_it(tmp_path):
 
 
 def test_fewer_prompts_than_a_batch_are_repeated(tmp_path):
-    batches = PromptBatches(["one", "two"], per_iteration=5, seed=0)
+    batches = PromptBatches(PromptList.plain(["one", "two"]), per_iteration=5, seed=0)
     assert sorted(batches.at(0).texts + batches.at(1).texts) == ["one"] * 5 + ["two"] * 5
 
 

@@ -379,10 +379,12 @@ def test_prompts_are_distinct_in_order_and_one_a_line(tmp_path: Path) -> None:
     records(tmp_path / "train.json", [*prompts, *(f"p{i}" for i in range(103_695))])
     records(tmp_path / "test.json", [f"t{i}" for i in range(400)] * 2)
     assert write_prompts(tmp_path, tmp_path) == []
-    training = read_prompts(str(tmp_path / "prompts_hpdv2.txt"), "batch.prompts_file")
+    training = read_prompts(str(tmp_path / "prompts_hpdv2.txt"), "batch.prompts_file").texts
     assert training[:6] == ["b", "a  zebra", "two lines", "日本", "a", "p0"]
     assert len(training) == EXPECTED["train"] == 103_700
-    testing = read_prompts(str(tmp_path / "prompts_hpdv2_test.txt"), "validation.prompts_file")
+    testing = read_prompts(
+        str(tmp_path / "prompts_hpdv2_test.txt"), "validation.prompts_file"
+    ).texts
     assert testing == [f"t{i}" for i in range(400)]
 
 

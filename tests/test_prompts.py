@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_world import ROOT
 
+from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import PromptBatches, read_prompts
 
 
@@ -27,21 +28,27 @@ def written(folder: Path, content: bytes) -> str:
         (b"a cat\na dog", ["a cat", "a dog"]),
         (b"\n\na cat\n   \n\t\na dog\n\n", ["a cat", "a dog"]),
         (b"a cat\r\na dog\r\n", ["a cat", "a dog"]),
+        (b"a cat\ra dog\r", ["a cat", "a dog"]),
         (b"\xef\xbb\xbfa cat\na dog\n", ["a cat", "a dog"]),
+        (b"\xef\xbb\xbfa cat\n\xef\xbb\xbfa dog\n", ["a cat", "a dog"]),
         (b"  a cat \n", ["a cat"]),
         (b"a cat\na dog\na cat\n", ["a cat", "a dog", "a cat"]),
         ("ein Käse, 一只猫\n".encode(), ["ein Käse, 一只猫"]),
     ],
-    ids=["plain", "no-last-newline", "blank", "crlf", "bom", "spaces", "duplicates", "unicode"],
+    ids=[
+        *("plain", "no-last-newline", "blank", "crlf", "cr", "bom", "bom-inside", "spaces"),
+        *("duplicates", "unicode"),
+    ],
 )
 def test_one_prompt_a_line(tmp_path: Path, content: bytes, prompts: list[str]) -> None:
-    assert read_prompts(written(tmp_path, content), "batch.prompts_file") == prompts
+    read = read_prompts(written(tmp_path, content), "batch.prompts_file")
+    assert read == PromptList.plain(prompts)
 
 
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"\xff\xfea cat\n", 1),
+        (b"\xffa cat\n", 1),
         (b"a cat\nna\xefve\na dog\n", 2),
         (b"a cat\r\n\r\na dog\r\ncaf\xe9\r\n", 4),
         (b"\xef\xbb\xbfa\ncaf\xe9\n", 2),
@@ -71,7 +78,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 # --- batches --------------------------------------------------------------------------------------
 
-PROMPTS = [f"prompt {index}" for index in range(12)]
+PROMPTS = PromptList.plain([f"prompt {index}" for index in range(12)])
 
 
 def drawn(iterations: int, per_iteration: int, world_size: int = 1, seed: int = 3) -> list[str]:
@@ -93,18 +100,30 @@ def test_every_prompt_once_per_epoch(per_iteration: int) -> None:
     """Also where an iteration crosses an epoch's end, or is longer than one."""
     texts = drawn(72 // per_iteration, per_iteration)
     for start in range(0, 72, len(PROMPTS)):
-        assert Counter(texts[start : start + len(PROMPTS)]) == Counter(PROMPTS)
+        assert Counter(texts[start : start + len(PROMPTS)]) == Counter(PROMPTS.texts)
 
 
 def test_duplicates_in_the_file_are_drawn_as_often() -> None:
-    batches = PromptBatches(["a", "b", "a"], 3, seed=0)
+    batches = PromptBatches(PromptList.plain(["a", "b", "a"]), 3, seed=0)
     assert Counter(batches.at(5).texts) == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_metadata_stays_with_its_prompt(world_size: int) -> None:
+    """Also where a prompt is there twice with different metadata; other processes' stays there."""
+    prompts = PromptList(["a", "b", "a", "c"], [{"n": i} for i in range(4)], "JSONL")
+    drawn = []
+    for rank in range(world_size):
+        batch = PromptBatches(prompts, 4, 0, rank, world_size).at(3)
+        assert len(batch.metadata) == len(batch.texts) == 4 // world_size
+        drawn += [(text, each["n"]) for text, each in zip(batch.texts, batch.metadata, strict=True)]
+    assert sorted(drawn) == [("a", 0), ("a", 2), ("b", 1), ("c", 3)]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     first, second = drawn(1, 12), drawn(2, 12)[12:]
     assert first != second
-    assert first != PROMPTS
+    assert first != PROMPTS.texts
     assert first != drawn(1, 12, seed=4)
 
 
@@ -125,8 +144,8 @@ def test_a_resumed_run_takes_the_same_prompts() -> None:
 
 
 def test_the_shipped_prompts_are_enough_and_do_not_overlap():
-    training = read_prompts(str(ROOT / "data" / "prompts.txt"), "batch.prompts_file")
-    test = read_prompts(str(ROOT / "data" / "prompts_test.txt"), "validation.prompts_file")
+    training = read_prompts(str(ROOT / "data" / "prompts.txt"), "batch.prompts_file").texts
+    test = read_prompts(str(ROOT / "data" / "prompts_test.txt"), "validation.prompts_file").texts
     assert len(set(training)) == len(training) >= 256
     assert len(set(test)) == len(test) >= 64
     assert not set(training) & set(test)

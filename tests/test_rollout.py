@@ -23,6 +23,7 @@ from mixgrpo.maths.dpm_solver import DPMSolver, Prediction, dpm_step
 from mixgrpo.maths.schedule import flash_sigmas, step_at
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import SamplingPlan, rollout, sample_ode
+from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import PromptBatches
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity, Window
 
@@ -306,7 +307,7 @@ def test_two_processes_sample_what_one_does(shared: bool) -> None:
     plan, text = small_plan(), small_text(4)
 
     def sampled(rank: int, world_size: int) -> Tensor:
-        positions = PromptBatches(list("abcd"), 4, 0, rank, world_size).at(0).positions
+        positions = PromptBatches(PromptList.plain("abcd"), 4, 0, rank, world_size).at(0).positions
         noise = small_noise(prompts=positions, shared=shared)
         mine = text[torch.tensor(positions)]
         return rollout(SmallNet(), mine, plan, noise, micro_batch=1).final

@@ -12,22 +12,28 @@ from mixgrpo.assembly import make_stored_text
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, warning
 from mixgrpo.models.flux_text import quiet
+from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.text.stored import preprocess_command
 
+SHOWN = 8  # keys of metadata
+
 
 def check_prompts(config: Config, processes: int) -> Iterator[Line]:
-    found: dict[str, list[str]] = {}
+    found: dict[str, PromptList] = {}
     for knob, path in _files(config).items():
         try:
             found[knob] = read_prompts(path, knob)
         except (ValueError, OSError) as caught:
-            remedy = fetching(path, f"set --{knob} to a UTF-8 text file with one prompt per line")
+            remedy = fetching(
+                path, f"set --{knob} to UTF-8 text with one prompt per line, or to JSONL"
+            )
             yield error("prompts", str(caught), remedy)
     for knob, prompts in found.items():
         yield _told(config, knob, prompts)
+        yield from _doubtful(knob, prompts)
     if len(found) == 2:
-        yield from _overlap(*found.values())
+        yield from _overlap(*(prompts.texts for prompts in found.values()))
 
 
 def _files(config: Config) -> dict[str, str]:
@@ -37,11 +43,11 @@ def _files(config: Config) -> dict[str, str]:
     }
 
 
-def _told(config: Config, knob: str, prompts: list[str]) -> Line:
-    distinct, length = len(set(prompts)), config.model.text_length
+def _told(config: Config, knob: str, prompts: PromptList) -> Line:
+    distinct, length = len(set(prompts.texts)), config.model.text_length
     again = f" ({distinct:,} distinct)" if distinct < len(prompts) else ""
-    text = f"{knob}: {len(prompts):,} prompts{again}"
-    truncated = _count_truncated(config, prompts)
+    text = f"{knob}: {prompts.format}{_keys(prompts)}, {len(prompts):,} prompts{again}"
+    truncated = _count_truncated(config, prompts.texts)
     if truncated is None:
         text = f"{text}; their lengths are unknown without a tokenizer"
         return warning("prompts", text, "fix the errors of the model first")
@@ -53,6 +59,40 @@ def _told(config: Config, knob: str, prompts: list[str]) -> Line:
             "shorten them, or raise --model.text_length",
         )
     return ok("prompts", f"{text}, none longer than {length} tokens")
+
+
+def _keys(prompts: PromptList) -> str:
+    """The keys of the metadata, most frequent first, each with its prompts if it lacks any."""
+    times = Counter(key for metadata in prompts.metadata for key in metadata)
+    named = [
+        key if count == len(prompts) else f"{key} ({count:,} prompts)"
+        for key, count in times.most_common(SHOWN)
+    ]
+    more = f" and {len(times) - SHOWN:,} more" if len(times) > SHOWN else ""
+    return f" with the metadata {', '.join(named)}{more}" if named else ""
+
+
+def _doubtful(knob: str, prompts: PromptList) -> Iterator[Line]:
+    """Warns of what every line of plain text begins or ends with, and which may be no prompt's."""
+    if prompts.format != "plain text":
+        return
+    comments = [text for text in prompts.texts if text.startswith("# ")]
+    if comments:
+        yield warning(
+            "prompts",
+            f"{knob}: {len(comments):,} prompts begin with '# ', such as {comments[0][:60]!r}; "
+            "a file of prompts has no comments",
+            "remove these lines if they are not prompts",
+        )
+    for mark, ends in (("- ", ""), ('"', '"'), ("'", "'")):
+        marked = all(text.startswith(mark) and text.endswith(ends) for text in prompts.texts)
+        if marked and len(prompts) > 1:
+            yield warning(
+                "prompts",
+                f"{knob}: every prompt begins with {mark!r}, such as {prompts.texts[0][:60]!r}, "
+                "which is a part of the prompt",
+                "remove it from each line if it is not meant to be",
+            )
 
 
 def _count_truncated(config: Config, prompts: Sequence[str]) -> int | None:
@@ -89,11 +129,11 @@ def check_text(config: Config, processes: int) -> Iterator[Line]:
         yield ok("text", f"prompts are encoded during the run (text.placement {placement})")
         return
     try:
-        limit = {"validation.prompts_file": config.validation.prompts or None}
+        limit = {"validation.prompts_file": config.validation.prompts}
         prompts = [
             prompt
             for knob, path in _files(config).items()
-            for prompt in read_prompts(path, knob)[: limit.get(knob)]
+            for prompt in read_prompts(path, knob).first(limit.get(knob, 0)).texts
         ]
         make_stored_text(config, prompts, torch.device("cpu"))
     except (ValueError, OSError) as caught:

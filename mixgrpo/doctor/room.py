@@ -192,7 +192,7 @@ def missing_embedding_bytes(config: Config) -> int:
         "batch.prompts_file": config.batch.prompts_file,
         "validation.prompts_file": config.validation.prompts_file,
     }
-    prompts = {p for knob, path in files.items() for p in read_prompts(path, knob)}
+    prompts = {p for knob, path in files.items() for p in read_prompts(path, knob).texts}
     missing = len(begun) + len(prompts - listed)
     return missing * ENCODERS[config.model.family].bytes_per_prompt(config.model)
 

@@ -5,12 +5,13 @@ Batches are formed before they are distributed, so scores do not depend on the n
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,8 @@ from mixgrpo.engines.distributed import Process, gather_objects, spread
 from mixgrpo.evaluation.comparison import Values, pairwise_distance
 from mixgrpo.evaluation.manifests import Manifest, Picture, Seen, look, read_picture
 from mixgrpo.evaluation.score_store import Store, column, digest, identity
-from mixgrpo.rewards import Reward, RewardError, find_reward, score
+from mixgrpo.rewards import Reward, RewardError, find_reward, score, takes_metadata
+from mixgrpo.types import Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +34,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Job:
-    """An image to be scored; images with the same contents and prompt have the same key."""
+    """An image to be scored; its key is that of others with the same contents, prompt, metadata."""
 
     key: str
     file: Path
     prompt: str
     size: tuple[int, int]
+    metadata: Metadata = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def evaluate(
         RewardError: if no reward could score any image.
     """
     features = features_by(config)
+    _check_same_metadata(config, manifests)
     identities = {name: identity(knobs) for name, knobs in config.rewards.items()}
     # Those of rank 0, because modification times of files may differ between hosts.
     store, identities = gather_objects(process, (store, identities))[0]
@@ -110,6 +114,24 @@ def features_by(config: Config) -> str | None:
     able = [name for name, kind in kinds.items() if hasattr(kind, "image_features")]
     plain = [name for name in able if config.rewards[name].kind == "clip_score"]
     return next(iter([*plain, *able]), None)
+
+
+def _check_same_metadata(config: Config, manifests: Sequence[Manifest]) -> None:
+    """Raises ValueError if a reward would be told different things about the same prompt."""
+    told = [
+        name for name, knobs in config.rewards.items() if takes_metadata(find_reward(knobs.kind))
+    ]
+    first: dict[int, tuple[str, Metadata]] = {}
+    for manifest in manifests if told else []:
+        for picture in manifest.pictures:
+            name, metadata = first.setdefault(picture.index, (manifest.name, picture.metadata))
+            if metadata != picture.metadata:
+                raise ValueError(
+                    f"prompt {picture.index} has the metadata {metadata} in {name} and "
+                    f"{picture.metadata} in {manifest.name}, so the scores by {told[0]} cannot be "
+                    "compared: run `python -m mixgrpo sample` with the same prompts file for both "
+                    "(images that exist are kept)"
+                )
 
 
 # ---- pictures
@@ -181,7 +203,10 @@ def _work(
 
 
 def _job(picture: Picture, seen: Seen) -> Job:
-    return Job(digest(seen.digest, picture.prompt), picture.file, picture.prompt, seen.size)
+    parts = [seen.digest, picture.prompt]
+    if picture.metadata:
+        parts.append(json.dumps(picture.metadata, sort_keys=True))
+    return Job(digest(*parts), picture.file, picture.prompt, seen.size, picture.metadata)
 
 
 def _group_key(group: Sequence[Job]) -> str:
@@ -267,23 +292,24 @@ def _scores(
     for name, reward in rewards.items():
         places = [i for i, job in enumerate(jobs) if not store.knows(columns[name], job.key)]
         if places:
-            texts = [jobs[place].prompt for place in places]
-            values = _score_each(name, reward, images[places], texts).tolist()
+            chosen = [jobs[place] for place in places]
+            values = _score_each(name, reward, images[places], chosen).tolist()
             keys = [(columns[name], jobs[place].key) for place in places]
             found |= dict(zip(keys, values, strict=True))
     return found
 
 
-def _score_each(name: str, reward: Reward, images: Tensor, texts: Sequence[str]) -> Tensor:
+def _score_each(name: str, reward: Reward, images: Tensor, jobs: Sequence[Job]) -> Tensor:
     """[B] scores; if the reward fails on the batch, only the images that it fails on are NaN."""
+    texts, metadata = [job.prompt for job in jobs], [job.metadata for job in jobs]
     try:
-        values = score({name: reward}, images, texts, len(texts))[name]
+        values = score({name: reward}, images, texts, len(texts), metadata)[name]
         if not values.isnan().all():
             return values
     except RewardError:
         pass  # if the images are not the cause, scoring them one by one will fail again
     try:
-        return score({name: reward}, images, texts, 1)[name]
+        return score({name: reward}, images, texts, 1, metadata)[name]
     except RewardError as error:
         logger.warning("%s", error)
         return torch.full([len(texts)], torch.nan)

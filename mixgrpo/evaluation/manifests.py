@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from mixgrpo.files.named_paths import check_distinct_names, split_name
+from mixgrpo.types import Metadata
 
 VERSION = 1
 _FIELDS = {"index": int, "sample": int, "prompt": str, "file": str}
@@ -32,12 +33,14 @@ class Picture:
         sample: number of the image among those of its prompt.
         prompt: the prompt.
         file: path of the image, which need not exist.
+        metadata: what the prompt file says about the prompt beside its text.
     """
 
     index: int
     sample: int
     prompt: str
     file: Path
+    metadata: Metadata = field(default_factory=dict, hash=False)
 
     @property
     def key(self) -> Key:
@@ -134,7 +137,13 @@ def _picture(file: Path, place: int, entry: Any) -> Picture:
         if type(value) is not kind or (isinstance(value, int) and value < 0):
             what = "an integer of at least 0" if kind is int else "a string"
             raise ValueError(f"{file}: `{name}` of images[{place}] must be {what}, got {value!r}")
-    return Picture(entry["index"], entry["sample"], entry["prompt"], file.parent / entry["file"])
+    metadata = entry.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(
+            f"{file}: `metadata` of images[{place}] must be an object, got {metadata!r}"
+        )
+    path = file.parent / entry["file"]
+    return Picture(entry["index"], entry["sample"], entry["prompt"], path, metadata)
 
 
 def _check_distinct(file: Path, pictures: Sequence[Picture]) -> None:

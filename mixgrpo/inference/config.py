@@ -35,7 +35,7 @@ class InferenceConfig:
 
     model: SampledModelConfig = field(default_factory=SampledModelConfig)
     prompts_file: str = "data/prompts_test.txt"
-    """file of prompts, one per line, UTF-8"""
+    """file of prompts, UTF-8: one per line, or JSONL with a key `prompt`"""
     folder: str = "runs/pictures"
     """output folder for the images and manifest.json; existing images are not generated again"""
     checkpoint: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixgrpo.inference.config import InferenceConfig
 from mixgrpo.run.pictures import to_pil
+from mixgrpo.text.prompt_files import PromptList
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -63,7 +64,7 @@ class PictureFolder:
     """
 
     def __init__(
-        self, config: InferenceConfig, settings: dict[str, Any], prompts: Sequence[str]
+        self, config: InferenceConfig, settings: dict[str, Any], prompts: PromptList
     ) -> None:
         self.path = Path(config.folder)
         self.settings = settings
@@ -116,15 +117,22 @@ class PictureFolder:
     def write_manifest(self) -> int:
         """Writes the settings and the list of existing images; returns their number."""
         self.path.mkdir(parents=True, exist_ok=True)
-        images = [
-            {"index": p.index, "sample": p.sample, "prompt": self.prompts[p.index], "file": p.name}
-            for p in self.pictures
-            if self.is_there(p)
-        ]
+        images = [self._entry(picture) for picture in self.pictures if self.is_there(picture)]
         content = {"version": VERSION, "settings": self.settings, "images": images}
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         _write_whole(self.manifest, text.encode())
         return len(images)
+
+    def _entry(self, picture: Picture) -> dict[str, Any]:
+        index = picture.index
+        entry = {
+            "index": index,
+            "sample": picture.sample,
+            "prompt": self.prompts.texts[index],
+            "file": picture.name,
+        }
+        metadata = self.prompts.metadata[index]
+        return {**entry, "metadata": metadata} if metadata else entry
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:

@@ -53,7 +53,7 @@ def sample(config: InferenceConfig) -> Path:
     """
     check(config)
     prompts = read_prompts(config.prompts_file, "prompts_file")
-    folder = PictureFolder(config, settings_of(config, prompts), prompts)
+    folder = PictureFolder(config, settings_of(config, prompts.texts), prompts)
     with (
         process_group(config.threads) as process,
         _explained(config, process),
@@ -75,15 +75,19 @@ def sample(config: InferenceConfig) -> Path:
     return folder.path
 
 
-def settings_of(config: InferenceConfig, prompts: list[str]) -> dict[str, object]:
-    """The settings that the manifest records, dotted path -> value."""
+def settings_of(config: InferenceConfig, prompts: Sequence[str]) -> dict[str, object]:
+    """The settings that the manifest records, dotted path -> value.
+
+    Metadata of the prompts is not among them, because no image depends on it.
+    """
     model = "".join(map(fingerprint, require_parts(config.model.path, PARTS)))
     tuned = find_tuned(config)
     return {
         **flatten(config),
         "fingerprints.model": _digest(model),
         "fingerprints.checkpoint": fingerprint_files(tuned) if tuned else None,
-        "fingerprints.prompts": _digest("\n".join(prompts)),
+        # A prompt of JSONL may contain line breaks, but no prompt contains NUL.
+        "fingerprints.prompts": _digest("\n".join(p.replace("\n", "\0") for p in prompts)),
         "revision": git_revision(),
     }
 
@@ -130,7 +134,7 @@ def _draw(
     parts = _parts(tuned, config)
     painter = _Painter(config, policy, folder)
     if process.rank == 0:
-        _warn_of_truncation(policy, folder.prompts)
+        _warn_of_truncation(policy, folder.prompts.texts)
     # If switching the weights is expensive, it is done once: all blocks finish the tuned steps, and
     # are kept as latents, before the first base step.
     groups = [blocks] if tuned.dear and len(parts) > 1 else [[block] for block in blocks]
@@ -192,7 +196,7 @@ class _Painter:
 
     def _encode(self, block: Block) -> TextEmbedding:
         first = block[0].index  # a block's prompts are consecutive
-        text = self.policy.encode(self.folder.prompts[first : block[-1].index + 1])
+        text = self.policy.encode(self.folder.prompts.texts[first : block[-1].index + 1])
         rows = torch.tensor([picture.index - first for picture in block])
         return text[rows.to(text.tokens.device)]
 

@@ -252,6 +252,6 @@ def _prompts(config: Record) -> tuple[str, ...]:
     """The prompts of the file that the configuration names; empty if it cannot be read."""
     knob = "validation.prompts_file"
     try:
-        return tuple(read_prompts(str(config.get(knob, "")), knob))
+        return tuple(read_prompts(str(config.get(knob, "")), knob).texts)
     except (OSError, ValueError):
         return ()

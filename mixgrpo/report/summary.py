@@ -71,7 +71,7 @@ def _before_after(folder: Path, config: Config) -> Path | None:
     before, after = _read_pictures(iterations[0]), _read_pictures(iterations[-1])
     if before is None or after is None:
         return None
-    prompts = read_prompts(config.validation.prompts_file, "validation.prompts_file")
+    prompts = read_prompts(config.validation.prompts_file, "validation.prompts_file").texts
     count = min(len(before), len(after))
     path = folder / "before_after.png"
     before_after(before[:count], after[:count], prompts[:count], path)

@@ -1,4 +1,4 @@
-"""Text rendering: is the text that the prompt quotes legible in the image?
+"""Text rendering: is the text that the prompt quotes, or its metadata names, legible in the image?
 
 The score is that of Flow-GRPO's text-rendering task (arXiv 2505.05470), in the variant that does
 not penalise additional text.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mixgrpo.rewards import options
 from mixgrpo.rewards.images import to_uint8
+from mixgrpo.types import Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +35,35 @@ class Ocr:
 
     The score is 1 if the text that is read from the image contains the quoted text, and otherwise
     1 - min(d, n) / n, where n is the length of the quoted text and d its edit distance to the text
-    that is read. White space and case are ignored. The score of a prompt without quoted text is
+    that is read. White space and case are ignored. The score of a prompt without such a text is
     NaN; the first such prompt is logged as a warning.
 
     Text is read by RapidOCR (with the PP-OCRv6 models in its package) on the CPU.
 
     Args:
         threads: images read concurrently, each on one thread; 0 uses torch's number of threads.
+        key: key of the prompts' metadata that holds the text, in place of what the prompt quotes.
     """
 
-    def __init__(self, *, threads: int = 0) -> None:
+    def __init__(self, *, threads: int = 0, key: str | None = None) -> None:
+        self.key = key if key is None else options.text("ocr", "key", key)
         self.threads = options.whole("ocr", "threads", threads, 0) or torch.get_num_threads()
         self.readers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(self.threads):
             self.readers.put(_make_reader())
         self.warned = False
 
-    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], B texts -> [B] float32, NaN if no text is quoted."""
-        targets = [quoted_text(text) for text in texts]
+    def __call__(
+        self, images: Tensor, texts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], B texts -> [B] float32, NaN if there is no text to read.
+
+        metadata: that of the B prompts; only used with ``key``.
+        """
+        if self.key is None:
+            targets = [quoted_text(text) for text in texts]
+        else:
+            targets = [_text_under(self.key, each) for each in metadata or [{}] * len(texts)]
         self._warn_of_missing(texts, targets)
         pictures = to_uint8(images)
         wanted = [i for i, target in enumerate(targets) if target]
@@ -77,9 +88,16 @@ class Ocr:
         if missing and not self.warned:
             self.warned = True
             logger.warning(
-                "ocr: the prompt %r quotes no text; images of such prompts have no score (NaN)",
+                "ocr: the prompt %r %s; images of such prompts have no score (NaN)",
                 missing[0],
+                f"has no text as its {self.key!r}" if self.key else "quotes no text",
             )
+
+
+def _text_under(key: str, metadata: Metadata) -> str:
+    """The text that the metadata has under the key; empty if it is none."""
+    found = metadata.get(key)
+    return found.strip() if isinstance(found, str) else ""
 
 
 def _make_reader() -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Reward(Protocol):
@@ -16,5 +17,24 @@ class Reward(Protocol):
 
         The score of a sample that could not be scored is NaN, never 0, so that the sample is
         excluded from the statistics of its group.
+
+        A reward that also has a parameter ``metadata`` receives by it B dicts, what the prompt
+        file says about each prompt beside its text (see ``takes_metadata``).
         """
         ...
+
+
+def takes_metadata(reward: Callable[..., Any]) -> bool:
+    """Whether a reward is called with ``metadata``, that is, whether it names such a parameter.
+
+    For a class, this is whether its instances are.
+    """
+    call: Any = reward
+    if isinstance(reward, nn.Module):
+        call = reward.forward  # nn.Module.__call__ takes anything
+    elif inspect.isclass(reward):
+        call = reward.forward if issubclass(reward, nn.Module) else reward.__call__
+    try:
+        return "metadata" in inspect.signature(call).parameters
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mixgrpo.devices import is_device_lost, is_out_of_memory
-from mixgrpo.rewards.protocol import Reward
+from mixgrpo.rewards.protocol import Reward, takes_metadata
+from mixgrpo.types import Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +43,16 @@ class Scoring(NamedTuple):
 
 
 def score(
-    rewards: Mapping[str, Reward], images: Tensor, texts: Sequence[str], micro_batch: int
+    rewards: Mapping[str, Reward],
+    images: Tensor,
+    texts: Sequence[str],
+    micro_batch: int,
+    metadata: Sequence[Metadata] | None = None,
 ) -> dict[str, Tensor]:
     """Returns reward name -> [B] float32 on the images' device, in the order of the mapping.
 
-    images [B, 3, H, W] in [0, 1], B texts. If a reward raises an exception, the scores of that
+    images [B, 3, H, W] in [0, 1], B texts, and the B prompts' metadata (None: there is none), of
+    which rewards that take it receive copies. If a reward raises an exception, the scores of that
     micro-batch are NaN and the first exception is logged. The score of a sample is also NaN if its
     image or score is not finite.
 
@@ -55,19 +62,24 @@ def score(
         ValueError: if the shapes of the inputs do not match, or a reward does not return a tensor
             of shape [B].
     """
-    return score_and_tell(rewards, images, texts, micro_batch).scores
+    return score_and_tell(rewards, images, texts, micro_batch, metadata).scores
 
 
 @torch.no_grad()
 def score_and_tell(
-    rewards: Mapping[str, Reward], images: Tensor, texts: Sequence[str], micro_batch: int
+    rewards: Mapping[str, Reward],
+    images: Tensor,
+    texts: Sequence[str],
+    micro_batch: int,
+    metadata: Sequence[Metadata] | None = None,
 ) -> Scoring:
     """Same as ``score``, but also returns the causes of failures."""
-    _check_inputs(images, texts, micro_batch)
+    metadata = [{}] * len(texts) if metadata is None else metadata
+    _check_inputs(images, texts, metadata, micro_batch)
     finite = images.isfinite().flatten(1).all(1)
     scored = Scoring({}, {})
     for name, reward in rewards.items():
-        values, failures = _score_one(name, reward, images, list(texts), micro_batch)
+        values, failures = _score_one(name, reward, images, list(texts), metadata, micro_batch)
         scored.scores[name] = values.masked_fill(~(finite & values.isfinite()), float("nan"))
         if failures:
             cause = failures[0].cause
@@ -76,16 +88,24 @@ def score_and_tell(
 
 
 def _score_one(
-    name: str, reward: Reward, images: Tensor, texts: list[str], micro_batch: int
+    name: str,
+    reward: Reward,
+    images: Tensor,
+    texts: list[str],
+    metadata: Sequence[Metadata],
+    micro_batch: int,
 ) -> tuple[Tensor, list[Failure]]:
     """[B] float32, NaN where the reward raised an exception; and the failures."""
     values = torch.full([len(texts)], float("nan"), device=images.device)
     failures: list[Failure] = []
     starts = range(0, len(texts), micro_batch)
+    told = takes_metadata(reward)
     for start in starts:
         part = slice(start, min(start + micro_batch, len(texts)))
+        # Copies, because the samples of a prompt share its metadata with those of later iterations.
+        more = {"metadata": [copy.deepcopy(each) for each in metadata[part]]} if told else {}
         try:
-            result = reward(images[part], texts[part])
+            result = reward(images[part], texts[part], **more)
         except Exception as error:
             if is_out_of_memory(error) or is_device_lost(error):
                 raise  # not caused by a sample
@@ -128,12 +148,16 @@ def _report(name: str, reward: Reward, failures: list[Failure], micro_batches: i
     )
 
 
-def _check_inputs(images: Tensor, texts: Sequence[str], micro_batch: int) -> None:
+def _check_inputs(
+    images: Tensor, texts: Sequence[str], metadata: Sequence[Metadata], micro_batch: int
+) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
     if isinstance(texts, str) or len(texts) != len(images):
         count = "one string" if isinstance(texts, str) else len(texts)
         raise ValueError(f"{len(images)} images need the same number of texts, got {count}")
+    if len(metadata) != len(images):
+        raise ValueError(f"{len(images)} images need metadata as often, got {len(metadata)}")
     if micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixgrpo.rewards.protocol import Reward
 from mixgrpo.rewards.scoring import Scoring, score_and_tell
+from mixgrpo.types import Metadata
 
 
 class ScoreStream:
@@ -42,14 +43,23 @@ class ScoreStream:
         self.busy = self.waited = 0.0
         self._images: list[Tensor] = []
         self._texts: list[str] = []
+        self._metadata: list[Metadata] = []
         self._parts: list[Future[Scoring]] = []
         self._cuda = _stream_of(device) if device.type == "cuda" else None
         self._thread = _new_thread(device)
 
-    def submit(self, images: Tensor, texts: Sequence[str]) -> None:
-        """Queues images [b, 3, H, W] to score as soon as a micro-batch is full; never waits."""
+    def submit(
+        self, images: Tensor, texts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> None:
+        """Queues images [b, 3, H, W] to score as soon as a micro-batch is full; never waits.
+
+        Args:
+            texts: their b prompts.
+            metadata: the metadata of the prompts; None if there is none.
+        """
         self._images.append(images)
         self._texts += texts
+        self._metadata += [{}] * len(texts) if metadata is None else metadata
         while len(self._texts) >= self.micro_batch:
             self._start(self.micro_batch)
 
@@ -85,21 +95,32 @@ class ScoreStream:
     def _start(self, count: int) -> None:
         """Hands the oldest ``count`` images to the thread."""
         images = torch.cat(self._images) if self._images else torch.empty(0, 3, 1, 1)
-        texts = self._texts[:count]
+        texts, metadata = self._texts[:count], self._metadata[:count]
         self._images, self._texts = [images[count:]], self._texts[count:]
+        self._metadata = self._metadata[count:]
         sampled = None
         if self._cuda is not None and images.is_cuda:
             sampled = torch.cuda.Event()
             sampled.record(torch.cuda.current_stream(images.device))
-        self._parts.append(self._thread.submit(self._score, images[:count], texts, sampled))
+        self._parts.append(
+            self._thread.submit(self._score, images[:count], texts, metadata, sampled)
+        )
 
-    def _score(self, images: Tensor, texts: list[str], sampled: torch.cuda.Event | None) -> Scoring:
+    def _score(
+        self,
+        images: Tensor,
+        texts: list[str],
+        metadata: list[Metadata],
+        sampled: torch.cuda.Event | None,
+    ) -> Scoring:
         start = perf_counter()
         with torch.cuda.stream(self._cuda) if self._cuda is not None else nullcontext():
             if sampled is not None and self._cuda is not None:
                 self._cuda.wait_event(sampled)
                 images.record_stream(self._cuda)
-            scored = score_and_tell(self.rewards, images.to(self.device), texts, len(texts) or 1)
+            scored = score_and_tell(
+                self.rewards, images.to(self.device), texts, len(texts) or 1, metadata
+            )
             scores = {name: values.cpu() for name, values in scored.scores.items()}
         self.busy += perf_counter() - start
         return Scoring(scores, scored.causes)

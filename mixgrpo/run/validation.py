@@ -23,6 +23,7 @@ from mixgrpo.run.record import seconds_record
 from mixgrpo.run.saving import Saving
 from mixgrpo.run.stopping import SamplingStopped
 from mixgrpo.run.tracking import Phases, Tracker, is_validation, read_metrics
+from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.types import Velocity
 
 
@@ -62,7 +63,7 @@ class Validator:
         config: Config,
         policy: Policy,
         rewards: Mapping[str, Reward],
-        prompts: list[str],
+        prompts: PromptList,
         shift: float,
     ) -> None:
         self.config = config
@@ -93,7 +94,7 @@ class Validator:
             means={name: values.nanmean().item() for name, values in gathered.items()},
             failed={name: int(values.isnan().sum()) for name, values in gathered.items()},
             pictures=kept[:shown].cpu(),
-            prompts=self.prompts[:shown],
+            prompts=list(self.prompts.texts[:shown]),
             scores={name: values[:shown].cpu() for name, values in gathered.items()},
         )
 
@@ -111,7 +112,8 @@ class Validator:
             if is_stopped():
                 raise SamplingStopped
             part = places[start : start + size]
-            texts = [self.prompts[place] for place in part]
+            texts = [self.prompts.texts[place] for place in part]
+            metadata = [self.prompts.metadata[place] for place in part]
             noise = Noise(
                 seed=self.config.validation.seed,
                 iteration=0,
@@ -129,7 +131,9 @@ class Validator:
                 self.config.sampling.micro_batch,
             )
             images = self.policy.decode(latents)
-            scores.append(score(self.rewards, images, texts, self.config.scoring.micro_batch))
+            scores.append(
+                score(self.rewards, images, texts, self.config.scoring.micro_batch, metadata)
+            )
             pictures.append(to_bytes(images))
         merged = {name: torch.cat([part[name] for part in scores]) for name in self.rewards}
         return torch.cat(pictures), merged

@@ -42,7 +42,7 @@ def preprocess(config: PreprocessConfig) -> None:
     """
     with process_group(config.threads) as process:
         _check(config)
-        files = [read_prompts(path, "prompts_files") for path in config.prompts_files]
+        files = [read_prompts(path, "prompts_files").texts for path in config.prompts_files]
         model, family = _model(config), ENCODERS[config.model.family]
         folder = Path(config.output)
         with process.first(own_folder(config.output, "output")):

@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from mixgrpo.files.regular import MIB, read_regular
 from mixgrpo.noise import key_seed
+from mixgrpo.text.prompt_files import PromptList, parse
+from mixgrpo.types import Metadata
+
+LARGEST = 512 * MIB
 
 
-def read_prompts(path: str, knob: str) -> list[str]:
-    """The prompts of a UTF-8 text file, one per line; blank lines are skipped, duplicates kept.
+def read_prompts(path: str, knob: str) -> PromptList:
+    """The prompts of a UTF-8 file: plain text with one per line, or JSONL with a key ``prompt``.
+
+    Blank lines are skipped, duplicates kept. In JSONL, the other keys are a prompt's metadata.
 
     Args:
         knob: the dotted name of the setting that holds ``path``, for the messages.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not UTF-8, or contains no prompts.
+        OSError: it cannot be read.
+        ValueError: it is not a regular file, too large, of another format, damaged, or contains no
+            prompts.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{knob} is {path!r}, which is not a file; set --{knob} to a text file of prompts"
-        )
+    remedy = f"set --{knob} to a file of prompts, plain text or JSONL"
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{knob} is {path!r}, which is not UTF-8 (line {line}); save it as UTF-8"
-        ) from error
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise ValueError(
-            f"{knob} is {path!r}, which contains no prompts; write one prompt per line"
-        )
-    return prompts
+        if not Path(path).exists() or Path(path).is_dir():
+            raise FileNotFoundError(f"{knob} is {path!r}, which is not a file; {remedy}")
+        content = read_regular(Path(path), LARGEST)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{knob} is {path!r}, which cannot be read ({error}); {remedy}") from error
+    try:
+        return parse(content, path)
+    except ValueError as error:
+        raise ValueError(f"{knob} is {path!r}, {error}") from error
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,12 @@ class PromptBatch:
 
     Attributes:
         texts: P prompts.
+        metadata: their metadata, P dicts.
         positions: their positions in the global batch, which determine their noise.
     """
 
     texts: list[str]
+    metadata: list[Metadata]
     positions: list[int]
 
 
@@ -62,7 +68,7 @@ class PromptBatches:
     A pure function of (seed, iteration); each process takes a consecutive part of the global batch.
     """
 
-    prompts: Sequence[str]
+    prompts: PromptList
     per_iteration: int
     seed: int
     rank: int = 0
@@ -71,12 +77,14 @@ class PromptBatches:
     def at(self, iteration: int) -> PromptBatch:
         count = self.per_iteration // self.world_size
         positions = [self.rank * count + i for i in range(count)]
-        texts = [self._draw(iteration * self.per_iteration + position) for position in positions]
-        return PromptBatch(texts, positions)
+        places = [self._draw(iteration * self.per_iteration + position) for position in positions]
+        texts = [self.prompts.texts[place] for place in places]
+        return PromptBatch(texts, [self.prompts.metadata[place] for place in places], positions)
 
-    def _draw(self, index: int) -> str:
+    def _draw(self, index: int) -> int:
+        """The place in the file of the prompt that is drawn after ``index`` others."""
         epoch, place = divmod(index, len(self.prompts))
-        return self.prompts[_order(self.seed, epoch, len(self.prompts))[place]]
+        return _order(self.seed, epoch, len(self.prompts))[place]
 
 
 @functools.lru_cache(maxsize=2)

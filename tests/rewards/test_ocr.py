@@ -210,6 +210,25 @@ def test_prompts_without_text_are_nan_and_told_about_once(caplog: pytest.LogCapt
     assert """ocr: the prompt "a dog's bowl" quotes no text""" in record.getMessage()
 
 
+def test_the_text_under_a_key_of_the_metadata(caplog: pytest.LogCaptureFixture) -> None:
+    """In place of what the prompt quotes; what is no text has no score."""
+    own = with_readers(lambda picture: Output(("Open",)))
+    own.key = "text"
+    metadata = [
+        {"text": "open"}, {"text": " OPE "}, {"text": "x", "other": "Open"},
+        {}, {"text": 5}, {"text": " "}, {"text": None}, {"text": ["Open"]},
+    ]  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        images, texts = torch.ones(8, 3, 4, 4), ['a sign "Stop"'] * 8
+        scores = score({"ocr": own}, images, texts, 4, metadata)["ocr"]
+    assert scores[:3].tolist() == [1, 1, 0]
+    assert scores[3:].isnan().all()
+    (record,) = caplog.records
+    assert "has no text as its 'text'; images of such" in record.getMessage()
+    own.key = None
+    assert score({"ocr": own}, images[:1], ['"Open"'], 1, [{"text": "x"}])["ocr"].tolist() == [1]
+
+
 def test_a_picture_without_text() -> None:
     own = with_readers(lambda picture: Output(None))
     assert own(torch.ones(1, 3, 4, 4), ['"Open"']).tolist() == [0]
@@ -227,7 +246,9 @@ def test_from_a_recipes_options() -> None:
     [
         ({"threads": -1}, "ocr: threads must be an integer of at least 0, got -1"),
         ({"threads": "2"}, "ocr: threads must be an integer of at least 0, got '2'"),
-        ({"thread": 2}, "'ocr' has no option thread; it accepts threads"),
+        ({"thread": 2}, "'ocr' has no option thread; it accepts threads, key"),
+        ({"key": ""}, "ocr: key must be a non-empty string, got ''"),
+        ({"key": 3}, "ocr: key must be a non-empty string, got 3"),
         ({"model": "x"}, "'ocr' has no option model"),
     ],
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixgrpo.rewards import score
+from mixgrpo.rewards import score, takes_metadata
 
 IMAGES = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 4, 4).contiguous()
 TEXTS = list("abcde")
@@ -151,6 +153,87 @@ def test_inputs_are_checked() -> None:
         score({}, IMAGES[0], TEXTS, 2)
     with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
         score({}, IMAGES, TEXTS, 0)
+
+
+# ---- metadata of prompts
+
+METADATA = [{"n": i, "list": [i]} for i in range(5)]
+
+
+def numbers(images: Tensor, texts: Sequence[str], metadata: list[dict]) -> Tensor:
+    return torch.tensor([float(each["n"]) for each in metadata])
+
+
+class Told:
+    def __call__(self, images: Tensor, texts: Sequence[str], *, metadata: object = None) -> Tensor:
+        return numbers(images, texts, metadata)
+
+
+class Module(nn.Module):
+    def forward(self, images: Tensor, texts: Sequence[str], metadata: object = None) -> Tensor:
+        return numbers(images, texts, metadata)
+
+
+class Untold:
+    """Its constructor's parameter is an option."""
+
+    def __init__(self, metadata: object = None) -> None:
+        pass
+
+    def __call__(self, images: Tensor, texts: Sequence[str], **more: object) -> Tensor:
+        assert not more
+        return brightness(images, texts)
+
+
+@functools.wraps(numbers)
+def decorated(*arguments: Any, **named: Any) -> Tensor:
+    return numbers(*arguments, **named)
+
+
+@pytest.mark.parametrize(
+    "reward", [numbers, Told(), Module(), decorated, functools.partial(numbers), Told().__call__]
+)
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_a_reward_with_the_parameter_receives_metadata(reward: Any, micro_batch: int) -> None:
+    assert takes_metadata(reward)
+    rewards = {"told": reward, "untold": Untold(), "plain": brightness}
+    scores = score(rewards, IMAGES, TEXTS, micro_batch, METADATA)
+    assert scores["told"].tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(scores["untold"], scores["plain"])
+
+
+def test_which_classes_and_functions_are_told() -> None:
+    assert all(map(takes_metadata, (Told, Module)))
+    assert not any(map(takes_metadata, (Untold, Untold(), brightness, nn.Linear, print, dict)))
+
+
+def test_prompts_without_metadata_have_empty_dicts() -> None:
+    seen = []
+
+    def reward(images: Tensor, texts: Sequence[str], metadata: list[dict]) -> Tensor:
+        seen.append(metadata)
+        return torch.zeros(len(images))
+
+    score({"r": reward}, IMAGES, TEXTS, 3)
+    assert seen == [[{}] * 3, [{}] * 2]
+
+
+def test_a_reward_may_change_what_it_receives() -> None:
+    """Samples of a prompt share its metadata, with each other and with later iterations."""
+    shared = {"n": 1, "list": [3]}
+
+    def greedy(images: Tensor, texts: Sequence[str], metadata: list[dict]) -> Tensor:
+        return torch.tensor([float(each.pop("n") + each["list"].pop()) for each in metadata])
+
+    rewards = {"first": greedy, "second": greedy}
+    scores = score(rewards, IMAGES, TEXTS, 5, [shared] * 5)
+    assert scores["first"].tolist() == scores["second"].tolist() == [4] * 5
+    assert shared == {"n": 1, "list": [3]}
+
+
+def test_metadata_is_counted() -> None:
+    with pytest.raises(ValueError, match="5 images need metadata as often, got 4"):
+        score({}, IMAGES, TEXTS, 2, METADATA[:4])
 
 
 def test_no_rewards_and_no_samples() -> None:

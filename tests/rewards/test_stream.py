@@ -59,6 +59,24 @@ def test_equals_one_call_whatever_the_pieces(micro_batch: int, sizes: tuple[int,
     assert sorted(pieces.calls) == sorted(whole.calls)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 3, 1), (2, 5)])
+def test_metadata_stays_with_its_image(micro_batch: int, sizes: tuple[int, ...]) -> None:
+    def told(images: Tensor, texts: Sequence[str], metadata: list[dict]) -> Tensor:
+        assert [each.get("text", "a") for each in metadata] == texts
+        return images.mean((1, 2, 3)) + torch.tensor([each.get("n", 0) for each in metadata])
+
+    metadata = [{"n": i, "text": text} if i else {} for i, text in enumerate(TEXTS)]
+    stream = ScoreStream({"told": told}, micro_batch, CPU)
+    start = 0
+    for images in IMAGES.split(list(sizes)):
+        part = slice(start, start + len(images))
+        stream.submit(images, TEXTS[part], metadata[part])
+        start = part.stop
+    expected = IMAGES.mean((1, 2, 3)) + torch.arange(7)
+    torch.testing.assert_close(stream.result().scores["told"], expected)
+
+
 def test_pictures_do_not_wait_for_their_scores() -> None:
     """Everything is submitted while the reward is still held in its first call."""
     held = threading.Event()
