@@ -126,6 +126,10 @@ def _json_items(values: dict[str, Any]) -> str:
         (b"", "contains no prompt"),
         (b"\n  \n\t\n", "contains no prompt"),
         ("ein roter Kreis\nein gr\xfcner Kreis\n".encode("latin-1"), "not UTF-8 (line 2)"),
+        (b'{"prompt": "a"}\n{"caption": "b"}\n', "line 2 has no key 'prompt'"),
+        (b'["a", "b"]\n', "is a JSON array, not JSONL; convert it with: python -c "),
+        (b"id,prompt\n1,a cat\n", "is a CSV file"),
+        (b"\x1f\x8b\x08", "is compressed by gzip; unpack it with: gunzip -k "),
     ],
 )
 def test_prompt_files(world, folder, tmp_path, complain, knob, content, words):

@@ -471,10 +471,50 @@ def test_prompts_are_counted(tmp_path: Path) -> None:
     assert "256 prompts (123 distinct), none longer than 16 tokens" in lines[0].text
 
 
+def test_the_format_and_the_metadata_of_prompts_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "a", "tag": 1}\n{"prompt": "b", "tag": 1, "m": 2}\n{"prompt": "a"}\n'
+    )
+    lines = list(check_prompts(shapes(tmp_path, batch__prompts_file=str(path)), 1))
+    assert "JSONL with the metadata tag (2 prompts), m (1 prompts), 3 prompts" in lines[0].text
+    assert "validation.prompts_file: plain text, 1 prompts" in lines[1].text
+    path.write_text(json.dumps({"prompt": "a", **{f"k{i}": i for i in range(10)}}))
+    lines = list(check_prompts(shapes(tmp_path, batch__prompts_file=str(path)), 1))
+    assert "metadata k0, k1, k2, k3, k4, k5, k6, k7 and 2 more, 1 prompts" in lines[0].text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"# mine\na red circle\n# yours\n", "2 prompts begin with '# ', such as '# mine'; a file"),
+        (b"- a red circle\n- a blue one\n", "every prompt begins with '- '"),
+        (b'"a circle"\n"a square"\n', """every prompt begins with '"'"""),
+    ],
+)
+def test_lines_that_may_not_be_meant_as_they_are(
+    content: bytes, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    line = only(check_prompts(shapes(tmp_path, batch__prompts_file=str(path)), 1), "warning")
+    assert words in line.text
+    assert line.remedy
+
+
+@pytest.mark.parametrize("content", [b"#red circle\n", b'"Open" sign\na - b\n', b'"Open"\n'])
+def test_lines_that_are_meant_as_they_are(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    lines = check_prompts(shapes(tmp_path, batch__prompts_file=str(path)), 1)
+    assert {line.level for line in lines} == {"ok"}
+
+
 @pytest.mark.parametrize(
     ("content", "level", "words"),
     [
         (b"", "error", "contains no prompt"),
+        (b'[{"prompt": "a"}]', "error", "is a JSON array, not JSONL; convert it with"),
         (b"\xff\xfe", "error", "not UTF-8"),
         (None, "error", "is not a file"),
         (b"a red circle\n" + b"a red circle and " * 9, "warning", "1 exceed"),

@@ -80,6 +80,12 @@ def only_squares(images: Tensor, texts: Sequence[str]) -> Tensor:
     return torch.ones(len(texts))
 
 
+def told(images: Tensor, texts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+    """The number that the manifest gives to each prompt, 0 if it gives none."""
+    CALLS.extend(f"{text} {each}" for text, each in zip(texts, metadata, strict=True))
+    return torch.tensor([float(each.get("n", 0)) for each in metadata])
+
+
 def interrupted(images: Tensor, texts: Sequence[str]) -> Tensor:
     if len(CALLS) == 10:
         raise KeyboardInterrupt
@@ -117,6 +123,15 @@ def write(folder: Path, pictures: Pictures, size: Callable[[int], int] = lambda 
     content = {"version": 1, "settings": {"steps": 3}, "images": entries}
     (folder / "manifest.json").write_text(json.dumps(content))
     return folder
+
+
+def with_metadata(folder: Path, metadata: Mapping[int, Any]) -> Path:
+    """Adds metadata to the images of these prompts."""
+    images = json.loads((folder / "manifest.json").read_text())["images"]
+    for entry in images:
+        if entry["index"] in metadata:
+            entry["metadata"] = metadata[entry["index"]]
+    return edit(folder, images=images)
 
 
 def edit(folder: Path, **changes: Any) -> Path:
@@ -251,6 +266,47 @@ def test_wins_and_differences_by_hand():
 def test_pairwise_distance_by_hand(features, expected):
     found = pairwise_distance(torch.tensor(features, dtype=torch.float32))
     assert found == pytest.approx(expected, abs=1e-7)
+
+
+# ---- metadata of the prompts
+
+TOLD = {"told": RewardConfig("test_evaluation:told")}
+
+
+def test_metadata_of_a_manifest_reaches_the_reward_that_takes_it(base, tmp_path):
+    with_metadata(base, {0: {"n": 5, "list": [0.5]}, 2: {"n": -1}})
+    found = run([base], tmp_path / "out", {**TOLD, **COUNTING})
+    each = {index: [found.scores["told"]["base"][index, s] for s in (0, 1)] for index in range(3)}
+    assert each == {0: [5, 5], 1: [0, 0], 2: [-1, -1]}
+    assert CALLS.count("a circle {'n': 5, 'list': [0.5]}") == 2
+    assert CALLS.count(f"{PROMPTS[1]} {{}}") == 2
+
+
+def test_scores_with_other_metadata_are_scores_of_their_own(base, tmp_path):
+    with_metadata(base, {0: {"n": 5}})
+    run([base], tmp_path / "out", TOLD)
+    run([base], tmp_path / "out", TOLD)
+    assert CALLS == []
+    with_metadata(base, {0: {"n": 6}})
+    found = run([base], tmp_path / "out", TOLD)
+    assert CALLS == ["a circle {'n': 6}"] * 2
+    assert found.scores["told"]["base"][0, 0] == 6
+
+
+def test_models_that_were_told_otherwise_are_not_compared(base, tuned, tmp_path):
+    """Unless no reward asks for it."""
+    with_metadata(base, {1: {"n": 5}})
+    words = r"prompt 1 has the metadata \{'n': 5\} in base and \{\} in tuned, so .* by told cannot"
+    with pytest.raises(ValueError, match=words):
+        run([base, tuned], tmp_path / "out", {**COUNTING, **TOLD})
+    run([base, tuned], tmp_path / "out", COUNTING)
+    run([base, with_metadata(tuned, {1: {"n": 5}})], tmp_path / "out", {**COUNTING, **TOLD})
+
+
+@pytest.mark.parametrize("metadata", [[1], "n", None, 3])
+def test_metadata_that_is_no_object(base, metadata):
+    with pytest.raises(ValueError, match=r"`metadata` of images\[0\] must be an object, got "):
+        read_manifests([str(with_metadata(base, {0: metadata}))])
 
 
 # ---- scores

@@ -40,7 +40,7 @@ from mixgrpo.inference import config as inference_config
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig, check, tuned_steps
 from mixgrpo.inference.folder import PictureFolder
 from mixgrpo.inference.memory import estimate, explain
-from mixgrpo.inference.sample import OutOfMemory, sample
+from mixgrpo.inference.sample import OutOfMemory, sample, settings_of
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
 from mixgrpo.models.flux import Flux
 from mixgrpo.models.flux_lora import attach_lora, read_lora
@@ -532,6 +532,35 @@ def test_other_contents_under_the_same_name_are_noticed(knobs, world, straight, 
     prompts.write_text("a red circle\n" * 3)
     with pytest.raises(ValueError, match=r"prompts_file was .*, is .* with other contents"):
         sample(knobs(**given))
+
+
+def test_metadata_of_the_prompts_is_in_the_manifest(knobs, tmp_path):
+    """No image depends on it: with other metadata, the images stay and the manifest changes."""
+    texts, path = ["a red circle", "a blue\nsquare", "a red circle"], tmp_path / "prompts.jsonl"
+
+    def sampled(metadata: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        lines = [{**each, "prompt": text} for text, each in zip(texts, metadata, strict=True)]
+        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+        folder = sample(knobs(prompts_file=str(path), steps=2))
+        return json.loads((folder / "manifest.json").read_text())["images"]
+
+    metadata = [{"n": 1, "list": [0.1, {"k": None}], "file": "x"}, {}, {"n": 2}]
+    first = sampled(metadata)
+    assert [entry.get("metadata", {}) for entry in first] == metadata
+    assert "metadata" not in first[1]
+    assert [entry["prompt"] for entry in first] == texts
+    drawn = {name: of for name, of in files_of(tmp_path / "pictures").items() if "png" in name}
+    assert [entry.get("metadata", {}) for entry in sampled([{}, {"m": 3}, {}])] == [
+        {},
+        {"m": 3},
+        {},
+    ]
+    assert drawn.items() <= files_of(tmp_path / "pictures").items()
+
+
+def test_line_breaks_in_prompts_are_told_apart_from_those_between_prompts(knobs):
+    both, two = (settings_of(knobs(), texts) for texts in (["a\nb"], ["a", "b"]))
+    assert both["fingerprints.prompts"] != two["fingerprints.prompts"]
 
 
 def test_a_fingerprint_is_of_size_and_contents_whatever_the_names(tmp_path):

@@ -384,6 +384,18 @@ def test_new_prompts_get_new_shards(world, mine, tmp_path, encoded):
     assert torch.equal(text.encode([LONG]).tokens, world.policy().encode([LONG]).tokens)
 
 
+def test_jsonl_gives_the_same_embeddings_as_text(world, stored, tmp_path):
+    """They belong to a prompt's text; one that is there twice is encoded once."""
+    files = []
+    for file in (world.prompts, world.validation_prompts):
+        prompts = file.read_text().splitlines()
+        lines = [json.dumps({"n": n, "prompt": p}) for n, p in enumerate([*prompts, prompts[0]])]
+        files.append(tmp_path / f"{file.stem}.jsonl")
+        files[-1].write_text("\n".join(lines))
+    own = preprocess_here(world, tmp_path / "own", prompts_files=list(map(str, files)))
+    assert contents(own) == contents(stored)
+
+
 def test_a_full_disk_names_the_shard_and_keeps_the_others(world, stored, tmp_path, monkeypatch):
     write = Path.write_bytes
 

@@ -399,6 +399,26 @@ def test_a_reward_that_fails_too_often_stops_and_loses_nothing(world, folder):
     assert len(training_records(folder)) == 2
 
 
+def test_metadata_of_the_prompts_reaches_the_rewards(world, folder, tmp_path):
+    """In training and in validation, also where a prompt is there twice."""
+    numbers = {}
+    for name, texts in (("train", ["a", "b", "a", "c"]), ("validation", ["d", "e", "d"])):
+        entries = [{"text": text, "prompt": text, "n": 2**n} for n, text in enumerate(texts)]
+        numbers[name] = [entry["n"] for entry in entries]
+        lines = [json.dumps(entry) for entry in entries]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    files = {
+        "batch__prompts_file": str(tmp_path / "train.jsonl"),
+        "validation__prompts_file": str(tmp_path / "validation.jsonl"),
+    }
+    rewards = {"redness": REWARDS["redness"], "told": RewardConfig("tiny_world:told")}
+    knobs = {**QUICK, **files, "validation__prompts": 2, "scoring__micro_batch": 3}
+    train_here(world.config(folder, **{**knobs, "run__iterations": 2}, rewards=rewards))
+    found = [record["reward/told"] for record in training_records(folder)]
+    assert sum(found) / 2 == sum(numbers["train"]) / 4  # an epoch of two iterations
+    assert records(folder)[0]["validation/told"] == sum(numbers["validation"][:2]) / 2
+
+
 def test_rewards_off_loaded_or_in_small_batches_train_the_same(straight, world, folder):
     config = world.config(folder, scoring__placement="offload", scoring__micro_batch=3)
     train_here(config)

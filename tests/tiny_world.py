@@ -58,6 +58,12 @@ def contrast(images: Tensor, texts: Sequence[str]) -> Tensor:
     return images.std((1, 2, 3))
 
 
+def told(images: Tensor, texts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+    """The number that the prompt file gives to each prompt, whose text it repeats."""
+    assert [each["text"] for each in metadata] == list(texts)
+    return torch.tensor([float(each["n"]) for each in metadata])
+
+
 def sometimes_nan(images: Tensor, texts: Sequence[str]) -> Tensor:
     """NaN for every third picture."""
     scores = redness(images, texts)
