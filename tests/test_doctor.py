@@ -482,6 +482,9 @@ def test_the_format_and_the_metadata_of_prompts_are_told(tmp_path: Path) -> None
     path.write_text(json.dumps({"prompt": "a", **{f"k{i}": i for i in range(10)}}))
     lines = list(check_prompts(shapes(tmp_path, batch__prompts_file=str(path)), 1))
     assert "metadata k0, k1, k2, k3, k4, k5, k6, k7 and 2 more, 1 prompts" in lines[0].text
+    path.write_text(json.dumps({"prompt": "a", "b\n\u001b[31m": 1, "k" * 200: 2}))
+    text = next(check_prompts(shapes(tmp_path, batch__prompts_file=str(path)), 1)).text
+    assert text.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def _keys(prompts: PromptList) -> str:
     """The keys of the metadata, most frequent first, each with its prompts if it lacks any."""
     times = Counter(key for metadata in prompts.metadata for key in metadata)
     named = [
-        key if count == len(prompts) else f"{key} ({count:,} prompts)"
+        (key if key.isidentifier() else reprlib.repr(key))
+        + (f" ({count:,} prompts)" if count < len(prompts) else "")
         for key, count in times.most_common(SHOWN)
     ]
     more = f" and {len(times) - SHOWN:,} more" if len(times) > SHOWN else ""

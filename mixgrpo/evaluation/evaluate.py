@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import reprlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,10 +128,10 @@ def _check_same_metadata(config: Config, manifests: Sequence[Manifest]) -> None:
             name, metadata = first.setdefault(picture.index, (manifest.name, picture.metadata))
             if metadata != picture.metadata:
                 raise ValueError(
-                    f"prompt {picture.index} has the metadata {metadata} in {name} and "
-                    f"{picture.metadata} in {manifest.name}, so the scores by {told[0]} cannot be "
-                    "compared: run `python -m mixgrpo sample` with the same prompts file for both "
-                    "(images that exist are kept)"
+                    f"prompt {picture.index} has the metadata {reprlib.repr(metadata)} in {name} "
+                    f"and {reprlib.repr(picture.metadata)} in {manifest.name}, so the scores by "
+                    f"{told[0]} cannot be compared: run `python -m mixgrpo sample` with the same "
+                    "prompts file for both (images that exist are kept)"
                 )
 
 

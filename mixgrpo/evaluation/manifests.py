@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +141,7 @@ def _picture(file: Path, place: int, entry: Any) -> Picture:
     metadata = entry.get("metadata", {})
     if not isinstance(metadata, dict):
         raise ValueError(
-            f"{file}: `metadata` of images[{place}] must be an object, got {metadata!r}"
+            f"{file}: `metadata` of images[{place}] must be an object, got {reprlib.repr(metadata)}"
         )
     path = file.parent / entry["file"]
     return Picture(entry["index"], entry["sample"], entry["prompt"], path, metadata)

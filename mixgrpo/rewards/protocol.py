@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -24,16 +24,15 @@ class Reward(Protocol):
         ...
 
 
-def takes_metadata(reward: Callable[..., Any]) -> bool:
+def takes_metadata(reward: Any) -> bool:
     """Whether a reward is called with ``metadata``, that is, whether it names such a parameter.
 
     For a class, this is whether its instances are.
     """
-    call: Any = reward
-    if isinstance(reward, nn.Module):
+    kind: Any = reward if inspect.isclass(reward) else type(reward)
+    call = kind.__call__ if inspect.isclass(reward) else reward
+    if kind.__call__ is nn.Module.__call__:
         call = reward.forward  # nn.Module.__call__ takes anything
-    elif inspect.isclass(reward):
-        call = reward.forward if issubclass(reward, nn.Module) else reward.__call__
     try:
         return "metadata" in inspect.signature(call).parameters
     except (TypeError, ValueError):  # some callables written in C have no signature

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -167,7 +168,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"has the key {key!r} twice in one object; remove one of them")
+            raise ValueError(
+                f"has the key {reprlib.repr(key)} twice in one object; remove one of them"
+            )
         found[key] = value
     return found
 
@@ -200,7 +203,7 @@ def _check_value(value: Any, depth: int = 0) -> None:
 
 def _read_entry(entry: dict[str, Any]) -> tuple[str, Metadata]:
     if "prompt" not in entry:
-        keys = ", ".join(map(repr, [*entry][:8])) + (", ..." if len(entry) > 8 else "")
+        keys = ", ".join(map(reprlib.repr, [*entry][:8])) + (", ..." if len(entry) > 8 else "")
         raise ValueError(
             f"has no key 'prompt' ({f'its keys are {keys}' if entry else 'it is empty'}); rename "
             "the key that holds the prompt to 'prompt'"

@@ -174,6 +174,16 @@ class Module(nn.Module):
         return numbers(images, texts, metadata)
 
 
+class Called(nn.Module):
+    """Its own call takes metadata, whatever its forward takes."""
+
+    def forward(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        raise AssertionError
+
+    def __call__(self, images: Tensor, texts: Sequence[str], metadata: list[dict]) -> Tensor:
+        return numbers(images, texts, metadata)
+
+
 class Untold:
     """Its constructor's parameter is an option."""
 
@@ -191,7 +201,8 @@ def decorated(*arguments: Any, **named: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "reward", [numbers, Told(), Module(), decorated, functools.partial(numbers), Told().__call__]
+    "reward",
+    [numbers, Told(), Module(), Called(), decorated, functools.partial(numbers), Told().__call__],
 )
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
 def test_a_reward_with_the_parameter_receives_metadata(reward: Any, micro_batch: int) -> None:
@@ -203,7 +214,7 @@ def test_a_reward_with_the_parameter_receives_metadata(reward: Any, micro_batch:
 
 
 def test_which_classes_and_functions_are_told() -> None:
-    assert all(map(takes_metadata, (Told, Module)))
+    assert all(map(takes_metadata, (Told, Module, Called)))
     assert not any(map(takes_metadata, (Untold, Untold(), brightness, nn.Linear, print, dict)))
 
 
