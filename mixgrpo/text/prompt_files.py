@@ -147,7 +147,7 @@ def _read_jsonl(lines: Lines) -> PromptList:
 def _read_object(line: str) -> dict[str, Any]:
     """Raises ValueError with what to say after "line 3"."""
     try:
-        value = json.loads(line, object_pairs_hook=_distinct, parse_int=_whole)
+        value = _DECODER.decode(line)
         if not isinstance(value, dict):
             raise ValueError(f"is {_kind(value)}, not an object; {_WHOLE}")
         _check_value(value)
@@ -180,6 +180,9 @@ def _whole(digits: str) -> int:
         return int(digits)
     except ValueError as error:  # Python's limit, far above what any number needs
         raise ValueError(f"has a number of {len(digits):,} digits; write a smaller one") from error
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_int=_whole)
 
 
 def _check_value(value: Any, depth: int = 0) -> None:
