@@ -9,7 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from lora_world import small_flux
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_world import (
@@ -25,7 +28,10 @@ from tiny_world import (
 from mixgrpo.checkpoint import Shards
 from mixgrpo.commands import main
 from mixgrpo.files.weight_files import NAME, write_streamed
-from mixgrpo.models.flux import PARTS
+from mixgrpo.models.flux import LORA_TARGETS, PARTS
+from mixgrpo.models.flux_export import export_flux
+from mixgrpo.models.flux_lora import attach_lora, lora_of_run
+from mixgrpo.models.lora_files import read_lora
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -92,9 +98,111 @@ def test_a_lora_run_gives_its_adapters(lora_run, tmp_path):
     assert (file.name, notes(file)) == (trained.name, notes(trained))
     assert same(load_file(file), load_file(trained))
     adapters = saved_tensors(checkpoint_folder(lora_run, 1))
-    prefix, end = "transformer.", ".weight"
-    expected = {prefix + n.replace(".default.weight", end): w for n, w in adapters.items()}
+    # The scale 4 / 2 is in lora_B, exactly.
+    expected = {
+        f"transformer.{name.replace('.default.weight', '.weight')}": weight * (1 + ("_B." in name))
+        for name, weight in adapters.items()
+    }
     assert same(load_file(file), expected)
+    settings = json.loads(notes(file)["lora_adapter_metadata"])
+    assert (settings["transformer.r"], settings["transformer.lora_alpha"]) == (2, 2)
+
+
+# ---- the strength of an exported LoRA, by readers that know nothing of each other
+
+
+def by_kohya(file: Path) -> dict[str, torch.Tensor]:
+    """The change of each layer as ComfyUI and kohya's scripts compute it: alphas are tensors."""
+    state, changes = load_file(file), {}
+    for key, up in state.items():
+        layer, end, _ = key.partition(".lora_B.weight")
+        if end:
+            down = state[f"{layer}.lora_A.weight"]
+            scale = state[f"{layer}.alpha"] / len(down) if f"{layer}.alpha" in state else 1
+            changes[layer.removeprefix("transformer.")] = scale * (up.double() @ down.double())
+    return changes
+
+
+def by_diffusers(file: Path, world) -> dict[str, torch.Tensor]:
+    pipeline = FluxPipeline.from_pretrained(world.model)
+    pipeline.load_lora_weights(file.parent, adapter_name="tuned")
+    return deltas(pipeline.transformer)
+
+
+def by_peft(file: Path, rank: int) -> dict[str, torch.Tensor]:
+    """By PEFT alone, which is told the rank and, as it then assumes, the same alpha."""
+    state = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+    module = small_flux()
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS["all"])
+    inject_adapter_in_model(config, module, "tuned")
+    assert not set_peft_model_state_dict(module, state, "tuned").unexpected_keys
+    return deltas(module)
+
+
+def by_us(file: Path) -> dict[str, torch.Tensor]:
+    module = small_flux()
+    attach_lora(module, read_lora(file), 1.0)
+    return deltas(module)
+
+
+def deltas(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: layer.get_delta_weight("tuned").double()
+        for name, layer in module.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 4), (2, 2), (4, 1), (3, 5), (2, 7)])
+def test_every_reader_applies_an_exported_lora_in_the_strength_of_its_training(
+    world, tmp_path, rank, alpha, dtype
+):
+    knobs = {"model__train": "lora", "model__lora_rank": rank, "model__lora_alpha": alpha}
+    config = world.config(tmp_path, **knobs).model
+    policy = world.policy(**knobs)
+    generator = torch.Generator().manual_seed(rank)
+    trained = {
+        name: torch.randn(parameter.shape, generator=generator).to(dtype)
+        for name, parameter in policy.module.named_parameters()
+        if parameter.requires_grad
+    }
+    export_flux(tmp_path, config, trained, lambda names: [trained[name] for name in names])
+    (file,) = tmp_path.iterdir()
+    expected = {
+        name.removesuffix(".lora_A.default.weight"): alpha
+        / rank
+        * (trained[name.replace("_A.", "_B.")].double() @ down.double())
+        for name, down in trained.items()
+        if ".lora_A." in name
+    }
+    flat = {"model.lora_rank": rank, "model.lora_alpha": alpha}
+    module = small_flux()
+    attach_lora(module, lora_of_run(trained, flat, tmp_path), 1.0)
+    for found in (by_kohya(file), by_diffusers(file, world), by_peft(file, rank), by_us(file),
+                  deltas(module)):  # fmt: skip
+        assert found.keys() == expected.keys()
+        worst = max(float((found[n] - change).norm() / change.norm())
+                    for n, change in expected.items())  # fmt: skip
+        assert worst < 2e-7
+
+
+def test_a_lora_that_an_earlier_version_exported(tmp_path):
+    """Its alpha stands in the header, and its weights are as they were trained."""
+    generator = torch.Generator().manual_seed(1)
+    layer = "transformer_blocks.1.ff.net.2"
+    down, up = torch.randn(2, 512, generator=generator), torch.randn(128, 2, generator=generator)
+    FluxPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers={f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up},
+        transformer_lora_adapter_metadata={
+            "r": 2, "lora_alpha": 5, "target_modules": LORA_TARGETS["all"]
+        },
+    )  # fmt: skip
+    (file,) = tmp_path.iterdir()
+    ((name, change),) = by_us(file).items()
+    assert name == layer
+    torch.testing.assert_close(change, 2.5 * (up.double() @ down.double()), rtol=0, atol=1e-4)
 
 
 def test_shards_are_those_of_the_model_that_was_trained(straight, world, tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from lora_world import SPLIT, Form, behind, named, patterns
 from PIL import Image
 from processes import Command
 from safetensors.torch import load_file, save_file
@@ -43,7 +44,8 @@ from mixgrpo.inference.memory import estimate, explain
 from mixgrpo.inference.sample import OutOfMemory, sample, settings_of
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
 from mixgrpo.models.flux import Flux
-from mixgrpo.models.flux_lora import attach_lora, read_lora
+from mixgrpo.models.flux_lora import attach_lora
+from mixgrpo.models.lora_files import read_lora
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import sample_ode
 from mixgrpo.run.pictures import to_bytes
@@ -297,6 +299,24 @@ def test_a_lora_with_its_scale_beside_the_weights(draw, tmp_path):
     assert largest(drawn["kohya"], drawn["folded"]) <= 1
     assert largest(drawn["folded"], draw(checkpoint=str(tmp_path / "alpha.safetensors"),
                                          lora_scale=0.5)) > 1  # fmt: skip
+
+
+def test_a_folder_of_peft_with_its_settings(draw, knobs, tmp_path, capfd):
+    """Changed settings are other weights; and what a text encoder would need is told of once."""
+    spread = named(SPLIT, behind("base_model.model."))
+    text = {"base_model.model.text_encoder.a.lora_A.weight": torch.ones(1, 1)}
+    peft = Form({}, {**spread, **text}, beside=patterns(SPLIT), file="adapter_model.bin")
+    folder = peft.write(tmp_path / "peft").parent
+    folded = Form({}, named(SPLIT, behind("transformer."), folded=True)).write(tmp_path)
+    drawn = draw(checkpoint=str(folder), micro_batch=1)
+    assert capfd.readouterr().out.count("that part is not used") == 1
+    assert largest(drawn, draw(checkpoint=str(folded))) <= 1
+    assert largest(drawn, draw()) > 1
+    sample(knobs(checkpoint=str(folder)))
+    settings = {**peft.beside, "lora_alpha": 8, "alpha_pattern": {}}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"checkpoint was .*, is .* with other contents"):
+        sample(knobs(checkpoint=str(folder)))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -637,29 +657,36 @@ def changed_lora(lora_run: Path, tmp_path: Path, change: Callable[[dict[str, Ten
 Q = "transformer.transformer_blocks.0.attn.to_q"
 
 
+def pair(layer: str, into: int, out: int) -> dict[str, Tensor]:
+    return {
+        f"{layer}.lora_A.weight": torch.ones(2, into),
+        f"{layer}.lora_B.weight": torch.ones(out, 2),
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            lambda s: s.update({f"{Q.replace('0', '7')}.lora_A.weight": torch.ones(2, 128)}),
+            lambda s: s.update(pair(Q.replace("0", "7"), 128, 128)),
             "it changes transformer_blocks.7.attn.to_q, which the model does not have",
         ),
         (
-            lambda s: s.update({f"{Q}.lora_A.weight": torch.ones(2, 3072)}),
-            f"{Q}.lora_A.weight is [2, 3072], but the model and the other half need [2, 128]",
+            lambda s: s.update(pair(Q, 3072, 128)),
+            f"its adapter of {Q} takes 3072 inputs, but the model's transformer_blocks.0.attn.to_q "
+            "takes 128",
         ),
         (
-            lambda s: s.update({f"{Q}.lora_A.weight": torch.ones(4, 128)}),
-            f"{Q}.lora_A.weight is [4, 128], but the model and the other half need [2, 128]",
+            lambda s: s.update(pair(Q, 128, 3072)),
+            f"its adapter of {Q} has 3072 outputs, but the model needs 128",
         ),
         (
-            lambda s: s.update({f"{Q}.lora_B.weight": torch.ones(3072, 2)}),
-            f"{Q}.lora_B.weight is [3072, 2], but the model's layer has 128 outputs",
+            lambda s: s.update(pair("lora_unet_down_blocks_0_attentions_0_proj_in", 4, 4)),
+            "it changes lora_unet_down_blocks_0_attentions_0_proj_in, and FLUX has no such layer",
         ),
-        (lambda s: s.pop(f"{Q}.lora_B.weight"), f"the other half of {Q}.lora_A.weight is missing"),
         (
-            lambda s: s.update({"text_encoder.q.lora_A.weight": torch.ones(2, 4)}),
-            "text_encoder.q.lora_A.weight changes something other than the transformer",
+            lambda s: s.update(pair("transformer.transformer_blocks.0.attn.norm_q", 4, 4)),
+            "it changes transformer.transformer_blocks.0.attn.norm_q, and FLUX has no such layer",
         ),
     ],
 )
@@ -667,6 +694,22 @@ def test_a_lora_for_another_model(knobs, lora_run, tmp_path, change, message):
     said = refused(knobs, checkpoint=changed_lora(lora_run, tmp_path, change))
     assert "is a LoRA for another model" in said
     assert message in said
+
+
+def test_a_lora_that_is_too_strong(knobs, lora_run):
+    message = refused(knobs, checkpoint=str(lora_run / "model"), lora_scale=1e39)
+    assert "is too strong for float32 at lora_scale 1e+39; set a smaller --lora_scale" in message
+
+
+def test_other_adapters_than_lora(knobs, tmp_path):
+    """Known by their names alone, even in a file without a plain LoRA."""
+    file = Form({}, {"lycoris_proj_out.lokr_w1": torch.ones(2, 2)}).write(tmp_path)
+    assert "is LoKr (lycoris_proj_out.lokr_w1), and only plain" in refused(
+        knobs, checkpoint=str(file)
+    )
+    (tmp_path / "lora").mkdir()
+    file.unlink()
+    assert f"did you mean {str(tmp_path / 'lora')!r}?" in refused(knobs, checkpoint=str(tmp_path))
 
 
 def test_places_without_weights(knobs, straight, tmp_path):

@@ -32,6 +32,7 @@ from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
 from mixgrpo.models import Policy
 from mixgrpo.models.flux import PARTS
 from mixgrpo.models.flux_text import require_parts
+from mixgrpo.models.lora_files import settings_beside
 from mixgrpo.models.registry import FAMILIES
 from mixgrpo.noise import Noise
 from mixgrpo.planning.memory import OutOfMemory, memory_of
@@ -81,7 +82,8 @@ def settings_of(config: InferenceConfig, prompts: Sequence[str]) -> dict[str, ob
     Metadata of the prompts is not among them, because no image depends on it.
     """
     model = "".join(map(fingerprint, require_parts(config.model.path, PARTS)))
-    tuned = find_tuned(config)
+    weights = find_tuned(config)
+    tuned = weights + settings_beside(weights)
     return {
         **flatten(config),
         "fingerprints.model": _digest(model),
@@ -134,6 +136,8 @@ def _draw(
     parts = _parts(tuned, config)
     painter = _Painter(config, policy, folder)
     if process.rank == 0:
+        for note in tuned.notes:
+            tqdm.write(f"note: {note}")
         _warn_of_truncation(policy, folder.prompts.texts)
     # If switching the weights is expensive, it is done once: all blocks finish the tuned steps, and
     # are kept as latents, before the first base step.

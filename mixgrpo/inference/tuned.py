@@ -18,9 +18,10 @@ from mixgrpo.checkpoint import Shards, open_saved, verify
 from mixgrpo.checkpoint.manifest import MANIFEST
 from mixgrpo.files.weight_files import NAME, check_fits, fill, find_shards, read_shapes
 from mixgrpo.inference.config import InferenceConfig, tuned_steps
-from mixgrpo.models.flux_lora import attach_lora, lora_of_run, read_lora
+from mixgrpo.models.flux_lora import attach_lora, lora_of_run
+from mixgrpo.models.lora import Lora
+from mixgrpo.models.lora_files import LORA_NAMES, is_lora, read_lora
 
-LORA_NAME = "pytorch_lora_weights.safetensors"
 _PARTS = {"plain": "model", "ema": "ema"}
 
 
@@ -29,9 +30,11 @@ class Tuned(Protocol):
 
     Attributes:
         dear: whether switching between the models reads all weights from disk.
+        notes: what a user should know about the loading, a sentence each.
     """
 
     dear: bool
+    notes: tuple[str, ...]
 
     def apply(self) -> None:
         """Makes the model the tuned one."""
@@ -46,6 +49,7 @@ class NoneTuned:
     """No tuned weights: the base model only."""
 
     dear = False
+    notes: tuple[str, ...] = ()
 
     def apply(self) -> None:
         pass
@@ -58,6 +62,7 @@ class FullWeights:
     """A full set of tuned weights, read into the base model's parameters."""
 
     dear = True
+    notes: tuple[str, ...] = ()
 
     def __init__(self, tuned: Callable[[], None], base: Callable[[], None]) -> None:
         self.tuned = tuned
@@ -76,11 +81,12 @@ class FullWeights:
             self.inside = read
 
 
-@dataclass(frozen=True)
+@dataclass
 class Adapters:
     """A LoRA added to the base weights."""
 
     module: Any
+    notes: tuple[str, ...]
     dear = False
 
     def apply(self) -> None:
@@ -110,7 +116,7 @@ def find_tuned(config: InferenceConfig) -> list[Path]:
         )
     if path.is_file():
         return find_shards(path)
-    for inside in (LORA_NAME, f"transformer/{NAME}", f"transformer/{NAME}.index.json", NAME,
+    for inside in (*LORA_NAMES, f"transformer/{NAME}", f"transformer/{NAME}.index.json", NAME,
                    f"{NAME}.index.json"):  # fmt: skip
         if (path / inside).exists():
             return find_shards(path / inside)
@@ -122,9 +128,10 @@ def find_tuned(config: InferenceConfig) -> list[Path]:
 
 
 def _hint(path: Path) -> str:
-    candidates = [path / "model", *sorted(path.glob("checkpoints/iteration_*"))[::-1],
-                  *sorted(path.glob("iteration_*"))[::-1]]  # fmt: skip
-    found = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    newest = [*sorted(path.glob("checkpoints/iteration_*"))[::-1],
+              *sorted(path.glob("iteration_*"))[::-1]]  # fmt: skip
+    candidates = [path / "model", path / "lora", *newest, *sorted(path.glob("*.safetensors"))]
+    found = next((candidate for candidate in candidates if candidate.exists()), None)
     return f" (did you mean {str(found)!r}?)" if found else ""
 
 
@@ -142,12 +149,11 @@ def load_tuned(module: nn.Module, config: InferenceConfig) -> Tuned:
     source = Path(str(config.checkpoint))
     if _is_checkpoint(source):
         return _load_checkpoint(module, source, config)
+    if is_lora(files[0]):
+        return _adapters(module, read_lora(files[0]), config)
     shapes = read_shapes(files)
     if not shapes:
         raise ValueError(f"{files[0]} is empty: check the file")
-    if any("lora" in key for key in shapes):
-        attach_lora(module, read_lora(files[0]), config.lora_scale)
-        return Adapters(module)
     return _full(module, config, shapes, partial(fill, module, files))
 
 
@@ -159,9 +165,13 @@ def _load_checkpoint(module: nn.Module, path: Path, config: InferenceConfig) -> 
     shapes = shards.shapes(part)
     if any("lora" in key for key in shapes):
         lora = lora_of_run(shards.whole(part), saved.position.config, path)
-        attach_lora(module, lora, config.lora_scale)
-        return Adapters(module)
+        return _adapters(module, lora, config)
     return _full(module, config, shapes, partial(shards.fill, part, module.state_dict()))
+
+
+def _adapters(module: nn.Module, lora: Lora, config: InferenceConfig) -> Adapters:
+    attach_lora(module, lora, config.lora_scale)
+    return Adapters(module, lora.notes)
 
 
 def _full(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from diffusers import FluxPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mixgrpo.config import ModelConfig
@@ -16,6 +16,9 @@ from mixgrpo.files.disk import write_whole
 from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes, write_streamed
 from mixgrpo.models.flux import LORA_TARGETS, PARTS
 from mixgrpo.models.flux_text import require_parts
+from mixgrpo.models.lora import fold
+from mixgrpo.models.lora_files import LORA_NAMES
+from mixgrpo.models.lora_settings import HEADER
 
 Read = Callable[[Iterable[str]], Iterable[Tensor]]
 
@@ -40,17 +43,20 @@ def export_flux(
 
 
 def _export_adapters(folder: Path, config: ModelConfig, adapters: Mapping[str, Tensor]) -> None:
-    FluxPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers={
-            name.replace(".default.weight", ".weight"): weight for name, weight in adapters.items()
-        },
-        transformer_lora_adapter_metadata={
-            "r": config.lora_rank,
-            "lora_alpha": config.lora_alpha,
-            "target_modules": LORA_TARGETS[config.lora_targets],
-        },
-    )
+    """Writes adapters of strength 1: not every program reads an alpha where diffusers puts it."""
+    scale = config.lora_alpha / config.lora_rank
+    state = {}
+    for name, weight in adapters.items():
+        key = "transformer." + name.replace(".default.weight", ".weight")
+        state[key] = (fold(weight, scale) if ".lora_B." in name else weight).contiguous()
+    settings = {
+        "transformer.r": config.lora_rank,
+        "transformer.lora_alpha": config.lora_rank,
+        "transformer.target_modules": LORA_TARGETS[config.lora_targets],
+    }
+    header = {"format": "pt", HEADER: json.dumps(settings, indent=2, sort_keys=True)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / LORA_NAMES[0], lambda path: save_file(state, path, metadata=header))
 
 
 def _export_pipeline(

@@ -1,54 +1,26 @@
-"""Reads, checks and attaches LoRA files for a FLUX transformer that is only sampled from."""
+"""Attaches LoRA adapters to a FLUX transformer that is only sampled from."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from peft import LoraConfig
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-_PREFIX = "transformer."
+from mixgrpo.models.flux_names import is_swapped, layers_of
+from mixgrpo.models.lora import Adapter, Lora
+
 _NAME = "tuned"
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Adapters in the format that diffusers expects.
-
-    Attributes:
-        state: ``transformer.MODULE.lora_A.weight`` [rank, in] and ``lora_B.weight`` [out, rank].
-        alphas: scales of individual modules, if the file stores them with the weights.
-        metadata: the configuration of the adapters, if the file stores one.
-        path: the file.
-    """
-
-    state: dict[str, Tensor]
-    alphas: dict[str, Any] | None
-    metadata: dict[str, Any] | None
-    path: Path
-
-
-def read_lora(path: Path) -> Lora:
-    """Reads a LoRA from a file in diffusers' format, or in a format that diffusers converts.
-
-    Raises:
-        ValueError: if the keys are not those of a LoRA for FLUX.
-    """
-    try:
-        state, alphas, metadata = FluxPipeline.lora_state_dict(
-            str(path.parent), weight_name=path.name, return_alphas=True, return_lora_metadata=True
-        )
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a LoRA for a FLUX transformer: {error}") from error
-    return Lora(state, None if metadata else alphas, metadata or None, path)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def lora_of_run(weights: Mapping[str, Tensor], training: Mapping[str, Any], path: Path) -> Lora:
@@ -58,13 +30,12 @@ def lora_of_run(weights: Mapping[str, Tensor], training: Mapping[str, Any], path
         training: the configuration of the run, dotted path -> value.
         path: the path of the checkpoint, for messages.
     """
-    state = {_PREFIX + key.replace(".default.weight", ".weight"): w for key, w in weights.items()}
-    knobs = {
-        "r": training["model.lora_rank"],
-        "lora_alpha": training["model.lora_alpha"],
-        "target_modules": sorted({key.partition(".lora_")[0] for key in weights}),
-    }
-    return Lora(state, None, {_PREFIX + key: value for key, value in knobs.items()}, path)
+    scale = training["model.lora_alpha"] / training["model.lora_rank"]
+    halves = {key.replace(".default.weight", ""): weight.float() for key, weight in weights.items()}
+    layers = [key.removesuffix(".lora_A") for key in halves if key.endswith(".lora_A")]
+    return Lora(
+        {n: Adapter(halves[f"{n}.lora_A"], halves[f"{n}.lora_B"], scale) for n in layers}, path
+    )
 
 
 def attach_lora(transformer: Any, lora: Lora, scale: float) -> None:
@@ -74,22 +45,98 @@ def attach_lora(transformer: Any, lora: Lora, scale: float) -> None:
         scale: factor on the adapters' outputs.
 
     Raises:
+        ValueError: if they belong to another model or are too strong; the message names the first
+            that does not fit.
+    """
+    adapters = fitted(lora, dict(transformer.named_modules()))
+    _check_strength(lora, scale)
+    targets = "|".join(map(re.escape, adapters))
+    transformer.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=targets), _NAME)
+    for name, adapter in adapters.items():
+        layer = transformer.get_submodule(name)
+        device = layer.get_base_layer().weight.device
+        # Put in place, not copied: PEFT's own weights have the rank 1 and the dtype of the layer.
+        layer.lora_A[_NAME] = _linear(adapter.down.to(device))
+        layer.lora_B[_NAME] = _linear(adapter.up.to(device))
+        layer.r[_NAME] = len(adapter.down)
+        layer.scaling[_NAME] = scale * adapter.scale
+    streamline(transformer)
+
+
+def _check_strength(lora: Lora, scale: float) -> None:
+    """The change of each layer must be a number in float32, or the images would be black."""
+    for name, adapter in lora.adapters.items():
+        ends = [float(half.abs().max()) for half in (adapter.down, adapter.up)]
+        strength = abs(scale * adapter.scale)
+        if not max(strength, strength * len(adapter.down) * math.prod(ends)) < _LARGEST:
+            raise ValueError(
+                f"the adapter of {name} in {lora.path} is too strong for float32 at lora_scale "
+                f"{scale:g}; set a smaller --lora_scale, or give another LoRA"
+            )
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def fitted(lora: Lora, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+    """The adapters by the names of the model's layers.
+
+    Args:
+        modules: the model's modules by their names.
+
+    Raises:
         ValueError: if they belong to another model; the message names the first that does not fit.
     """
-    for complaint in _complaints(lora.state, dict(transformer.named_modules())):
-        raise ValueError(f"{lora.path} is a LoRA for another model: {complaint}")
-    transformer.load_lora_adapter(
-        dict(lora.state),
-        prefix=_PREFIX.removesuffix("."),
-        adapter_name=_NAME,
-        network_alphas=lora.alphas or None,
-        metadata=lora.metadata,
-    )
-    transformer.set_adapters([_NAME], weights=[scale])
-    for name, parameter in transformer.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-    streamline(transformer)
+    found: dict[str, Adapter] = {}
+    names: dict[str, str] = {}
+    for name, adapter in lora.adapters.items():
+        layers = layers_of(name)
+        for complaint in _complaints(
+            name, adapter, {layer: modules.get(layer) for layer in layers}
+        ):
+            raise ValueError(
+                f"{lora.path} is a LoRA for another model: {complaint}; give the model that it was "
+                "trained for"
+            )
+        up = torch.cat(adapter.up.chunk(2)[::-1]) if is_swapped(name) else adapter.up
+        sizes = [_size(modules[layer])[0] for layer in layers]
+        for layer, rows in zip(layers, up.split(sizes), strict=True):
+            if layer in found:
+                raise ValueError(
+                    f"{lora.path} holds two adapters of {layer}, {names[layer]} and {name}; give a "
+                    "file that holds one"
+                )
+            found[layer], names[layer] = Adapter(adapter.down, rows, adapter.scale), name
+    return found
+
+
+def _size(layer: nn.Module | None) -> tuple[int, ...]:
+    """(out, in) of a linear layer, else nothing."""
+    weight = layer.weight if isinstance(layer, nn.Linear) else None
+    return () if weight is None else tuple(weight.shape)
+
+
+def _complaints(
+    name: str, adapter: Adapter, layers: Mapping[str, nn.Module | None]
+) -> Iterator[str]:
+    if not layers:
+        yield f"it changes {name}, and FLUX has no such layer"
+    for layer, module in layers.items():
+        if module is None:
+            yield f"it changes {layer}, which the model does not have"
+        elif not _size(module):
+            yield f"it changes {layer}, which is not a linear layer"
+        elif _size(module)[1] != adapter.down.shape[1]:
+            yield (
+                f"its adapter of {name} takes {adapter.down.shape[1]} inputs, but the model's "
+                f"{layer} takes {_size(module)[1]}"
+            )
+    outputs = sum(_size(module)[0] for module in layers.values())
+    if outputs != len(adapter.up):
+        yield f"its adapter of {name} has {len(adapter.up)} outputs, but the model needs {outputs}"
 
 
 def streamline(transformer: nn.Module) -> None:
@@ -139,34 +186,3 @@ def switched_off(transformer: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
-
-
-def _complaints(state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    for key, weight in state.items():
-        if not key.startswith(_PREFIX):
-            yield f"{key} changes something other than the transformer"
-        module, _, half = key.removeprefix(_PREFIX).partition(".lora_")
-        if half not in ("A.weight", "B.weight"):
-            yield f"{key} is not a weight of an adapter"
-        if module not in modules:
-            yield f"it changes {module}, which the model does not have"
-        other = state.get(f"{_PREFIX}{module}.lora_{'B' if half[0] == 'A' else 'A'}.weight")
-        if other is None:
-            yield f"the other half of {key} is missing"
-        else:
-            yield from _shape_complaints(key, half[0], weight, other, modules[module])
-
-
-def _shape_complaints(
-    key: str, half: str, weight: Tensor, other: Tensor, layer: nn.Module
-) -> Iterator[str]:
-    """``lora_A`` must be [rank, in] and ``lora_B`` [out, rank] for a layer of shape [out, in]."""
-    own = getattr(layer, "weight", None)
-    if own is None or own.ndim != 2:
-        yield f"{key} does not belong to a linear layer"
-    elif half == "A":
-        wanted = [other.shape[-1], own.shape[1]]
-        if list(weight.shape) != wanted:
-            yield f"{key} is {list(weight.shape)}, but the model and the other half need {wanted}"
-    elif weight.shape[0] != own.shape[0]:
-        yield f"{key} is {list(weight.shape)}, but the model's layer has {own.shape[0]} outputs"
