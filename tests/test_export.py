@@ -13,7 +13,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from lora_world import small_flux
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny_world import (
     QUICK,
@@ -147,7 +147,7 @@ def by_us(file: Path) -> dict[str, torch.Tensor]:
 
 def deltas(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {
-        name: layer.get_delta_weight("tuned").double()
+        name: layer.get_delta_weight("tuned").detach().double()
         for name, layer in module.named_modules()
         if isinstance(layer, BaseTunerLayer)
     }
@@ -286,6 +286,17 @@ def test_the_model_that_was_trained_is_gone_or_another(refused, straight, world,
     save_file({**whole, "more": torch.zeros(1)}, other / "transformer" / NAME)
     line = refused(str(straight), "--model", str(other))
     assert f"{other} does not fit the model: missing: more" in line
+
+
+def test_a_lora_is_written_whole_or_not_at_all(lora_run, tmp_path, monkeypatch):
+    def half(state, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("mixgrpo.models.flux_export.save_file", half)
+    output = tmp_path / "output"
+    assert main(["export", str(lora_run), "--output", str(output)]) == 1
+    assert not list(output.rglob("*"))
 
 
 def test_a_folder_in_which_something_is(straight, tmp_path, capsys):

@@ -196,6 +196,11 @@ BAD_TENSORS: list[tuple[str, Change, str]] = [
         "has an alpha, but no adapter",
     ),
     (
+        "a name of two lines",
+        lambda s: s.update({f"{T}\nerror: .lora_A.weight": torch.ones(2, 128)}),
+        "it names a tensor 'transformer.transformer_blocks.0.attn.to_q\\nerror: .lora_A.weight'",
+    ),
+    (
         "another model",
         lambda s: s.update({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(2, 4),
                             "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": torch.ones(4, 2)}),
@@ -262,6 +267,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"r": None}, "r is None, not a"),
     ({"lora_alpha": float("nan")}, "lora_alpha is nan, not a number other than 0"),
     ({"lora_alpha": 0}, "lora_alpha is 0, not a"),
+    ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+    ({"r": 10**400, "rank_pattern": {}}, "but its weights have rank"),
     ({"lora_alpha": "16"}, "lora_alpha is '16', not a"),
     ({"rank_pattern": [2]}, "rank_pattern is [2], not numbers by layers"),
     ({"rank_pattern": {"a": "b"}}, "rank_pattern is {'a': 'b'}"),
@@ -301,7 +308,13 @@ def test_settings_that_are_no_file(tmp_path):
 def test_a_lora_by_peft_without_its_settings(tmp_path):
     """Its strength stands nowhere else; at strength 1 it could be half of what was trained."""
     default = (".lora_A.default.weight", ".lora_B.default.weight")
-    for state in (named(SPLIT, behind("base_model.model.")), named(SPLIT, behind(""), default)):
+    for state in (
+        named(SPLIT, behind("base_model.model.")),
+        named(SPLIT, behind("transformer.base_model.model.")),
+        named(SPLIT, behind("module.base_model.model.transformer.")),
+        named(SPLIT, behind(""), default),
+        named(SPLIT, behind("transformer."), default),
+    ):
         said = refusal(Form({}, state).write(tmp_path))
         assert "lora_alpha / r in adapter_config.json, but that file is not beside it; put" in said
     (tmp_path / "adapter_config.json").write_text(json.dumps(patterns(SPLIT)))
@@ -340,8 +353,14 @@ def test_adapters_of_a_text_encoder_are_told_of(tmp_path, layer):
 def test_a_strength_that_is_assumed_is_told_of(tmp_path):
     path = Form({}, named(SPLIT, behind(""), folded=True)).write(tmp_path)
     assert load(path).notes == (
-        f"{path} names no alpha, so that its adapters are taken at strength 1 (alpha = rank)",
+        f"{path} names no alpha of proj_out and 7 more; strength 1 (alpha = rank) is assumed",
     )
+    state = named(SPLIT, behind("transformer."), alpha=True)
+    del state[f"{T}.alpha"]
+    path = Form({}, state).write(tmp_path)
+    lora = load(path)
+    assert lora.notes == (f"{path} names no alpha of {T}; strength 1 (alpha = rank) is assumed",)
+    assert lora.adapters[T].scale == 1
     assert load(Form({}, diffusers()).write(tmp_path)).notes == ()
 
 
@@ -397,8 +416,12 @@ def test_pickled_files_of_other_contents(tmp_path, content):
 
 def test_pickled_values_that_are_no_tensors(tmp_path):
     for value in (3.5, "text", None, [1.0], torch.ones(2, 128).to_sparse(),
-                  torch.ones(2, 128, dtype=torch.complex64)):  # fmt: skip
+                  torch.ones(2, 128, dtype=torch.complex64), torch.ones(2, 128, device="meta"),
+                  torch.quantize_per_tensor(torch.ones(2, 128), 1.0, 0, torch.quint8)):  # fmt: skip
         torch.save({**diffusers(), f"{T}.lora_A.weight": value}, tmp_path / "lora.bin")
         assert "not a matrix of floating-point numbers" in refusal(tmp_path / "lora.bin")
+    for alpha in (10**400, "3", True, torch.ones((), device="meta"), torch.tensor(1j)):
+        torch.save({**diffusers(), f"{T}.alpha": alpha}, tmp_path / "lora.bin")
+        assert f"{T}.alpha in" in refusal(tmp_path / "lora.bin")
     torch.save({**diffusers(), "epoch": 3}, tmp_path / "lora.bin")
     assert "epoch is neither a half of an adapter" in refusal(tmp_path / "lora.bin")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mixgrpo.files.regular import check_regular
+from mixgrpo.files.pickled import is_pickled, read_pickled
 from mixgrpo.files.weight_files import read_shapes
 from mixgrpo.models.flux_names import is_of_text_encoder, without_prefix
 from mixgrpo.models.lora import Adapter, Lora
-from mixgrpo.models.lora_settings import MERGE, PEFT_NAME, Settings, of_folder, of_header
+from mixgrpo.models.lora_settings import (
+    MERGE,
+    PEFT_NAME,
+    Settings,
+    is_number,
+    of_folder,
+    of_header,
+)
 
 LORA_NAMES = (
     "pytorch_lora_weights.safetensors",
@@ -26,7 +31,6 @@ LORA_NAMES = (
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PEFT_PREFIX = "base_model.model."
 _DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -37,6 +41,7 @@ _HALF = re.compile(
     r"(?P<adapter>\.[^.]+)?\.weight"
 )
 _ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
+_OF_ADAPTER = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")  # with the adapter's name in PEFT
 # Parts of the names of tensors -> the kinds of adapters that have them. Without these tensors, some
 # would look like a plain LoRA and compute something else.
 _OTHER_KINDS = {
@@ -62,7 +67,7 @@ def is_lora(path: Path) -> bool:
     Raises:
         ValueError: the file is damaged.
     """
-    names = list(_unpickled(path)) if path.suffix.lower() in _PICKLED else list(read_shapes([path]))
+    names = list(read_pickled(path)) if is_pickled(path) else list(read_shapes([path]))
     return any("lora" in name or _other_kind(name) for name in names)
 
 
@@ -76,6 +81,9 @@ def read_lora(path: Path) -> Lora:
     tensors, header = _contents(path)
     if not tensors:
         raise ValueError(f"{path} is empty: check the file")
+    for key in tensors:
+        if not key.isprintable():  # in a message, it would be more than a line
+            raise ValueError(f"{path} is damaged: it names a tensor {key!r}; download it again")
     # Sorted, so that of several faults it is always the same that is named.
     text = sorted(filter(is_of_text_encoder, tensors))
     own = {key: tensors[key] for key in sorted(tensors) if not is_of_text_encoder(key)}
@@ -97,7 +105,8 @@ def read_lora(path: Path) -> Lora:
     settings = of_header(header, path)
     if settings is None and _is_by_peft(path, own):
         settings = of_folder(path.parent)
-        notes += _assumption(path, own, settings, alphas)
+    if settings is None:
+        notes += _assumption(path, own, weights, alphas)
     adapters = {
         layer: Adapter(halves["A"], halves["B"], _scale(layer, halves, alphas, settings, path))
         for layer, halves in weights.items()
@@ -116,45 +125,11 @@ def settings_beside(files: Iterable[Path]) -> list[Path]:
 
 def _contents(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors of a file, and the text in its header."""
-    if path.suffix.lower() in _PICKLED:
-        return _unpickled(path), {}
+    if is_pickled(path):
+        return read_pickled(path), {}
     read_shapes([path])  # explains damage
     with safe_open(path, "pt") as opened:
         return {key: opened.get_tensor(key) for key in list(opened.keys())}, opened.metadata() or {}
-
-
-def _unpickled(path: Path) -> dict[str, Any]:
-    """The tensors of a file that ``torch.save`` wrote; code in it is never run."""
-    check_regular(path)
-    try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds something other than tensors, which is not loaded since it might run "
-            "code, or is damaged; save its tensors as a .safetensors file"
-        ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as e:
-        raise ValueError(
-            f"{path} cannot be read ({str(e).splitlines()[0] if str(e) else 'it ends too early'}); "
-            "it may be truncated, so download it again"
-        ) from e
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(
-            f"{path} holds no tensors by their names; save them as a .safetensors file"
-        )
-    return content
 
 
 def _other_kind(key: str) -> str | None:
@@ -192,7 +167,7 @@ def _by_layer(
 
 
 def _weight(key: str, value: Any, path: Path) -> Tensor:
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in _DTYPES:
+    if not _is_dense(value) or value.dtype not in _DTYPES:
         kind = getattr(value, "dtype", type(value).__name__)
         raise ValueError(
             f"{key} in {path} is of type {kind}, not a matrix of floating-point numbers; save the "
@@ -212,18 +187,21 @@ def _weight(key: str, value: Any, path: Path) -> Tensor:
     return weight
 
 
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
 def _alpha(key: str, value: Any, path: Path) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    is_scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    alpha = float(value) if is_number or is_scalar else math.nan
-    if not math.isfinite(alpha):
+    if _is_dense(value) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if not is_number(value):
         raise ValueError(f"{key} in {path} is not a finite number; download the file again")
-    if alpha == 0:
+    if value == 0:
         raise ValueError(
             f"{key} in {path} is 0, which some programs read as no effect and others as the rank; "
             "write the number that is meant"
         )
-    return alpha
+    return float(value)
 
 
 def _unmatched(
@@ -253,26 +231,28 @@ def _has_peft_names(key: str) -> bool:
     if name is None or name["half"] is None:
         return False
     bare = without_prefix(name["layer"]) == name["layer"]
-    return bare or key.startswith(_PEFT_PREFIX) or name["adapter"] is not None
+    return bare or _PEFT_PREFIX in key or name["adapter"] is not None
 
 
 def _assumption(
-    path: Path, keys: Iterable[str], settings: Settings | None, alphas: Mapping[str, float]
+    path: Path, keys: Iterable[str], weights: Iterable[str], alphas: Mapping[str, float]
 ) -> list[str]:
-    """What is assumed where nothing says how strong the adapters are.
+    """What is assumed of adapters whose strength neither settings nor an alpha say.
 
     Raises:
         ValueError: nothing can be assumed.
     """
-    if settings or alphas:
-        return []
-    if any(key.startswith(_PEFT_PREFIX) or re.search(r"\.lora_[AB]\.[^.]+\.weight", key)
-           for key in keys):  # fmt: skip
+    without = [layer for layer in weights if layer not in alphas]
+    if not alphas and any(_PEFT_PREFIX in key or _OF_ADAPTER.search(key) for key in keys):
         raise ValueError(
             f"{path} holds adapters by PEFT, whose strength is lora_alpha / r in {PEFT_NAME}, but "
-            f'that file is not beside it; put it there (with at least "r" and "lora_alpha")'
+            'that file is not beside it; put it there (with at least "r" and "lora_alpha")'
         )
-    return [f"{path} names no alpha, so that its adapters are taken at strength 1 (alpha = rank)"]
+    # Elsewhere, programs have agreed on it, unless other adapters of the same file have an alpha.
+    if not without or (not alphas and not any(map(_has_peft_names, keys))):
+        return []
+    more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+    return [f"{path} names no alpha of {without[0]}{more}; strength 1 (alpha = rank) is assumed"]
 
 
 def _scale(

@@ -19,6 +19,7 @@ PEFT_NAME = "adapter_config.json"
 HEADER = "lora_adapter_metadata"  # diffusers' key in the header of a safetensors file
 _PARTS = ("transformer.", "text_encoder.", "text_encoder_2.")
 _MOST = 16 * MIB
+_LARGEST = 1e30
 MERGE = (
     "merge the adapters into the transformer with the program that made them, and give the merged "
     "weights"
@@ -160,5 +161,10 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value != 0
+    return is_number(value) and value != 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no integer that is too large for one."""
+    is_kind = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_kind and -_LARGEST < value < _LARGEST
