@@ -90,8 +90,7 @@ def read_lora(path: Path) -> Lora:
     notes = []
     if text:
         notes.append(
-            f"{path} also changes a text encoder ({text[0]} and {len(text) - 1} more tensors); "
-            "that part is not used"
+            f"{path} also changes a text encoder (tensors such as {text[0]}); that part is not used"
         )
     if not own:
         raise ValueError(
