@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,8 +93,11 @@ def _unknown_name(kind: str) -> str:
 
 def _import(spec: str, kind: str) -> Any:
     module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute.isidentifier():
-        raise ValueError(f"reward {kind!r} is not of the form package.module:callable")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise ValueError(
+            f"reward {kind!r} is not of the form package.module:callable, in which the module is "
+            "named as in an import, not by its path"
+        )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -101,11 +105,23 @@ def _import(spec: str, kind: str) -> Any:
             f"reward {kind!r}: cannot import {module_name!r} ({error}); "
             "check the spelling and that its folder is on PYTHONPATH"
         ) from error
+    except Exception as error:
+        raise ValueError(
+            f"reward {kind!r}: {module_name!r} cannot be imported ({_told(error)}); correct its "
+            "code"
+        ) from error
     target = getattr(module, attribute, None)
     if not callable(target):
         what = "has no attribute" if target is None else "holds no callable named"
         raise ValueError(f"reward {kind!r}: module {module_name!r} {what} {attribute!r}")
     return target
+
+
+def _told(error: Exception) -> str:
+    """The error in one line, with the line of the reward's code that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return said if isinstance(error, SyntaxError) else f"{said}, in {last.filename}:{last.lineno}"
 
 
 def _check_options(
