@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,157 @@ MAY_CHANGE = (
     "log.",
 )
 
+# The values that a number, or each number of a list, may have. The upper limits exclude only what
+# can be nothing but a mistake, such as a number of steps for which no computer has the memory.
+_SEED, _COUNT, _ITERATIONS = "[-9223372036854775808, 9223372036854775807]", "[1, 1e6]", "[1, 1e8]"
+BOUNDS = {
+    "run.iterations": _ITERATIONS,
+    "run.seed": _SEED,
+    "run.threads": "[0, 4096]",
+    "run.patience": "[0, 1e7]",
+    "run.grace": "[1, 1e7]",
+    "model.lora_rank": "[1, 65536]",
+    "model.lora_alpha": _COUNT,
+    "model.guidance": "[0, 1000]",
+    "model.height": "[16, 16384]",
+    "model.width": "[16, 16384]",
+    "model.text_length": "[1, 8192]",
+    "model.checkpoint_every": "[1, 10000]",
+    "sampling.steps": "[2, 10000]",
+    "sampling.shift": "[0, 1000]",
+    "sampling.eta": "[0, 100]",
+    "sampling.micro_batch": _COUNT,
+    "sampling.decode_batch": _COUNT,
+    "window.size": "[1, 10000]",
+    "window.start": "[0, 10000]",
+    "window.stride": "[0, 10000]",
+    "window.iters_per_window": _ITERATIONS,
+    "window.min_iters": _ITERATIONS,
+    "window.max_iters": _ITERATIONS,
+    "window.decay_rate": "[0, 1000]",
+    "window.decay_threshold": "[-1, 10000]",
+    "window.envelope": "[0, 10000]",
+    "window.seed": _SEED,
+    "prefix.order": "[1, 3]",
+    "prefix.ratio": "(0, 1]",
+    "tail.order": "[1, 3]",
+    "tail.ratio": "(0, 1]",
+    "batch.prompts": _COUNT,
+    "batch.samples": "[1, 1e5]",
+    "rewards.*.weight": "[0, 1e9]",
+    "scoring.micro_batch": _COUNT,
+    "scoring.max_failed": "[0, 1]",
+    "advantage.clip": "(0, 1e9]",
+    "advantage.trim": "[0, 0.5)",
+    "advantage.best_of": "[0, 1e5]",
+    "update.optimizer_steps": "[1, 1e5]",
+    "update.micro_batch": _COUNT,
+    "update.clip": "(0, 1e9]",
+    "update.step_fraction": "(0, 1]",
+    "update.step_weight": "[0, 1e9]",
+    "update.kl": "[0, 1e6]",
+    "update.kl_target": "[0, 1e6]",
+    "update.learning_rate": "(0, 10]",
+    "update.betas": "[0, 1)",
+    "update.weight_decay": "[0, 1000]",
+    "update.warmup": "[0, 1e8]",
+    "update.max_grad_norm": "(0, 1e12]",
+    "ema.decay": "[0, 1)",
+    "ema.every": _ITERATIONS,
+    "validation.every": "[0, 1e8]",
+    "validation.prompts": "[0, 1e6]",
+    "validation.steps": "[2, 10000]",
+    "validation.seed": _SEED,
+    "validation.pictures": "[0, 1e5]",
+    "validation.patience": "[0, 1e8]",
+    "checkpoint.every": "[0, 1e8]",
+    "checkpoint.keep": "[0, 1e8]",
+}
+# Of the commands sample and preprocess.
+SAMPLING_BOUNDS = {
+    "model.guidance": BOUNDS["model.guidance"],
+    "model.height": BOUNDS["model.height"],
+    "model.width": BOUNDS["model.width"],
+    "model.text_length": BOUNDS["model.text_length"],
+    "lora_scale": "[-1000, 1000]",
+    "hybrid": "[0, 1]",
+    "steps": BOUNDS["sampling.steps"],
+    "shift": BOUNDS["sampling.shift"],
+    "seed": _SEED,
+    "samples": BOUNDS["batch.samples"],
+    "micro_batch": _COUNT,
+    "decode_batch": _COUNT,
+    "threads": BOUNDS["run.threads"],
+}
+ENCODING_BOUNDS = {
+    "model.text_length": BOUNDS["model.text_length"],
+    "shard_size": _COUNT,
+    "threads": BOUNDS["run.threads"],
+}
+
+
+def check_bounds(values: dict[str, Any], bounds: dict[str, str]) -> None:
+    """Checks every number of a configuration, and every number in a list.
+
+    Args:
+        values: of the knobs, as ``flatten`` gives them.
+        bounds: knob -> interval, such as "(0, 1]"; ``*`` stands for any name between two dots.
+
+    Raises:
+        ValueError: a number is not finite or lies outside of its knob's interval.
+    """
+    for complaint in _out_of_bounds(values, bounds):
+        raise ValueError(complaint)
+
+
+def _out_of_bounds(values: dict[str, Any], bounds: dict[str, str]) -> Iterator[str]:
+    for key, value in values.items():
+        interval = bounds.get(re.sub(r"^(rewards)\.[^.]+\.", r"\1.*.", key))
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            verb = "holds" if isinstance(value, list) else "is"
+            wrong = (
+                "must be a finite number"
+                if not math.isfinite(number)
+                else (interval and _outside(number, interval))
+            )
+            if wrong:
+                yield f"{key} {verb} {number}; it {wrong}"
+
+
+def _outside(number: float, interval: str) -> str:
+    """What is required of a number that lies outside of an interval; empty if it lies inside."""
+    low, high = interval[1:-1].split(", ")
+    # Seeds need whole numbers that a float cannot represent.
+    least, most = (int(end) if end.lstrip("-").isdecimal() else float(end) for end in (low, high))
+    if number < least or (number == least and interval[0] == "("):
+        return f"must be {'greater than' if interval[0] == '(' else 'at least'} {low}"
+    if number > most or (number == most and interval[-1] == ")"):
+        return f"must be {'less than' if interval[-1] == ')' else 'at most'} {high}"
+    return ""
+
+
+def check_values(config: Config) -> None:
+    """Checks each knob by itself, which depends on nothing but the configuration.
+
+    Raises:
+        ValueError: on the first knob whose value cannot work.
+    """
+    for complaint in _value_complaints(config):
+        raise ValueError(complaint)
+
+
+def _value_complaints(config: Config) -> Iterator[str]:
+    yield from _out_of_bounds(flatten(config), BOUNDS)
+    names: dict[str, str] = {}
+    for name in config.rewards:
+        if names.setdefault(name.lower(), name) != name:
+            yield (
+                f"the rewards {names[name.lower()]} and {name} differ only in upper and lower "
+                "case; give one of them another name"
+            )
+
 
 def check(config: Config, world_size: int | None) -> None:
     """Runs all cross-field checks, before anything is loaded.
@@ -52,10 +204,10 @@ def check(config: Config, world_size: int | None) -> None:
 
 def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
     model, batch, update = config.model, config.batch, config.update
-    yield from _too_small(config)
+    yield from _value_complaints(config)
     yield from _sampling_complaints(config)
     for side in ("height", "width"):
-        if getattr(model, side) < 16 or getattr(model, side) % 16:
+        if getattr(model, side) % 16:
             yield f"model.{side} is {getattr(model, side)}; it must be a positive multiple of 16"
     yield from _weight_complaints(config)
     if batch.samples < 2:
@@ -82,19 +234,8 @@ def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
     if not config.rewards:
         yield "no reward is configured; add one, as the recipes in scripts/recipes do"
     weights = {name: reward.weight for name, reward in config.rewards.items()}
-    if config.rewards and (min(weights.values()) < 0 or not any(weights.values())):
-        yield (
-            f"reward weights are {weights}; none may be negative, and at least one must be positive"
-        )
-    if config.scoring.max_failed > 1:
-        yield f"scoring.max_failed is {config.scoring.max_failed}; it is a fraction, at most 1"
-    for part, knobs in (("prefix", config.prefix), ("tail", config.tail)):
-        if not 0 < knobs.ratio <= 1:
-            yield f"{part}.ratio is {knobs.ratio}; it must lie in (0, 1]"
-        if not 1 <= knobs.order <= 3:
-            yield f"{part}.order is {knobs.order}; DPM-Solver++ has orders 1, 2 and 3"
-    if not 0 <= config.ema.decay < 1:
-        yield f"ema.decay is {config.ema.decay}; it must lie in [0, 1)"
+    if config.rewards and not any(weights.values()):
+        yield f"reward weights are {weights}; at least one must be positive"
 
 
 def _engine_complaints(config: Config, world_size: int | None) -> Iterator[str]:
@@ -130,16 +271,12 @@ def _engine_complaints(config: Config, world_size: int | None) -> Iterator[str]:
 def _emphasis_complaints(config: Config) -> Iterator[str]:
     """Checks which parts of a rollout are trained, and how they are weighted."""
     advantage, update, samples = config.advantage, config.update, config.batch.samples
-    if not 0 <= advantage.trim < 0.5:
-        yield f"advantage.trim is {advantage.trim}; it is a fraction at each end, in [0, 0.5)"
     kept, parts = advantage.best_of, update.optimizer_steps
     if kept and not (0 < kept <= samples and kept % 2 == 0 and kept % parts == 0):
         yield (
             f"advantage.best_of is {kept}; it must be even, a multiple of update.optimizer_steps "
             f"({parts}), and at most batch.samples ({samples}), or 0 to train on all"
         )
-    if not 0 < update.step_fraction <= 1:
-        yield f"update.step_fraction is {update.step_fraction}; it must lie in (0, 1]"
     weights, steps = update.step_weight, config.sampling.steps
     if isinstance(weights, list):
         if len(weights) != steps - 1:
@@ -147,11 +284,8 @@ def _emphasis_complaints(config: Config) -> Iterator[str]:
                 f"update.step_weight has {len(weights)} weights; {steps} denoising steps need "
                 f"{steps - 1}, one for each but the last"
             )
-        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-            yield (
-                f"update.step_weight is {weights}; weights must be finite and >= 0, with at least "
-                "one positive"
-            )
+        if not any(weights):
+            yield "update.step_weight has only weights of 0; at least one must be positive"
     if update.kl_target > 0 and update.kl == 0:
         yield (
             f"update.kl_target is {update.kl_target}, but update.kl is 0; set --update.kl to the "
@@ -198,56 +332,13 @@ def _weight_complaints(config: Config) -> Iterator[str]:
 
 
 def _sampling_complaints(config: Config) -> Iterator[str]:
-    if config.sampling.eta <= 0:
+    if config.sampling.eta == 0:
         yield (
             f"sampling.eta is {config.sampling.eta}; without noise there is no log-probability to "
             "train on, so it must be positive"
         )
     if config.sampling.transition == "cps" and config.sampling.eta > 1:
         yield f"sampling.eta is {config.sampling.eta}; with transition cps it must lie in (0, 1]"
-    if config.sampling.shift < 0:
-        yield (
-            f"sampling.shift is {config.sampling.shift}; it must be positive, or 0 for the "
-            "resolution-dependent shift"
-        )
-
-
-def _too_small(config: Config) -> Iterator[str]:
-    least = {
-        "run.iterations": 1,
-        "run.patience": 0,
-        "run.grace": 1,
-        "sampling.steps": 2,
-        "sampling.micro_batch": 1,
-        "sampling.decode_batch": 1,
-        "batch.prompts": 1,
-        "scoring.micro_batch": 1,
-        "scoring.max_failed": 0,
-        "update.optimizer_steps": 1,
-        "update.micro_batch": 1,
-        "update.clip": 1e-12,
-        "update.learning_rate": 1e-12,
-        "update.max_grad_norm": 1e-12,
-        "update.kl": 0,
-        "update.kl_target": 0,
-        "update.warmup": 0,
-        "model.lora_rank": 1,
-        "model.text_length": 1,
-        "model.checkpoint_every": 1,
-        "ema.every": 1,
-        "validation.every": 0,
-        "validation.prompts": 0,
-        "validation.steps": 2,
-        "validation.pictures": 0,
-        "validation.patience": 0,
-        "checkpoint.every": 0,
-        "checkpoint.keep": 0,
-        "advantage.clip": 1e-12,
-    }
-    values = flatten(config)
-    for key, bound in least.items():
-        if not values[key] >= bound:
-            yield f"{key} is {values[key]}; it must be at least {bound}"
 
 
 def _multiple(number: int, of: int) -> int:

@@ -1,23 +1,26 @@
 """The knobs of a training run: typed, documented where they are defined, checked before use.
 
 Precedence: the defaults here < a recipe (YAML) < dotted overrides on the command line. The string
-under a field is its help text in ``--help``.
+under a field is its help text in ``--help``; the limits of numbers are in ``checks.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 RECIPES = Path(__file__).parent.parent / "scripts" / "recipes"
+
+FilePath = Annotated[str, "path"]
+"""A knob that names a file or folder: a leading ``~`` is expanded when it is read."""
 
 
 @dataclass
 class RunConfig:
     """The run's folder, length, seed and behaviour when it is interrupted."""
 
-    folder: str = "runs/run"
+    folder: FilePath = "runs/run"
     """folder for checkpoints, metrics, images and the resolved configuration"""
     iterations: int = 300
     """total number of training iterations; one iteration is one rollout and its optimizer steps"""
@@ -47,7 +50,7 @@ class ModelConfig:
 
     family: Literal["flux"] = "flux"
     """model family"""
-    path: str = "data/models/FLUX.1-dev"
+    path: FilePath = "data/models/FLUX.1-dev"
     """diffusers pipeline folder with transformer, vae, two text encoders and tokenizers"""
     train: Literal["full", "lora"] = "full"
     """train all transformer weights, or only low-rank adapters added to them"""
@@ -103,7 +106,7 @@ class TextConfig:
     mode: Literal["online", "embeddings"] = "online"
     """online: encode each iteration's prompts with the text encoders; embeddings: read stored
     embeddings from a folder"""
-    embeddings: str = ""
+    embeddings: FilePath = ""
     """with mode embeddings, the folder that `python -m mixgrpo preprocess` wrote"""
     placement: Literal["device", "cpu", "offload"] = "device"
     """with mode online, where the text encoders are: always on the device, on the CPU (which then
@@ -201,7 +204,7 @@ class TailConfig:
 class BatchConfig:
     """Prompts and samples of one iteration."""
 
-    prompts_file: str = "data/prompts.txt"
+    prompts_file: FilePath = "data/prompts.txt"
     """file of training prompts, UTF-8: one per line, or JSONL with a key `prompt`"""
     prompts: int = 32
     """prompts per iteration, summed over all processes"""
@@ -218,13 +221,14 @@ class RewardConfig:
     HTTP endpoint), ocr (text rendered in the image), or your own package.module:callable"""
     weight: float = 1.0
     """weight in the advantage; the weights are normalised to sum to 1"""
-    model: str | None = None
+    model: FilePath | None = None
     """architecture name or model folder; for vlm, the model's name on its server"""
-    checkpoint: str | None = None
+    checkpoint: FilePath | None = None
     """file with the weights"""
     options: dict[str, Any] = field(default_factory=dict)
     """further options of this kind: dtype; tokenizer or processor, if it is not in the model
-    folder; mixgrpo/rewards/README.md lists those of vlm and ocr"""
+    folder; mixgrpo/rewards/README.md lists those of vlm and ocr; --rewards.NAME.options.KEY sets
+    one of them"""
 
 
 @dataclass
@@ -345,7 +349,7 @@ class ValidationConfig:
     """iterations between validations; 0 validates only before and after training"""
     before: bool = True
     """validate the untrained model too; set to false if its scores are known from another run"""
-    prompts_file: str = "data/prompts_test.txt"
+    prompts_file: FilePath = "data/prompts_test.txt"
     """file of validation prompts, UTF-8: one per line, or JSONL with a key `prompt`"""
     prompts: int = 64
     """number of prompts to use, from the top of the file; 0 uses all"""
@@ -400,7 +404,7 @@ class Config:
     tail: TailConfig = field(default_factory=TailConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
-    """rewards, by the names under which they are logged"""
+    """rewards, by the names under which they are logged, of letters, digits, _ and -"""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -417,7 +421,7 @@ class EncoderConfig:
 
     family: Literal["flux"] = "flux"
     """model family"""
-    path: str = "data/models/FLUX.1-dev"
+    path: FilePath = "data/models/FLUX.1-dev"
     """diffusers pipeline folder with two text encoders and tokenizers"""
     text_length: int = 512
     """maximum number of T5 tokens; longer prompts are truncated with a warning"""
@@ -427,10 +431,10 @@ class EncoderConfig:
 class PreprocessConfig:
     """How prompts are encoded in advance."""
 
-    prompts_files: list[str]
+    prompts_files: list[FilePath]
     """files of prompts, UTF-8: one per line, or JSONL with a key `prompt`; each distinct prompt is
     encoded once"""
-    output: str
+    output: FilePath
     """folder for the embeddings; prompts that it already contains are not encoded again"""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -724,11 +724,13 @@ def test_options_that_cannot_be(base, tuned, tmp_path, complain):
     assert "one of all, r" in complain(base, "--gallery_by", "q")
     assert "--basline; did you mean --baseline?" in complain(base, "--basline", "base")
     assert "there is no option --update.kl" in complain(base, "--update.kl", "1")
-    assert "there is no knob rewards.NAME.knd" in complain(base, "--rewards.r.knd", "x")
+    assert "no knob rewards.r.knd; did you mean rewards.r.kind?" in complain(
+        base, "--rewards.r.knd", "x"
+    )
     assert "the following arguments are required: --output" in complain(base, output=False)
     assert "required: MANIFEST" in complain()
     assert "--resamples is 0; it must be at least 1" in complain(base, "--resamples", "0")
-    assert "invalid int value: 'x'" in complain(base, "--seed", "x")
+    assert "--seed is 'x'; it must be a whole number" in complain(base, "--seed", "x")
     assert "micro_batch is 0" in complain(base, "--scoring.micro_batch", "0")
     assert "no recipe 'shapes'" in complain(base, "--recipe", "shapes")
     assert "rewards.m: unknown reward 'jpg'" in complain(base, "--rewards.m.kind", "jpg")

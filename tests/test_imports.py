@@ -97,7 +97,7 @@ MAY_IMPORT = {
     "mixgrpo.report.runs": ("mixgrpo.config", "mixgrpo.files", "mixgrpo.text.prompts"),
     "mixgrpo.report.charts": ("mixgrpo.run.metrics", "mixgrpo.report.runs"),
     "mixgrpo.report.pictures": ("mixgrpo.evaluation", "mixgrpo.report.runs"),
-    "mixgrpo.inference.config": ("mixgrpo.config", "mixgrpo.files"),
+    "mixgrpo.inference.config": ("mixgrpo.checks", "mixgrpo.config", "mixgrpo.files"),
     "mixgrpo.doctor.lines": ("mixgrpo.downloads",),
     "mixgrpo.doctor.environment": ("mixgrpo.config", "mixgrpo.doctor.lines"),
     "mixgrpo.__main__": ("mixgrpo.commands", "mixgrpo.engines.distributed"),

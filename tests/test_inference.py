@@ -750,7 +750,7 @@ def test_a_lora_scale_for_whole_weights(knobs, straight):
         ({"micro_batch": 0}, "micro_batch is 0"),
         ({"decode_batch": 0}, "decode_batch is 0"),
         ({"shift": -1.0}, "shift is -1.0; it must be at least 0"),
-        ({"hybrid": 1.5, "checkpoint": "a"}, "hybrid is 1.5; it is a fraction"),
+        ({"hybrid": 1.5, "checkpoint": "a"}, "hybrid is 1.5; it must be at most 1"),
         ({"hybrid": 0.8}, "hybrid is 0.8, but no tuned weights are given; set --checkpoint"),
         ({"lora_scale": 2.0}, "lora_scale is 2.0, but no tuned weights are given"),
         ({"weights": "ema"}, "weights is ema, but no tuned weights are given"),

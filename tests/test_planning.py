@@ -389,7 +389,7 @@ def test_the_readmes_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "0"], "--gpus is '0'; it must be a positive whole number"),
         (["--gpus", "1.5"], "--gpus is '1.5'; it must be a positive whole number"),
         (["--peak", "fast"], "--peak is 'fast'; it must be a positive number"),
-        (["--share", "40"], "--share is 40.0; it is a fraction of the peak, at most 1"),
+        (["--share", "40"], "--share is 40; it must be at most 1"),
         (["--gpu-memory"], "--gpu-memory needs a value"),
         (["--windo.size", "3"], "there is no knob windo.size; did you mean window.size?"),
     ],

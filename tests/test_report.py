@@ -377,7 +377,7 @@ def test_the_command_writes_into_the_runs_folder_or_where_it_is_told(run, tmp_pa
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "runs"),
+        ([], "the following arguments are required: RUN"),
         (["RUN", "--outputs", "x"], "--outputs"),
         (["RUN", "--output", "FOLDER"], "which is a folder; name a file instead"),
     ],

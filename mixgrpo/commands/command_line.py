@@ -11,54 +11,111 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any, NoReturn
 
 import jsonargparse
 
-
-def new_parser(command: str, description: str) -> jsonargparse.ArgumentParser:
-    """A parser that reads knobs and their help from dataclasses and accepts no abbreviations."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return jsonargparse.ArgumentParser(
-        prog=f"python -m mixgrpo {command}",
-        allow_abbrev=False,  # an abbreviated name is treated as a typo
-        description=description,
-        exit_on_error=False,
-    )
+from mixgrpo.files.home import expand_home
 
 
-def read_words(
-    parser: jsonargparse.ArgumentParser,
-    words: Sequence[str],
-    one_line: Callable[[str], str],
-) -> jsonargparse.Namespace:
-    """Parses and instantiates the words of a command line.
+class OptionParser(argparse.ArgumentParser):
+    """A parser of a command's options, for commands without knobs.
+
+    It accepts no abbreviations, and raises ValueError, in place of exiting, for an option that is
+    unknown or has a wrong value.
+    """
+
+    def __init__(self, command: str, description: str, **more: Any) -> None:
+        super().__init__(
+            prog=f"python -m mixgrpo {command}",
+            allow_abbrev=False,  # an abbreviated name is treated as a typo
+            description=description,
+            **more,
+        )
+
+    def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        """The options; a mistyped one is reported before any that is missing."""
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in words:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all options"
+                raise ValueError(f"there is no option {shortened(name)}; {hint}")
+        given, unknown = self.parse_known_args(list(words))
+        if unknown:
+            raise ValueError(
+                f"{shortened(unknown[0])!r} is not expected here; --help shows the usage"
+            )
+        return given
+
+    def error(self, message: str) -> NoReturn:
+        named = re.fullmatch(r"argument (\S+): (is .*)", message, re.DOTALL)
+        if named is not None:
+            raise ValueError(f"{named[1]} {named[2]}")
+        message = message.replace("expected one argument", "it needs a value")
+        message = message.replace("ignored explicit argument", "it takes no value, but was given")
+        raise ValueError(f"{message.removeprefix('argument ')}; --help shows the usage")
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """A type of options: whole numbers in [least, most]."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[-+]?[0-9]{1,4000}", text):
+            raise argparse.ArgumentTypeError(f"is {shortened(text)!r}; it must be a whole number")
+        for is_wrong, limit in (
+            (int(text) < least, f"least {least}"),
+            (int(text) > most, f"most {most}"),
+        ):
+            if is_wrong:
+                raise argparse.ArgumentTypeError(f"is {shortened(text)}; it must be at {limit}")
+        return int(text)
+
+    return parse
+
+
+def home_path(text: str) -> Path:
+    """A type of options: a path, in which ``~`` is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    try:
+        return Path(expand_home(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is not usable: {error}") from error
+
+
+def show_help(
+    command: str, description: str, knobs: type, words: Sequence[str], recipes: str = ""
+) -> None:
+    """Prints the help of a command with knobs, and exits, if the words ask for it.
 
     Args:
-        one_line: turns the parser's message into one helpful line.
-
-    Raises:
-        ValueError: a knob is unknown or has a wrong value.
+        knobs: the dataclass of the knobs; the strings below its fields are their help.
+        words: ``--help``, or ``--rewards.help`` for the knobs of a reward.
+        recipes: the folder of the recipes; empty if the command takes none.
     """
-    try:
-        return parser.instantiate(parser.parse_args(list(words)))
-    except argparse.ArgumentError as error:
-        raise ValueError(_without_jargon(one_line(" ".join(str(error).split())))) from error
-
-
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-
-
-def _without_jargon(text: str) -> str:
-    """The message about a wrong value, without the parser's internal names."""
-    wrong = re.search(
-        r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>. Got value: (.*)""", text
+    wanted = [word for word in words if re.fullmatch(r"-h|--help|--[\w.]+\.help", word)]
+    if not wanted:
+        return
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m mixgrpo {command}", description=description, exit_on_error=False
     )
-    if wrong is None or wrong[2] not in _KINDS:
-        return text
-    inside = re.search(r'Parser key "([\w.]+)": Problem with', text[: wrong.start()])
-    knob = f"{inside[1]}.NAME.{wrong[1]}" if inside else wrong[1]
-    return f"{knob} is {wrong[3]!r}; it must be {_KINDS[wrong[2]]}"
+    if recipes:
+        parser.add_argument(
+            "--recipe", help=f"name of a recipe in {recipes}, or path of a YAML file"
+        )
+        parser.add_argument(
+            "--print_config",
+            action="store_true",
+            help="print the resolved knobs as a recipe, and exit",
+        )
+    parser.add_class_arguments(knobs)
+    with contextlib.suppress(argparse.ArgumentError):  # a knob without help of its own
+        parser.parse_args(wanted[:1])
 
 
 def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
@@ -84,19 +141,20 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list
     return value, others
 
 
-def unknown_knob(message: str) -> str | None:
-    """The dotted path of the knob that a parser's message reports as unknown."""
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
-        r"'([\w.]+)' does not accept option '([\w.]+)'", message
-    )
-    return ".".join(unknown.groups()) if unknown else None
-
-
 def no_such_knob(knob: str, known: Iterable[str]) -> str:
-    """The message for a mistyped knob, with the closest known name."""
-    nearest = difflib.get_close_matches(knob, list(known), n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all knobs"
-    return f"there is no knob {knob}; {hint}"
+    """The message for a mistyped or misplaced knob, with the closest known name."""
+    names = {name.lower(): name for name in known}
+    last = knob.lower().rpartition(".")[2]
+    of_that_name = [name for name in names if name.rpartition(".")[2] == last]
+    nearest = difflib.get_close_matches(knob.lower(), of_that_name, n=1, cutoff=0)
+    nearest += difflib.get_close_matches(knob.lower(), names, n=1)
+    hint = f"did you mean {names[nearest[0]]}?" if nearest else "--help lists all knobs"
+    return f"there is no knob {shortened(knob) or repr(knob)}; {hint}"
+
+
+def shortened(text: str) -> str:
+    """At most 60 characters of a text, for a message."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def carry_out(

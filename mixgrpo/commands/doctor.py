@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -30,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     except ImportError as caught:
         print(f"error: the recipe cannot be read: {caught}; run bash env_setup.sh", file=sys.stderr)
         return 1
-    except (ValueError, FileNotFoundError) as caught:
+    except (ValueError, OSError) as caught:
         print(f"error: {caught}", file=sys.stderr)
         return 1
     finally:
@@ -51,10 +52,13 @@ def _told(lines: Iterable[Line]) -> list[Line]:
 
 def _parsed(arguments: Sequence[str]) -> tuple[Config, int]:
     # Imported here because the packages that these modules import may be missing.
-    from mixgrpo.commands.command_line import take_option
+    from mixgrpo.commands.command_line import shortened, take_option
     from mixgrpo.commands.train import parse
 
     processes, words = take_option(arguments, "--processes")
-    if processes is not None and not (processes.isdecimal() and int(processes) > 0):
-        raise ValueError(f"--processes is {processes!r}; it must be a positive whole number")
+    if processes is not None and not re.fullmatch("[1-9][0-9]{0,5}", processes):
+        raise ValueError(
+            f"--processes is {shortened(processes)!r}; it must be a positive whole number below "
+            "1000000"
+        )
     return parse(words), int(processes or 0)

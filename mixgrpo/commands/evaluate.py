@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from mixgrpo.commands.command_line import carry_out, complain
+from mixgrpo.commands.command_line import OptionParser, carry_out, complain, home_path, whole_number
 from mixgrpo.commands.train import parse as parse_recipe
 from mixgrpo.config import Config, RewardConfig
 
@@ -25,7 +24,7 @@ OF_THE_RECIPE = ("recipe", "rewards", "scoring.", "run.threads", "log.progress")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "output": {
-        "type": Path,
+        "type": home_path,
         "required": True,
         "metavar": "FOLDER",
         "help": "folder for table.md, summary.json, gallery.html and scores.json, whose scores are "
@@ -36,23 +35,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "name of the manifest that the others are compared with (default: the first)",
     },
     "resamples": {
-        "type": int,
+        "type": whole_number(1, 1_000_000),
         "default": 2000,
         "help": "number of bootstrap resamples (default: %(default)s)",
     },
     "seed": {
-        "type": int,
+        "type": whole_number(0, 2**63 - 1),
         "default": 0,
         "help": "seed of the bootstrap (default: %(default)s)",
     },
     "gallery_prompts": {
-        "type": int,
+        "type": whole_number(0, 1_000_000),
         "default": 60,
         "help": "maximum number of prompts in the gallery; 0 writes no gallery (default: "
         "%(default)s)",
     },
     "gallery_samples": {
-        "type": int,
+        "type": whole_number(1, 10_000),
         "default": 4,
         "help": "maximum number of images per prompt and manifest in the gallery (default: "
         "%(default)s)",
@@ -134,12 +133,9 @@ def parse(arguments: Sequence[str]) -> Request:
     """
     own, of_recipe = _divided(arguments)
     parser = _parser()
-    given, unknown = parser.parse_known_args(own)
-    if unknown:
-        known = [f"--{name}" for name in OPTIONS]
-        raise ValueError(f"there is no option {unknown[0]}{_nearest(unknown[0], known)}")
+    given = parser.parse_args(own)
     config = _in_own_scale(parse_recipe(of_recipe))
-    _check(given, config)
+    _check(config)
     # Imported here so that a mistyped option is reported without waiting for torch.
     from mixgrpo.evaluation.comparison import Bootstrap
     from mixgrpo.evaluation.gallery import ALL, Choice
@@ -163,16 +159,10 @@ def parse(arguments: Sequence[str]) -> Request:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help shows the usage")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m mixgrpo evaluate",
-        allow_abbrev=False,
-        description="Scores images with a recipe's rewards and compares them prompt by prompt.",
+def _parser() -> OptionParser:
+    parser = OptionParser(
+        "evaluate",
+        "Scores images with a recipe's rewards and compares them prompt by prompt.",
         epilog="The rewards are those of --recipe NAME, without their weights, and can be "
         "overridden with --rewards.NAME.KNOB as in training; --scoring.micro_batch, --run.threads "
         "and --log.progress also work as in training.",
@@ -219,15 +209,9 @@ def _unscaled(knobs: RewardConfig) -> RewardConfig:
     return replace(knobs, options=kept)
 
 
-def _check(given: argparse.Namespace, config: Config) -> None:
+def _check(config: Config) -> None:
     if not config.rewards:
         raise ValueError("no reward is configured; use those of a recipe with --recipe NAME")
-    least = {"resamples": 1, "seed": 0, "gallery_prompts": 0, "gallery_samples": 1}
-    values = {f"--{name}": (getattr(given, name), bound) for name, bound in least.items()}
-    values["--scoring.micro_batch"] = (config.scoring.micro_batch, 1)
-    for name, (value, bound) in values.items():
-        if value < bound:
-            raise ValueError(f"{name} is {value}; it must be at least {bound}")
 
 
 def _one_of(option: str, name: str, known: Sequence[str]) -> str:

@@ -5,31 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixgrpo.commands.command_line import (
-    carry_out,
-    complain,
-    new_parser,
-    no_such_knob,
-    read_words,
-    unknown_knob,
-)
+from mixgrpo.commands.command_line import OptionParser, carry_out, complain, home_path
 from mixgrpo.files.disk import own_folder
-
-_OPTIONS = ("output", "ema", "model")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Writes the model of a checkpoint; returns the exit code."""
-    parser = new_parser(
+    parser = OptionParser(
         "export", "Writes a checkpoint's trained model as a diffusers folder or a LoRA file."
     )
     parser.add_argument(
         "source",
-        type=str,
+        type=home_path,
+        metavar="RUN_OR_CHECKPOINT",
         help="a run's folder, for its newest checkpoint, or a checkpoint's folder",
     )
     parser.add_argument(
-        "--output", type=str, required=True, help="folder to write the model to; new or empty"
+        "--output",
+        type=home_path,
+        required=True,
+        metavar="FOLDER",
+        help="folder to write the model to; new or empty",
     )
     parser.add_argument(
         "--ema",
@@ -38,12 +34,12 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--model",
-        type=str,
-        default="",
+        type=home_path,
+        metavar="FOLDER",
         help="the folder of the base model, if it was moved",
     )
     try:
-        given = read_words(parser, arguments, _in_one_line)
+        given = parser.parse_args(arguments)
     except ValueError as error:
         return complain(error)
     # Imported here so that a mistyped option is reported without waiting for torch.
@@ -56,17 +52,12 @@ def run(arguments: Sequence[str]) -> int:
     )
 
 
-def _export(source: str, output: str, ema: bool, model: str) -> None:
+def _export(source: Path, output: Path, ema: bool, model: Path | None) -> None:
     from mixgrpo.models.export import export, find_checkpoint
 
-    checkpoint = find_checkpoint(Path(source))
-    with own_folder(output, "output"):
-        if any(Path(output).iterdir()):
-            raise ValueError(f"output is {output!r}, which is not empty; name a new folder")
-        export(checkpoint, Path(output), "ema" if ema else "model", model)
+    checkpoint = find_checkpoint(source)
+    with own_folder(str(output), "output"):
+        if any(output.iterdir()):
+            raise ValueError(f"output is {str(output)!r}, which is not empty; name a new folder")
+        export(checkpoint, output, "ema" if ema else "model", str(model or ""))
     print(f"{'average' if ema else 'model'} of {checkpoint}: {output}")
-
-
-def _in_one_line(text: str) -> str:
-    option = unknown_knob(text)
-    return text if option is None else no_such_knob(option, _OPTIONS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import secrets
 import signal
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from time import strftime
 
 from mixgrpo.commands import launch
-from mixgrpo.commands.command_line import complain
+from mixgrpo.commands.command_line import OptionParser, complain, home_path, whole_number
 from mixgrpo.config import Config, flatten
 from mixgrpo.hosts.check import ask, complaints, data_paths, table
 from mixgrpo.hosts.environment import forwarded, read_settings
@@ -33,15 +34,15 @@ def run(arguments: Sequence[str]) -> int:
     if list(arguments[:1]) in (["-h"], ["--help"]):
         _parser().print_help()
         return 0
-    given, words = _parser().parse_known_args(list(arguments))
     try:
+        given, words = _parser().parse_known_args(list(arguments))
         hosts = read_hostfile(given.hostfile)
         if words[:1] == ["check"]:
             return _check(hosts, given, words[1:])
         if words[:1] in ([], ["launch"], ["hosts"]):
             raise ValueError("no command to run on the hosts is given; give one, such as train")
         config = launch.parse_command(words)  # reports a mistyped knob before any host starts
-        _check_options(given, config)
+        _check_folder(config)
         if is_this_machine(hosts):
             return _run_here(hosts[0], given, words, config)
         check_tools()
@@ -74,41 +75,43 @@ def _supervise(job: Job) -> int:
             signal.signal(number, handler)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mixgrpo hosts",
-        allow_abbrev=False,  # an option that is not spelled out belongs to the command
+def _parser() -> OptionParser:
+    parser = OptionParser(  # an option that is not spelled out belongs to the command
+        "hosts",
+        "Runs COMMAND on every host of a hostfile, using pdsh.",
         add_help=False,  # --help after the command belongs to the command
-        description="Runs COMMAND on every host of a hostfile, using pdsh.",
         usage="%(prog)s [options] COMMAND [options of COMMAND]",
     )
     parser.add_argument(
         "--hostfile",
-        type=Path,
+        type=home_path,
         default=ROOT / "hosts" / "hostfile",
         help="file with one host per line: NAME or NAME slots=N",
     )
     parser.add_argument(
         "--settings",
-        type=Path,
+        type=home_path,
         default=ROOT / "hosts" / "nccl.env",
         help="file of NAME=VALUE lines, which are set in every host's environment",
     )
     parser.add_argument(
         "--max-restarts",
-        type=int,
+        type=whole_number(0, 1_000_000),
         default=3,
         help="maximum number of restarts after a failure; the run restarts only if it has saved a "
         "checkpoint since it started or a host was lost",
     )
     parser.add_argument(
         "--lost-after",
-        type=int,
+        type=whole_number(3, 1_000_000),
         default=30,
         help="seconds without an answer after which a host counts as lost",
     )
     parser.add_argument(
-        "--wait", type=int, default=1800, help="seconds to wait for a lost host before a restart"
+        "--wait",
+        type=whole_number(0, 10_000_000),
+        default=1800,
+        help="seconds to wait for a lost host before a restart",
     )
     return parser
 
@@ -143,12 +146,7 @@ def _restarts(
     return _progress(pointer), again
 
 
-def _check_options(given: argparse.Namespace, config: object) -> None:
-    for name, least in (("lost_after", 3), ("max_restarts", 0), ("wait", 0)):
-        if getattr(given, name) < least:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be at least {least}"
-            )
+def _check_folder(config: object) -> None:
     # Checked here and not in the first attempt, since the next attempt would resume that run.
     if (
         isinstance(config, Config)
@@ -185,7 +183,7 @@ def _content(pointer: Path) -> str:
 
 def _slots(host: Host) -> int | None:
     wanted = os.environ.get("PROCESSES") or "0"
-    if not wanted.isdecimal():
+    if not re.fullmatch("[0-9]{1,4}", wanted):
         raise ValueError(
             f"PROCESSES is {wanted!r}; it must be the number of processes to start on each host"
         )

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mixgrpo.commands import COMMANDS
-from mixgrpo.commands.command_line import complain
+from mixgrpo.commands.command_line import complain, shortened
 from mixgrpo.config import Config
 
 GRACE = 900  # seconds for saving and exiting, for commands without run.grace
 FAILED_PATIENCE = 10  # seconds that the other processes get once one has failed
+MOST_PROCESSES = 1024  # on one machine; none has as many GPUs
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 USAGE = (
     "usage: python -m mixgrpo launch [--nproc_per_node N] [torchrun's other options] "
@@ -153,8 +155,17 @@ def _raise(message: str) -> NoReturn:
 
 
 def _check_number(processes: str) -> None:
-    if processes not in ("auto", "gpu", "cpu") and not (processes.isdecimal() and int(processes)):
-        raise ValueError(f"--nproc_per_node is {processes!r}; it must be a positive whole number")
+    if processes in ("auto", "gpu", "cpu"):
+        return
+    if not re.fullmatch("[1-9][0-9]*", processes):
+        raise ValueError(
+            f"--nproc_per_node is {shortened(processes)!r}; it must be a positive whole number"
+        )
+    if len(processes) > 4 or int(processes) > MOST_PROCESSES:
+        raise ValueError(
+            f"--nproc_per_node is {shortened(processes)}; it must be at most {MOST_PROCESSES}, the "
+            "processes of one machine"
+        )
 
 
 def _refuse(reason: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 
-from mixgrpo.commands.command_line import carry_out, complain, take_option
+from mixgrpo.commands.command_line import carry_out, complain, shortened, take_option
 from mixgrpo.commands.train import parse as parse_recipe
 from mixgrpo.config import Config
 from mixgrpo.planning.plan import Question, report
@@ -24,6 +24,16 @@ the sizes of FLUX.1-dev. The knobs are those of `python -m mixgrpo train --help`
   --peak TFLOPS      peak dense bfloat16 TFLOP/s of a GPU (989: H100, H200)"""
 
 
+# The most that an option may be; those that are whole numbers here take whole numbers.
+_MOST: dict[str, float] = {
+    "gpus": 1_000_000,
+    "gpus_per_node": 1_000,
+    "gpu_memory": 1e6,
+    "share": 1.0,
+    "peak": 1e6,
+}
+
+
 def run(arguments: Sequence[str]) -> int:
     """Prints the plan; returns the exit code."""
     if {"-h", "--help"} & set(arguments):
@@ -31,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     try:
         question, config = parse(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return complain(error)
     return carry_out(partial(_show, config, question), (ValueError, OSError), "nothing was changed")
 
@@ -40,7 +50,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, Config]:
     """The question to answer, and the recipe.
 
     Raises:
-        FileNotFoundError: the recipe does not exist.
+        OSError: the recipe does not exist or cannot be read.
         ValueError: an option or a knob is unknown or has a wrong value.
     """
     given: dict[str, float] = {}
@@ -49,21 +59,22 @@ def parse(arguments: Sequence[str]) -> tuple[Question, Config]:
         option = f"--{field.name.replace('_', '-')}"
         text, words = take_option(words, option)
         if text is not None:
-            given[field.name] = _number(option, text, whole=field.type == "int")
-    question = Question(**given)  # type: ignore[arg-type]
-    if question.share > 1:
-        raise ValueError(f"--share is {question.share}; it is a fraction of the peak, at most 1")
-    return question, parse_recipe(words)
+            given[field.name] = _number(option, text, field.name)
+    return Question(**given), parse_recipe(words)  # type: ignore[arg-type]
 
 
-def _number(option: str, text: str, whole: bool) -> float:
+def _number(option: str, text: str, name: str) -> float:
+    most = _MOST[name]
+    is_whole = isinstance(most, int)
     try:
-        value = int(text) if whole else float(text)
+        value = int(text) if is_whole else float(text)
     except ValueError:
         value = 0
     if not value > 0:
-        kind = "whole number" if whole else "number"
-        raise ValueError(f"{option} is {text!r}; it must be a positive {kind}")
+        kind = "whole number" if is_whole else "number"
+        raise ValueError(f"{option} is {shortened(text)!r}; it must be a positive {kind}")
+    if value > most:
+        raise ValueError(f"{option} is {shortened(text)}; it must be at most {most:.0f}")
     return value
 
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 
-from mixgrpo.commands.command_line import (
-    carry_out,
-    complain,
-    new_parser,
-    no_such_knob,
-    read_words,
-    unknown_knob,
-)
+from mixgrpo.checks import ENCODING_BOUNDS, check_bounds
+from mixgrpo.commands.command_line import carry_out, complain, show_help
+from mixgrpo.commands.knobs import set_knobs
 from mixgrpo.config import EncoderConfig, PreprocessConfig, flatten
 
 
@@ -37,24 +31,13 @@ def parse(arguments: Sequence[str]) -> PreprocessConfig:
     Raises:
         ValueError: a knob is unknown or missing, or has a wrong value.
     """
-    parser = new_parser(
-        "preprocess", "Encodes prompts in advance, so that training needs no text encoder."
+    show_help(
+        "preprocess",
+        "Encodes prompts in advance, so that training needs no text encoder.",
+        PreprocessConfig,
+        arguments,
     )
-    parser.add_argument(
-        "--prompts_files",
-        nargs="+",
-        type=str,
-        required=True,
-        metavar="FILE",
-        help="files of prompts, one per line, UTF-8; each distinct prompt is encoded once",
-    )
-    parser.add_class_arguments(PreprocessConfig, skip={"prompts_files"})
-    built = read_words(parser, arguments, _in_one_line)
-    return PreprocessConfig(**{field.name: built[field.name] for field in fields(PreprocessConfig)})
-
-
-def _in_one_line(text: str) -> str:
-    knob = unknown_knob(text)
-    if knob is None:
-        return text
-    return no_such_knob(knob, flatten(PreprocessConfig([], "", model=EncoderConfig())))
+    config = PreprocessConfig([], "", model=EncoderConfig())
+    set_knobs(config, arguments)
+    check_bounds(flatten(config), ENCODING_BOUNDS)
+    return config

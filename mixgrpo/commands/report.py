@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mixgrpo.commands.command_line import carry_out, complain, new_parser, read_words
+from mixgrpo.commands.command_line import OptionParser, carry_out, complain, home_path
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -18,13 +18,13 @@ def run(arguments: Sequence[str]) -> int:
     return carry_out(partial(_write, folders, output), (ValueError, OSError), "nothing was written")
 
 
-def parse(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+def parse(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The runs' folders, and the file to write if one is named.
 
     Raises:
         ValueError: an option is unknown, or no run is named.
     """
-    parser = new_parser("report", "Writes the curves, images and knobs of runs to one HTML file.")
+    parser = OptionParser("report", "Writes the curves, images and knobs of runs to one HTML file.")
     parser.add_argument(
         "runs",
         nargs="+",
@@ -33,22 +33,23 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     )
     parser.add_argument(
         "--output",
+        type=home_path,
         metavar="FILE",
         help="file to write (default: report.html in the run's folder, or in the current folder "
         "for several runs)",
     )
-    given = read_words(parser, arguments, lambda text: f"{text}; --help shows the usage")
+    given = parser.parse_args(arguments)
     return given.runs, given.output
 
 
-def _write(folders: Sequence[str], output: str | None) -> None:
+def _write(folders: Sequence[str], output: Path | None) -> None:
     # Imported here so that a mistyped option is reported without waiting for torch.
     from mixgrpo.report.page import write_report
     from mixgrpo.report.runs import read_runs
 
     runs = read_runs(folders)
     place = runs[0].folder if len(runs) == 1 else Path()
-    file = Path(output or place / "report.html")
+    file = output or place / "report.html"
     if file.is_dir():
         raise ValueError(f"--output is {str(file)!r}, which is a folder; name a file instead")
     print(f"report: {write_report(runs, file)}")

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 
-from mixgrpo.commands.command_line import (
-    carry_out,
-    complain,
-    new_parser,
-    no_such_knob,
-    read_words,
-    unknown_knob,
-)
-from mixgrpo.commands.train import or_no_recipe, with_recipe_paths
-from mixgrpo.config import RECIPES, flatten
-from mixgrpo.inference.config import InferenceConfig
+from mixgrpo.commands.command_line import carry_out, complain, show_help
+from mixgrpo.commands.knobs import set_knobs
+from mixgrpo.config import RECIPES
+from mixgrpo.inference.config import InferenceConfig, check
 
 SAMPLING_RECIPES = RECIPES.parent / "inference"
 
@@ -26,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     """Generates the images; returns the exit code."""
     try:
         config = parse(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return complain(error)
     # Imported here so that a mistyped knob is reported without waiting for torch.
     from mixgrpo.checkpoint import CheckpointError
@@ -50,25 +42,17 @@ def parse(arguments: Sequence[str]) -> InferenceConfig:
     """The configuration that a command line gives: defaults < recipe < overrides.
 
     Raises:
-        FileNotFoundError: the recipe does not exist.
-        ValueError: a knob is unknown or has a wrong value.
+        OSError: the recipe does not exist or cannot be read.
+        ValueError: a knob is unknown or has a wrong value, or the recipe is not valid.
     """
-    parser = new_parser(
-        "sample", "Generates images for test prompts with the base model or a tuned one."
+    show_help(
+        "sample",
+        "Generates images for test prompts with the base model or a tuned one.",
+        InferenceConfig,
+        arguments,
+        recipes="scripts/inference",
     )
-    parser.add_argument(
-        "--recipe",
-        action="config",
-        help="name of a recipe in scripts/inference, or path of a YAML file",
-    )
-    parser.add_class_arguments(InferenceConfig)
-    words = with_recipe_paths(arguments, SAMPLING_RECIPES)
-    built = read_words(parser, words, partial(_in_one_line, words))
-    return InferenceConfig(**{field.name: built[field.name] for field in fields(InferenceConfig)})
-
-
-def _in_one_line(words: Sequence[str], text: str) -> str:
-    knob = unknown_knob(text)
-    if knob is None:
-        return or_no_recipe(words, text)
-    return no_such_knob(knob, flatten(InferenceConfig()))
+    config = InferenceConfig()
+    set_knobs(config, arguments, SAMPLING_RECIPES)
+    check(config)
+    return config

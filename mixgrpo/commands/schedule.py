@@ -9,6 +9,7 @@ from pathlib import Path
 from mixgrpo.commands.command_line import carry_out, complain, take_option
 from mixgrpo.commands.train import parse
 from mixgrpo.config import Config
+from mixgrpo.files.home import expand_home
 
 _USAGE = """\
 usage: python -m mixgrpo schedule --recipe NAME [--section.knob VALUE ...] [--output FILE.png]
@@ -24,10 +25,11 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     try:
         output, words = take_option(arguments, "--output")
+        output = None if output is None else expand_home(output)
         if output is not None and Path(output).suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--output is {output!r}; name a .png, .svg or .pdf file")
         config = parse(words)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return complain(error)
     return carry_out(partial(_show, config, output), (ValueError, OSError), "nothing was changed")
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from mixgrpo.commands.command_line import OptionParser, complain, home_path
 
 
 def run(arguments: Sequence[str]) -> int:
     """Builds the chosen parts in their order; returns the exit code."""
     from mixgrpo.shapes.build import PARTS
 
-    parser = argparse.ArgumentParser(
-        prog="python -m mixgrpo shapes",
-        description="Rebuilds the captions and checkpoints of the Shapes world, with fixed seeds.",
+    parser = OptionParser(
+        "shapes", "Rebuilds the captions and checkpoints of the Shapes world, with fixed seeds."
     )
     parser.add_argument(
         "--folder",
-        type=Path,
+        type=home_path,
         default=Path("data/shapes"),
         help="folder to write them to (default: %(default)s)",
     )
@@ -30,7 +30,10 @@ def run(arguments: Sequence[str]) -> int:
         default=list(PARTS),
         help="parts to build (default: all)",
     )
-    chosen = parser.parse_args(arguments)
+    try:
+        chosen = parser.parse_args(arguments)
+    except ValueError as error:
+        return complain(error)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for name, build in PARTS.items():
         if name in chosen.only:

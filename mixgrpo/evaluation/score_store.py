@@ -99,7 +99,7 @@ def identity(knobs: RewardConfig) -> dict[str, Any]:
     longer than scoring the images.
     """
     words = [knobs.model, knobs.checkpoint, *knobs.options.values()]
-    paths = [Path(word).expanduser() for word in words if isinstance(word, str) and word]
+    paths = [Path(os.path.expanduser(word)) for word in words if isinstance(word, str) and word]
     return {
         "kind": knobs.kind,
         "model": knobs.model,

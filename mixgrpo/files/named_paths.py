@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from mixgrpo.files.home import expand_home
+
 
 def split_name(argument: str) -> tuple[str, Path]:
     """The name, empty if none is given, and the path.
 
-    An existing path may contain "=". Raises ValueError if the name before "=" is empty.
+    An existing path may contain "=". A leading ``~`` of the path is the home folder. Raises
+    ValueError if the name before "=", or the path, is empty.
     """
     name, equals, path = argument.partition("=")
+    if not (path if equals else argument).strip():
+        raise ValueError(f"{argument!r} has no path; write NAME=PATH or PATH")
     if not equals or Path(argument).exists():
-        return "", Path(argument)
+        return "", Path(expand_home(argument))
     if not name:
         raise ValueError(f"{argument!r} has no name before '='; write NAME=PATH or PATH")
-    return name, Path(path)
+    return name, Path(expand_home(path))
 
 
 def check_distinct_names(named: Iterable[tuple[str, Path]]) -> None:

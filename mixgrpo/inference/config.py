@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from mixgrpo.config import ModelConfig, flatten
+from mixgrpo.checks import SAMPLING_BOUNDS, check_bounds
+from mixgrpo.config import FilePath, ModelConfig, flatten
 
 
 @dataclass
@@ -15,7 +16,7 @@ class SampledModelConfig:
 
     family: Literal["flux"] = "flux"
     """model family"""
-    path: str = "data/models/FLUX.1-dev"
+    path: FilePath = "data/models/FLUX.1-dev"
     """diffusers pipeline folder with transformer, vae, two text encoders and tokenizers"""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of the weights and matrix products; latents and step arithmetic stay in float32"""
@@ -34,11 +35,11 @@ class InferenceConfig:
     """How images are generated from a file of prompts."""
 
     model: SampledModelConfig = field(default_factory=SampledModelConfig)
-    prompts_file: str = "data/prompts_test.txt"
+    prompts_file: FilePath = "data/prompts_test.txt"
     """file of prompts, UTF-8: one per line, or JSONL with a key `prompt`"""
-    folder: str = "runs/pictures"
+    folder: FilePath = "runs/pictures"
     """output folder for the images and manifest.json; existing images are not generated again"""
-    checkpoint: str | None = None
+    checkpoint: FilePath | None = None
     """tuned weights: a run's model folder or one of its checkpoints/iteration_N folders, a
     transformer folder or .safetensors file, or a LoRA; null uses the base model only"""
     weights: Literal["plain", "ema"] = "plain"
@@ -87,31 +88,16 @@ def check(config: InferenceConfig) -> None:
     Raises:
         ValueError: on the first knob that cannot work, with the remedy.
     """
+    check_bounds(flatten(config), SAMPLING_BOUNDS)
     for complaint in _complaints(config):
         raise ValueError(complaint)
 
 
-_LEAST = {
-    "steps": 2,
-    "samples": 1,
-    "micro_batch": 1,
-    "decode_batch": 1,
-    "threads": 0,
-    "shift": 0,
-    "model.text_length": 1,
-}
-
-
 def _complaints(config: InferenceConfig) -> Iterator[str]:
     values = flatten(config)
-    for key, bound in _LEAST.items():
-        if not values[key] >= bound:
-            yield f"{key} is {values[key]}; it must be at least {bound}"
     for side in ("model.height", "model.width"):
-        if values[side] < 16 or values[side] % 16:
+        if values[side] % 16:
             yield f"{side} is {values[side]}; it must be a positive multiple of 16"
-    if not 0 <= config.hybrid <= 1:
-        yield f"hybrid is {config.hybrid}; it is a fraction of the steps and must lie in [0, 1]"
     if config.checkpoint is not None:
         return
     plain = InferenceConfig()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixgrpo.files.home import expand_home
 from mixgrpo.files.weight_files import check_fits
 from mixgrpo.rewards.weights import (
     find_file,
@@ -209,7 +210,7 @@ def _folder(reward: str, model: str) -> Path | None:
     known = open_clip.list_models()
     if model in known:
         return None
-    if os.sep in model or Path(model).expanduser().is_dir():
+    if os.sep in model or Path(expand_home(model)).is_dir():
         folder = require_folder(model, reward, "model")
         find_file(folder, (_CONFIG,), reward, "model")
         return folder

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixgrpo.files.home import expand_home
 from mixgrpo.files.weight_files import check_fits, find_shards, read_shapes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +58,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def require_folder(path: str | Path, reward: str, option: str) -> Path:
-    folder = Path(path).expanduser()
+    folder = Path(expand_home(str(path)))
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{reward}: no folder {str(path)!r}; set the reward's `{option}` to the path of the "
@@ -67,7 +68,7 @@ def require_folder(path: str | Path, reward: str, option: str) -> Path:
 
 
 def require_file(path: str | Path, reward: str, option: str) -> Path:
-    file = Path(path).expanduser()
+    file = Path(expand_home(str(path)))
     if not file.is_file():
         raise FileNotFoundError(
             f"{reward}: no file {str(path)!r}; set the reward's `{option}` to its path"

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mixgrpo.config import ModelConfig, PreprocessConfig
+from mixgrpo.checks import ENCODING_BOUNDS, check_bounds
+from mixgrpo.config import ModelConfig, PreprocessConfig, flatten
 from mixgrpo.engines.distributed import Process, process_group
 from mixgrpo.files.disk import PARTIAL, own_folder
 from mixgrpo.models import TextEncoder
@@ -41,7 +42,7 @@ def preprocess(config: PreprocessConfig) -> None:
         OSError: a shard could not be written.
     """
     with process_group(config.threads) as process:
-        _check(config)
+        check_bounds(flatten(config), ENCODING_BOUNDS)
         files = [read_prompts(path, "prompts_files").texts for path in config.prompts_files]
         model, family = _model(config), ENCODERS[config.model.family]
         folder = Path(config.output)
@@ -59,15 +60,6 @@ def preprocess(config: PreprocessConfig) -> None:
             _wait(process)
             if process.rank == 0:
                 _tell(folder, take_records(folder, index), config.model.text_length)
-
-
-def _check(config: PreprocessConfig) -> None:
-    for key, value in (
-        ("shard_size", config.shard_size),
-        ("model.text_length", config.model.text_length),
-    ):
-        if value < 1:
-            raise ValueError(f"{key} is {value}; it must be at least 1")
 
 
 def _model(config: PreprocessConfig) -> ModelConfig:
