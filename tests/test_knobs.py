@@ -221,13 +221,30 @@ def test_of_several_recipes_the_last_counts(tmp_path):
 
 
 def test_print_config_prints_a_recipe(tmp_path, capsys):
+    """Which gives the same configuration, also where text looks like something else."""
+    texts = [
+        "01",
+        "1e5",
+        "no",
+        "None",
+        "0o14",
+        "a: b",
+        "",
+        "#",
+        "1:30",
+        "{s}",
+        "a\nb",
+        "\u00e9",
+        "~",
+    ]
+    words = ["--recipe", "flux_mixgrpo", "--rewards.a.kind", "vlm", f"{OF_A}.t", json.dumps(texts),
+             f"{OF_A}.n", "[1, 1.0, 1e-7, true, null]"]  # fmt: skip
     with pytest.raises(SystemExit):
-        parse(["--recipe", "flux_mixgrpo", "--rewards.a.kind", "vlm", f"{OF_A}.t", '"01"',
-               "--print_config"])  # fmt: skip
+        parse([*words, "--print_config"])
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     printed = parse(["--recipe", str(tmp_path / "printed.yaml")])
-    expected = parse(["--recipe", "flux_mixgrpo", "--rewards.a.kind", "vlm", f"{OF_A}.t", '"01"'])
-    assert printed == expected
+    assert printed == parse(words)
+    assert printed.rewards["a"].options == {"t": texts, "n": [1, 1.0, 1e-7, True, None]}
 
 
 # ---- files that are no recipes
@@ -275,6 +292,8 @@ def bomb(levels: int) -> str:
         ("learning_rate: 1\n", "no knob learning_rate; did you mean update.learning_rate?"),
         ("update: {eta: 1}\n", "no knob update.eta; did you mean sampling.eta?"),
         ("'': 1\n", "no knob ''"),
+        ('"a\\nb": 1\n', "a key has more than 100 characters, or one that is not printable"),
+        ("a" * 101 + ": 1\n", "a key has more than 100 characters"),
         ("run..seed: 1\n", "no knob run..seed; did you mean run.seed?"),
     ],
 )
@@ -480,6 +499,7 @@ def test_a_value_that_is_not_there(refused, text, words):
         (["--recipe="], "--recipe needs a value"),
         (["--recipe", "--run.seed", "1"], "--recipe needs a value"),
         (["--dry-run"], "there is no knob dry-run"),
+        (["--a\nb", "1"], "there is no knob 'a\\nb'"),
         (["--run.Seed", "1"], "there is no knob run.Seed; did you mean run.seed?"),
         (["--seed", "1"], "there is no knob seed; did you mean run.seed?"),
         (["--window.size.x", "1"], "there is no knob window.size.x; did you mean window.size?"),

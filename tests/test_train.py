@@ -36,6 +36,7 @@ from tiny_world import (
 )
 
 from mixgrpo import checkpoint as checkpoints
+from mixgrpo.checks import BOUNDS
 from mixgrpo.config import RewardConfig, flatten
 from mixgrpo.models.flux import Flux
 from mixgrpo.rewards import RewardError
@@ -358,7 +359,8 @@ def test_a_non_finite_loss_stops_before_the_step(straight, world, folder, monkey
     assert_same_checkpoint(checkpoint_folder(folder, 4), checkpoint_folder(straight, 4))
 
 
-def test_a_learning_rate_far_too_high_is_stopped(world, folder):
+def test_a_learning_rate_far_too_high_is_stopped(world, folder, monkeypatch):
+    monkeypatch.setitem(BOUNDS, "update.learning_rate", "(0, 1e30]")
     config = world.config(folder, update__learning_rate=1e30, update__weight_decay=0.0)
     with pytest.raises(TrainingStopped, match=r"iteration 1, .*not finite at optimizer step 1"):
         train_here(config)

@@ -149,7 +149,8 @@ def no_such_knob(knob: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(knob.lower(), of_that_name, n=1, cutoff=0)
     nearest += difflib.get_close_matches(knob.lower(), names, n=1)
     hint = f"did you mean {names[nearest[0]]}?" if nearest else "--help lists all knobs"
-    return f"there is no knob {shortened(knob) or repr(knob)}; {hint}"
+    shown = shortened(knob)
+    return f"there is no knob {shown if shown and shown.isprintable() else repr(shown)}; {hint}"
 
 
 def shortened(text: str) -> str:

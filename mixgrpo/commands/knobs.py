@@ -9,13 +9,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from mixgrpo.commands.command_line import no_such_knob
 from mixgrpo.commands.recipes import read_recipe
 from mixgrpo.commands.values import convert, free, is_text
-from mixgrpo.commands.yaml_nodes import compose, is_absent, kind_of, where
+from mixgrpo.commands.yaml_nodes import compose, dump, is_absent, kind_of, where
 
 REWARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PRINT = "--print_config"
@@ -46,7 +45,7 @@ def set_knobs(config: Any, words: Sequence[str], recipes: Path | None = None) ->
             _set(config, option)
     _check_required(config)
     if is_shown:
-        print(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), end="")
+        print(dump(asdict(config)), end="")
         raise SystemExit(0)
 
 

@@ -1,15 +1,17 @@
-"""Reads YAML strictly, as nodes that keep their text: a scalar's type is decided by its knob."""
+"""Strict YAML, as nodes that keep their text: the type of its knob decides what a scalar means."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 MOST_LEVELS = 20  # of nesting
 MOST_NODES = 20_000  # with every alias replaced by what it stands for
+MOST_KEY = 100  # characters
 
 _SPECIAL = re.compile(r"'([^'\s]{2,})'|\"[^\"]*\"")
 
@@ -117,6 +119,11 @@ def _check_keys(node: MappingNode) -> None:
     for key, _ in node.value:
         if not isinstance(key, ScalarNode):
             raise ValueError(f"{_place(key.start_mark)}: a key is {kind_of(key)}; it must be text")
+        if not key.value.isprintable() or len(key.value) > MOST_KEY:
+            raise ValueError(
+                f"{_place(key.start_mark)}: a key has more than {MOST_KEY} characters, or one that "
+                "is not printable; write a shorter one in plain characters"
+            )
         if key.style is None and (key.value == "<<" or is_ambiguous(key.value)):
             raise ValueError(
                 f"{_place(key.start_mark)}: the key {shown(key)} is not text, or not for every "
@@ -128,6 +135,24 @@ def _check_keys(node: MappingNode) -> None:
                 f"{lines[key.value]}; remove one, or merge the two"
             )
         lines[key.value] = key.start_mark.line + 1
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts all text in quotes that could be read as something else."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> Node:
+    style = '"' if is_ambiguous(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump(values: dict[str, Any]) -> str:
+    """YAML text of nested values; ``compose`` reads the same from it."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 # ---- scalars
