@@ -80,6 +80,26 @@ def test_a_damaged_model(world, folder, tmp_path, complain):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("command", ["train", "sample", "preprocess"])
+def test_text_encoders_with_each_others_weights(world, folder, tmp_path, complain, command):
+    """transformers would draw T5's weights at random and go on."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(world.model, mixed)
+    shutil.copy(
+        mixed / "text_encoder" / "model.safetensors", mixed / "text_encoder_2" / "model.safetensors"
+    )
+    model, prompts = ["--model.path", str(mixed)], str(world.prompts)
+    arguments = {
+        "train": quick(world, folder, model__path=str(mixed)),
+        "sample": ["sample", *model, "--prompts_file", prompts, "--folder", str(folder)],
+        "preprocess": ["preprocess", *model, "--prompts_files", prompts, "--output", str(folder)],
+    }
+    line = complain(arguments[command])
+    assert str(mixed / "text_encoder_2") in line
+    assert "missing: shared.weight" in line
+    assert "it holds the weights of a CLIP text encoder" in line
+
+
 @pytest.mark.parametrize(
     ("reward", "words"),
     [

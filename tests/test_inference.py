@@ -639,12 +639,13 @@ def test_a_truncated_file(knobs, straight, lora_run, tmp_path, kind):
     file.write_bytes(source.read_bytes()[:-1000])
     message = refused(knobs, checkpoint=str(file))
     assert str(file) in message
-    assert "may be truncated, so download it again" in message
+    assert "is truncated" in message
+    assert "download it again" in message
 
 
 def test_a_file_that_is_no_safetensors(knobs, world):
     message = refused(knobs, checkpoint=str(world.prompts))
-    assert "cannot be read as safetensors" in message
+    assert "is text (" in message
 
 
 def changed_lora(lora_run: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], Any]) -> str:
@@ -698,7 +699,7 @@ def test_a_lora_for_another_model(knobs, lora_run, tmp_path, change, message):
 
 def test_a_lora_that_is_too_strong(knobs, lora_run):
     message = refused(knobs, checkpoint=str(lora_run / "model"), lora_scale=1e39)
-    assert "is too strong for float32 at lora_scale 1e+39; set a smaller --lora_scale" in message
+    assert "lora_scale is 1e+39; it must be at most 1000" in message
 
 
 def test_other_adapters_than_lora(knobs, tmp_path):

@@ -27,6 +27,7 @@ from peft.utils import get_peft_model_state_dict
 from small import relative_error
 from torch import Tensor
 
+from mixgrpo.files.weight_files import read_names
 from mixgrpo.models.flux_lora import attach_lora, fitted
 from mixgrpo.models.flux_names import layers_of
 from mixgrpo.models.lora_files import is_lora, read_lora
@@ -61,7 +62,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], scale: f
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_changes_each_layer_as_its_numbers_say(name, dtype, tmp_path):
     path = FORMS[name].write(tmp_path)
-    assert is_lora(path)
+    assert is_lora(read_names(path))
     assert_close(loaded(path, dtype), changes_of(FORMS[name].made))
     assert_close(loaded(path, dtype, 0.5), changes_of(FORMS[name].made), 0.5)
 

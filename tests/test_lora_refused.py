@@ -15,6 +15,7 @@ from lora_world import FUSED, KOHYA, SPLIT, Form, behind, named, patterns, small
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mixgrpo.files.weight_files import read_names
 from mixgrpo.models.flux_lora import attach_lora
 from mixgrpo.models.lora import Lora
 from mixgrpo.models.lora_files import is_lora, read_lora
@@ -27,7 +28,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 def load(path: Path) -> Lora:
     """As ``sample`` does: recognised, read, attached."""
-    assert is_lora(path)
+    assert is_lora(read_names(path))
     lora = read_lora(path)
     attach_lora(small_flux(), lora, 1.0)
     return lora
@@ -377,7 +378,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, protocol):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "lora.pt"
     torch.save({f"{T}.lora_A.weight": Malicious()}, path)
-    assert "might run code" in refusal(path)
+    assert "may run code" in refusal(path)
     path.write_bytes(pickle.dumps({f"{T}.lora_A.weight": Malicious()}, protocol))
     refusal(path)
     assert not (tmp_path / "executed").exists()
@@ -388,14 +389,9 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, protocol):
 def test_files_that_are_something_else(tmp_path, suffix, content):
     path = tmp_path / f"lora{suffix}"
     path.write_bytes(content)
-    with pytest.raises((ValueError, AssertionError)) as caught:
-        load(path)
-    message = str(caught.value)
-    if isinstance(caught.value, ValueError):
-        assert str(path) in message
-        assert "\n" not in message
-    else:  # an empty dict, which has no names of adapters
-        assert content[:3] == b"\x80\2}"
+    message = refusal(path)
+    assert str(path) in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
@@ -411,7 +407,7 @@ def test_truncated_files(tmp_path, suffix, keep):
                                      {"state_dict": {1: 2}}])  # fmt: skip
 def test_pickled_files_of_other_contents(tmp_path, content):
     torch.save(content, tmp_path / "lora.pt")
-    assert "holds no tensors by their names" in refusal(tmp_path / "lora.pt")
+    assert "state dict (names to " in refusal(tmp_path / "lora.pt")
 
 
 def test_pickled_values_that_are_no_tensors(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,14 @@ from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, size
 from mixgrpo.models.flux import PARTS
 from mixgrpo.models.flux_files import WEIGHTED, check_part
+from mixgrpo.models.flux_folder import (
+    TOKENIZERS,
+    check_factors,
+    check_index,
+    check_scheduler,
+    check_sizes,
+    read_tokenizer,
+)
 
 _OTHER_PATH = "set --model.path to a diffusers FLUX pipeline folder"
 # Each of the other parts counts as present if one of these files exists.
@@ -27,8 +34,19 @@ def check_model(config: Config, processes: int) -> Iterator[Line]:
     if not folder.is_dir():
         yield error("model", f"model.path is {str(folder)!r}, which is not a folder", remedy)
         return
+    whole = True
     for part in ("model_index.json", *PARTS):
-        yield _weights(folder / part, remedy) if part in WEIGHTED else _small(folder / part, remedy)
+        line = (
+            _weights(folder / part, remedy) if part in WEIGHTED else _small(folder / part, remedy)
+        )
+        whole &= line.level == "ok"
+        yield line
+    if whole:
+        try:
+            check_sizes(folder)
+            check_factors(folder)
+        except ValueError as caught:
+            yield error("model", str(caught), remedy)
 
 
 def _weights(folder: Path, remedy: str) -> Line:
@@ -47,13 +65,18 @@ def _weights(folder: Path, remedy: str) -> Line:
 
 def _small(path: Path, remedy: str) -> Line:
     known = _FILES[path.name]
-    there = [path / name for name in known if (path / name).is_file()]
+    there = [path / name for name in known if (path / name).exists()]
     if not there:
         names = " or ".join(str(path / name) for name in known)
         return error("model", f"{names} is missing", remedy)
-    if there[0].suffix == ".json":
-        try:
-            json.loads(there[0].read_text(encoding="utf-8"))
-        except (OSError, ValueError) as caught:
-            return error("model", f"{there[0]} cannot be read ({caught})", remedy)
-    return ok("model", f"{path.name}: present")
+    try:
+        if path.name in TOKENIZERS:
+            if (path.parent / "model_index.json").exists():  # which names the tokenizer's class
+                read_tokenizer(path)
+        elif path.name == "scheduler":
+            check_scheduler(path.parent)
+        else:
+            check_index(path.parent)
+    except (OSError, ValueError) as caught:
+        return error("model", str(caught), remedy)
+    return ok("model", f"{path.name}: as configured")

@@ -39,6 +39,15 @@ def check_regular(path: Path) -> None:
         raise ValueError(f"{path} is {_KINDS.get(kind, 'no regular file')}, not a regular file")
 
 
+def check_regular_files(folder: Path) -> None:
+    """Raises ValueError if it is not a folder, or something in it is neither file nor folder."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; fetch it again")
+    for entry in folder.iterdir():
+        if entry.exists() and not entry.is_dir():
+            check_regular(entry)
+
+
 def read_regular(path: Path, most: int) -> bytes:
     """The contents of a file of at most ``most`` bytes.
 

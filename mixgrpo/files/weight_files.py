@@ -3,87 +3,142 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-NAME = "diffusion_pytorch_model.safetensors"  # diffusers' name for a model's weights
+from mixgrpo.files.forms import (
+    QUANTISED,
+    SAFETENSORS,
+    form_of_names,
+    readable_form,
+)
+from mixgrpo.files.pickled import first_line, read_pickled, read_state_dict
+from mixgrpo.files.weight_sets import NAME, find_shards
+
+__all__ = [
+    "NAME",
+    "check_finite",
+    "check_fits",
+    "check_plain",
+    "fill",
+    "find_shards",
+    "open_slices",
+    "plain_names",
+    "read_names",
+    "read_shapes",
+    "read_tensors",
+    "write_streamed",
+]
+
+T = TypeVar("T")
 _SHOWN = 3
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def find_shards(path: Path) -> list[Path]:
-    """The safetensors files of ``path``, which is a file, an index or a folder.
-
-    Raises:
-        FileNotFoundError: there are none, or a file that the index names is missing.
-        ValueError: the index is not valid.
-    """
-    if path.is_dir():
-        path = next((p for p in (path / NAME, path / f"{NAME}.index.json") if p.exists()), path)
-    if path.name.endswith(".index.json") and path.exists():
-        return _of_index(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} contains no weights: there is neither {NAME} nor its index"
-        )
-    return [path]
-
-
-def _of_index(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of weights; download it again") from error
-    files = [index.parent / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{index} names {file.name}, which does not exist; download it")
-    return files
+_NAMES = {
+    **{name: dtype for dtype, name in _DTYPES.items()},
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64},
+}
+_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIXES = ("module.", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
 
 
 def read_shapes(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Name -> tensor on the meta device, read from the files' headers only.
+    """Name -> tensor on the meta device. Contents are not read, except in TORCH_OLD's format.
 
     Raises:
-        ValueError: a file is damaged or not in the safetensors format.
+        OSError: a file does not exist or cannot be opened.
+        ValueError: a file is damaged, or holds no weights that can be read.
     """
-    shapes = {}
+    return {name: _on_meta(value) for name, value in open_slices(files, "meta").items()}
+
+
+def read_names(file: Path) -> list[str]:
+    """The names of the tensors, and of what else is beside them in a PyTorch file.
+
+    Raises:
+        OSError, ValueError: see ``read_shapes``.
+    """
+    return list(_open_safetensors(file) if _is_safetensors(file) else read_pickled(file))
+
+
+def _on_meta(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    dtype = _NAMES.get(value.get_dtype(), torch.uint8)
+    return torch.empty(value.get_shape(), dtype=dtype, device="meta")
+
+
+def open_slices(files: Iterable[Path], device: str = "cpu") -> dict[str, Any]:
+    """Name -> slice of a tensor in a file, which can be read in parts: ``slices[name][2:5]``.
+
+    Raises:
+        OSError, ValueError: see ``read_shapes``.
+    """
+    slices: dict[str, Any] = {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for key in list(opened.keys()):
-                    shape = opened.get_slice(key).get_shape()
-                    shapes[key] = torch.empty(shape, device="meta")
-        except (SafetensorError, OSError) as error:
+        found = _open_safetensors(file) if _is_safetensors(file) else read_state_dict(file, device)
+        twice = next((name for name in found if name in slices), None)
+        if twice is not None:
             raise ValueError(
-                f"{file} cannot be read as safetensors ({str(error).splitlines()[0]}); it may be "
-                "truncated, so download it again"
-            ) from error
-    return shapes
-
-
-def open_slices(files: Iterable[Path]) -> dict[str, Any]:
-    """Name -> slice of a tensor in a file, which can be read in parts: ``slices[name][2:5]``."""
-    slices = {}
-    for file in files:
-        opened = safe_open(file, "pt")
-        slices.update({key: opened.get_slice(key) for key in opened.keys()})  # noqa: SIM118
+                f"{file} holds {twice}, as does another of its files; remove the files that are "
+                "not meant"
+            )
+        slices.update(found)
     return slices
+
+
+def _is_safetensors(file: Path) -> bool:
+    return readable_form(file) == SAFETENSORS
+
+
+def _open_safetensors(file: Path) -> dict[str, Any]:
+    try:
+        opened = safe_open(file, "pt")
+        return {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read as safetensors ({first_line(error)}); its header is damaged, "
+            "so download it again"
+        ) from error
+
+
+def plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors without what wrappers of modules add to all names.
+
+    Compiling, FSDP and activation checkpointing add a part wherever a module is wrapped; other
+    programs add a prefix to every name.
+    """
+    plain = {_WRAPPED.sub("", name): value for name, value in tensors.items()}
+    if len(plain) < len(tensors):
+        return dict(tensors)
+    while prefix := next(
+        (p for p in _PREFIXES if plain and all(n.startswith(p) for n in plain)), ""
+    ):
+        plain = {name.removeprefix(prefix): value for name, value in plain.items()}
+    return plain
 
 
 @torch.no_grad()
 def fill(module: nn.Module, files: Iterable[Path]) -> None:
     """Copies the weights into the module's own, tensor by tensor, without a second full copy."""
     own = module.state_dict()
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for key in list(opened.keys()):
-                own[key].copy_(opened.get_tensor(key))
+    for name, stored in plain_names(open_slices(files)).items():
+        own[name].copy_(stored[...])
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Name -> tensor on the CPU, by plain names."""
+    return {name: stored[...] for name, stored in plain_names(open_slices(files)).items()}
 
 
 def write_streamed(path: Path, shapes: Mapping[str, Tensor], tensors: Iterable[Tensor]) -> None:
@@ -127,11 +182,55 @@ def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Pat
                 if key in state and state[key].shape != own[key].shape
             ],
         ),
+        _listed(
+            "not floating-point",
+            [
+                f"{key} ({str(state[key].dtype).removeprefix('torch.')})"
+                for key in own
+                if key in state
+                and own[key].is_floating_point()
+                and not state[key].is_floating_point()
+            ],
+        ),
     ]
     if any(faults):
         raise ValueError(
-            f"{path} does not fit the model: {'; '.join(fault for fault in faults if fault)}"
+            f"{path} does not fit the model: {'; '.join(fault for fault in faults if fault)}; "
+            f"{_remedy(own, state)}"
         )
+
+
+def check_finite(module: nn.Module, path: Path) -> None:
+    """Checks the weights that were read from ``path``: one pass over the memory.
+
+    Raises:
+        ValueError: a weight is not finite, so that every output would be NaN.
+    """
+    for name, weight in module.named_parameters():
+        if weight.is_meta or not weight.numel():
+            continue
+        least, most = weight.detach().aminmax()  # much faster than isfinite
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise ValueError(
+                f"{path} holds weights that are not finite, such as {name}; it is damaged or "
+                "diverged, so give other weights"
+            )
+
+
+def _remedy(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    form = form_of_names(state)
+    if form is not None and form.remedy:
+        return f"it holds {form.words}; {form.remedy}"
+    if form is not None and form != form_of_names(own):
+        return f"it holds {form.words}; give this model's own"
+    return "give complete weights that belong to the model's configuration"
+
+
+def check_plain(names: Iterable[str], path: Path) -> None:
+    """Raises ValueError if the tensors are quantised weights, also where they resemble a LoRA."""
+    form = form_of_names(names)
+    if form is not None and form.words in QUANTISED:
+        raise ValueError(f"{path} holds {form.words}; {form.remedy}")
 
 
 def _listed(kind: str, keys: list[str]) -> str:

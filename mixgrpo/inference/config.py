@@ -41,7 +41,7 @@ class InferenceConfig:
     """output folder for the images and manifest.json; existing images are not generated again"""
     checkpoint: FilePath | None = None
     """tuned weights: a run's model folder or one of its checkpoints/iteration_N folders, a
-    transformer folder or .safetensors file, or a LoRA; null uses the base model only"""
+    transformer folder or weight file, or a LoRA; null uses the base model only"""
     weights: Literal["plain", "ema"] = "plain"
     """which weights of a checkpoints/iteration_N folder to use: plain, the trained weights; ema,
     their moving average"""

@@ -31,6 +31,7 @@ from mixgrpo.inference.tuned import Tuned, find_tuned, load_tuned
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
 from mixgrpo.models import Policy
 from mixgrpo.models.flux import PARTS
+from mixgrpo.models.flux_folder import check_folder
 from mixgrpo.models.flux_text import require_parts
 from mixgrpo.models.lora_files import settings_beside
 from mixgrpo.models.registry import FAMILIES
@@ -55,6 +56,7 @@ def sample(config: InferenceConfig) -> Path:
     check(config)
     prompts = read_prompts(config.prompts_file, "prompts_file")
     folder = PictureFolder(config, settings_of(config, prompts.texts), prompts)
+    check_folder(Path(config.model.path))  # before the folder is made
     with (
         process_group(config.threads) as process,
         _explained(config, process),

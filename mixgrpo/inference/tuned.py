@@ -6,6 +6,7 @@ read again where a hybrid run returns to them; a LoRA is switched on and off.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,17 @@ from torch import Tensor, nn
 
 from mixgrpo.checkpoint import Shards, open_saved, verify
 from mixgrpo.checkpoint.manifest import MANIFEST
-from mixgrpo.files.weight_files import NAME, check_fits, fill, find_shards, read_shapes
+from mixgrpo.files.forms import readable_form
+from mixgrpo.files.weight_files import (
+    check_fits,
+    check_plain,
+    fill,
+    find_shards,
+    plain_names,
+    read_names,
+    read_shapes,
+)
+from mixgrpo.files.weight_sets import NoWeights
 from mixgrpo.inference.config import InferenceConfig, tuned_steps
 from mixgrpo.models.flux_lora import attach_lora, lora_of_run
 from mixgrpo.models.lora import Lora
@@ -114,17 +125,29 @@ def find_tuned(config: InferenceConfig) -> list[Path]:
             f"weights is ema, but {str(path)!r} is not a checkpoints/iteration_N folder of a run; "
             "set --checkpoint to one, since only these hold a moving average, or --weights plain"
         )
-    if path.is_file():
-        return find_shards(path)
-    for inside in (*LORA_NAMES, f"transformer/{NAME}", f"transformer/{NAME}.index.json", NAME,
-                   f"{NAME}.index.json"):  # fmt: skip
-        if (path / inside).exists():
-            return find_shards(path / inside)
+    files = _weight_files(path)
+    for file in files:
+        readable_form(file)  # says what is wrong before the base model is loaded
+    if files:
+        return files
     raise FileNotFoundError(
         f"checkpoint is {str(path)!r}, which contains no weights{_hint(path)}; set --checkpoint "
         "to a run's model folder, a run's checkpoints/iteration_N folder, a transformer folder, a "
-        ".safetensors file or a LoRA's folder"
+        "weight file or a LoRA's folder"
     )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return find_shards(path) if path.exists() or path.is_symlink() else []
+    for name in LORA_NAMES:
+        if (path / name).exists():
+            return [path / name]
+    for folder in (path / "transformer", path):
+        if folder.is_dir():
+            with contextlib.suppress(NoWeights):
+                return find_shards(folder)
+    return []
 
 
 def _hint(path: Path) -> str:
@@ -149,11 +172,13 @@ def load_tuned(module: nn.Module, config: InferenceConfig) -> Tuned:
     source = Path(str(config.checkpoint))
     if _is_checkpoint(source):
         return _load_checkpoint(module, source, config)
-    if is_lora(files[0]):
-        return _adapters(module, read_lora(files[0]), config)
-    shapes = read_shapes(files)
-    if not shapes:
+    names = read_names(files[0])
+    if not names:
         raise ValueError(f"{files[0]} is empty: check the file")
+    check_plain(names, files[0])
+    if is_lora(names):
+        return _adapters(module, read_lora(files[0]), config)
+    shapes = plain_names(read_shapes(files))
     return _full(module, config, shapes, partial(fill, module, files))
 
 

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from mixgrpo.config import ModelConfig
 from mixgrpo.models import Text
 from mixgrpo.models.compiled import compile_blocks
+from mixgrpo.models.flux_folder import open_pipeline
 from mixgrpo.models.flux_lora import streamline, switched_off
 from mixgrpo.models.flux_stored import StoredFlux, draw_adapters, empty_transformer
-from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, open_pipeline, require_parts
+from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, require_parts
 from mixgrpo.types import TextEmbedding, Velocity
 
 PARTS = ("transformer", "vae", *TEXT_PARTS, "scheduler")

@@ -15,6 +15,7 @@ from mixgrpo.config import ModelConfig
 from mixgrpo.files.disk import write_whole
 from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes, write_streamed
 from mixgrpo.models.flux import LORA_TARGETS, PARTS
+from mixgrpo.models.flux_folder import check_folder
 from mixgrpo.models.flux_text import require_parts
 from mixgrpo.models.lora import fold
 from mixgrpo.models.lora_files import LORA_NAMES
@@ -66,6 +67,7 @@ def _export_pipeline(
     source = Path(config.path)
     files = find_shards(source / "transformer")
     check_fits(read_shapes(files), shapes, source)
+    check_folder(source)  # its other parts are copied
     (folder / "transformer").mkdir(parents=True, exist_ok=True)
     for file in files:
         inside = {name: shapes[name] for name in read_shapes([file])}

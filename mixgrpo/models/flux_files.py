@@ -1,21 +1,30 @@
-"""Checks a FLUX folder's weight files against its configurations, without loading them."""
+"""Compares the weight files of a FLUX folder with what its configurations require.
+
+The libraries fill weights that a file lacks with random numbers, so they never see such a file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers.utils import logging as transformers_logging
 
-from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes
-from mixgrpo.models.flux_text import quiet
+from mixgrpo.files.forms import SAFETENSORS
+from mixgrpo.files.regular import MIB, check_regular, check_regular_files, read_regular
+from mixgrpo.files.weight_files import check_fits, read_shapes
+from mixgrpo.files.weight_sets import WeightSet, find_set
 
-_TEXT_NAME = "model.safetensors"  # transformers' name of a weight file
 _PREFIX = "text_model."  # prefix of CLIP's weight names in files written by older versions
+_LARGEST_JSON = 64 * MIB
 WEIGHTED = {
     "transformer": (FluxTransformer2DModel, None),
     "vae": (AutoencoderKL, None),
@@ -31,6 +40,7 @@ def check_part(folder: Path) -> tuple[list[Path], int]:
         FileNotFoundError: if one of the files is missing.
         ValueError: if one is damaged, or a name or shape does not match the part's config.json.
     """
+    check_regular_files(folder)
     files = find_weights(folder)
     own, names = _asked_for(folder)
     found = {_as_loaded(name, own): shape for name, shape in read_shapes(files).items()}
@@ -42,31 +52,69 @@ def check_part(folder: Path) -> tuple[list[Path], int]:
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a part.
+    """Returns the safetensors files of a part; raises the errors of ``find_part``."""
+    return find_part(folder).files()
+
+
+def find_part(folder: Path) -> WeightSet:
+    """Returns the safetensors files of a part, under the names that the libraries require.
 
     Raises:
         FileNotFoundError: if there are none, or one that the index names is missing.
-        ValueError: if the index is malformed.
+        ValueError: if the index is malformed, or the weights are in another form.
     """
-    name = NAME if folder.name in ("transformer", "vae") else _TEXT_NAME
-    index = folder / f"{name}.index.json"
-    return find_shards(index if index.exists() and not (folder / name).exists() else folder / name)
+    weights = find_set(folder)
+    name = "diffusion_pytorch_model" if folder.name in ("transformer", "vae") else "model"
+    files = weights.files()
+    if weights.suffix != SAFETENSORS:
+        raise ValueError(
+            f"{folder} holds {files[0].name}, but a part of a model folder must be stored as "
+            "safetensors; save it with save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    if weights.stem != name:
+        raise ValueError(
+            f"{folder} holds {files[0].name}, but the weights of this part are called "
+            f"{name}.safetensors; rename the file"
+        )
+    if weights.whole is None and weights.index is None:
+        raise FileNotFoundError(
+            f"{folder} holds {files[0].name} but no index, {name}.safetensors.index.json; download "
+            "it"
+        )
+    return weights
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises OSError, ValueError: it cannot be read."""
+    try:
+        check_regular(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing; fetch it again") from error
+    try:
+        content = json.loads(read_regular(path, _LARGEST_JSON).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, not a JSON object; fetch it again"
+        )
+    return content
 
 
 def _asked_for(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The state dict of the part's module (meta device), and for shared tensors the other name."""
-    kind, settings = WEIGHTED[folder.name]
-    kind, settings = _any(kind), _any(settings)
+    kind, settings = map(_any, WEIGHTED[folder.name])
+    content = read_object(folder / "config.json")
     try:
         with quiet(), torch.device("meta"):
             if settings is None:
-                module: nn.Module = kind.from_config(kind.load_config(folder))
+                module: nn.Module = kind.from_config(content)
             else:
                 module = kind(settings.from_pretrained(folder, local_files_only=True))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever a library raises for a wrong value
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"no model can be created from {folder / 'config.json'} ({reason})"
+            f"no model can be created from {folder / 'config.json'} ({reason}); fetch it again"
         ) from error
     named = dict(module.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = {}
@@ -86,3 +134,19 @@ def _any(value: Any) -> Any:
 def _as_loaded(name: str, own: Mapping[str, Tensor]) -> str:
     short = name.removeprefix(_PREFIX)
     return short if name not in own and short in own else name
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Context without the warnings and progress bars of diffusers and transformers."""
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()

@@ -8,17 +8,15 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.files.fingerprint import fingerprint
+from mixgrpo.models.flux_files import quiet
+from mixgrpo.models.flux_folder import open_pipeline
 from mixgrpo.types import TextEmbedding
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -55,7 +53,7 @@ class FluxText:
         """
         require_parts(config.path, TEXT_PARTS)
         dtypes = {"default": getattr(torch, config.compute_dtype)}
-        pipeline = open_pipeline(config.path, dtypes, without=("transformer", "vae"))
+        pipeline = open_pipeline(config.path, dtypes, without=("transformer", "vae", "scheduler"))
         return cls(pipeline, config.text_length, device, "device")
 
     @staticmethod
@@ -154,40 +152,3 @@ def require_parts(path: str, parts: Sequence[str]) -> list[Path]:
                 "set --model.path to a diffusers FLUX pipeline folder"
             )
     return [folder / part for part in parts]
-
-
-def open_pipeline(
-    path: str, dtypes: dict[str, torch.dtype], without: Sequence[str], **given: Any
-) -> FluxPipeline:
-    """Loads a pipeline folder except for the parts ``without``, and those that are ``given``.
-
-    Raises:
-        ValueError: if a part is damaged.
-    """
-    try:
-        with quiet():
-            return FluxPipeline.from_pretrained(
-                path, dtype=dtypes, **dict.fromkeys(without), **given
-            )
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"a part of the model in {path!r} (model.path) cannot be read ({reason}); fetch it "
-            "again"
-        ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Context without the warnings and progress bars of diffusers and transformers."""
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-            library.enable_progress_bar()

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mixgrpo.files.pickled import is_pickled, read_pickled
+from mixgrpo.files.forms import SAFETENSORS, readable_form
+from mixgrpo.files.pickled import is_dense, read_pickled
 from mixgrpo.files.weight_files import read_shapes
 from mixgrpo.models.flux_names import is_of_text_encoder, without_prefix
 from mixgrpo.models.lora import Adapter, Lora
@@ -61,13 +62,8 @@ _OTHER_KINDS = {
 }
 
 
-def is_lora(path: Path) -> bool:
-    """Whether the names of a file's tensors are those of adapters of any kind.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    names = list(read_pickled(path)) if is_pickled(path) else list(read_shapes([path]))
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether the names of a file's tensors are those of adapters of any kind."""
     return any("lora" in name or _other_kind(name) for name in names)
 
 
@@ -124,7 +120,7 @@ def settings_beside(files: Iterable[Path]) -> list[Path]:
 
 def _contents(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors of a file, and the text in its header."""
-    if is_pickled(path):
+    if readable_form(path) != SAFETENSORS:
         return read_pickled(path), {}
     read_shapes([path])  # explains damage
     with safe_open(path, "pt") as opened:
@@ -166,7 +162,7 @@ def _by_layer(
 
 
 def _weight(key: str, value: Any, path: Path) -> Tensor:
-    if not _is_dense(value) or value.dtype not in _DTYPES:
+    if not _has_values(value) or value.dtype not in _DTYPES:
         kind = getattr(value, "dtype", type(value).__name__)
         raise ValueError(
             f"{key} in {path} is of type {kind}, not a matrix of floating-point numbers; save the "
@@ -186,12 +182,12 @@ def _weight(key: str, value: Any, path: Path) -> Tensor:
     return weight
 
 
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+def _has_values(value: Any) -> bool:
+    return is_dense(value) and not value.is_meta
 
 
 def _alpha(key: str, value: Any, path: Path) -> float:
-    if _is_dense(value) and value.numel() == 1 and not value.is_complex():
+    if _has_values(value) and value.numel() == 1 and not value.is_complex():
         value = value.item()
     if not is_number(value):
         raise ValueError(f"{key} in {path} is not a finite number; download the file again")

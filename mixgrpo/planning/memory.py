@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mixgrpo.config import Config
 from mixgrpo.files.weight_files import read_shapes
@@ -41,7 +42,9 @@ def trained_weights(config: Config) -> int:
         return count_parameters(folder, "transformer")
     from mixgrpo.models.flux import LORA_TARGETS  # imports diffusers, which takes seconds
 
-    shapes = read_shapes(folder.glob("transformer/*.safetensors"))
+    shapes: dict[str, Tensor] = {}
+    for file in folder.glob("transformer/*.safetensors"):
+        shapes.update(read_shapes([file]))  # one by one: variants hold the same names
     layers = re.compile(LORA_TARGETS[model.lora_targets] + r"\.weight")
     return sum(
         model.lora_rank * sum(w.shape) for name, w in shapes.items() if layers.fullmatch(name)

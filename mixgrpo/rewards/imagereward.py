@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixgrpo.files.weight_files import check_fits
+from mixgrpo.files.weight_files import check_finite, check_fits
 from mixgrpo.rewards.imagereward_model import (
     ImageRewardModel,
     VisionSize,
@@ -32,6 +33,7 @@ from mixgrpo.rewards.weights import (
     read_heads,
     read_json,
     read_state_dict,
+    read_tokenizer,
     require_file,
     require_folder,
 )
@@ -79,7 +81,7 @@ class ImageReward:
         self.model = network.to(self.device, self.dtype).eval().requires_grad_(False)
         self.model.head.float()
         source = require_folder(tokenizer or folder, "imagereward", "tokenizer")
-        self.tokenizer = _load_tokenizer(source)
+        self.tokenizer = _load_tokenizer(source, read_json(med))
 
     @staticmethod
     def check_files(
@@ -101,7 +103,8 @@ class ImageReward:
             network = ImageRewardModel(_vision_size(folder), read_json(med))
         state = used_keys(read_heads(path))
         check_fits(to_imagereward_keys(network.state_dict()), state, path)
-        _tokenizer_file(require_folder(tokenizer or folder, "imagereward", "tokenizer"))
+        source = require_folder(tokenizer or folder, "imagereward", "tokenizer")
+        _load_tokenizer(source, read_json(med))
         return path
 
     @staticmethod
@@ -155,15 +158,18 @@ def _load_weights(network: ImageRewardModel, path: Path) -> None:
     # Compared under the published names, which are the ones in the user's file.
     check_fits(to_imagereward_keys(network.state_dict()), state, path)
     network.load_state_dict(from_imagereward_keys(state))
+    check_finite(network, path)
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path, text: dict[str, Any]) -> Any:
     from transformers import BertTokenizer
 
-    _tokenizer_file(folder)
-    return BertTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _tokenizer_file(folder: Path) -> Path:
     # Without these files transformers silently creates an empty tokenizer.
-    return find_file(folder, ("tokenizer.json", "vocab.txt"), "imagereward", "tokenizer")
+    find_file(folder, ("tokenizer.json", "vocab.txt"), "imagereward", "tokenizer")
+    return read_tokenizer(
+        partial(BertTokenizer.from_pretrained, folder, local_files_only=True),
+        folder,
+        text["vocab_size"],
+        "imagereward",
+        "tokenizer",
+    )

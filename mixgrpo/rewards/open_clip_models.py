@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from mixgrpo.files.home import expand_home
 from mixgrpo.files.weight_files import check_fits
 from mixgrpo.rewards.weights import (
+    check_pixels,
     find_file,
     load_exactly,
     move_frozen,
@@ -30,6 +32,7 @@ from mixgrpo.rewards.weights import (
     read_heads,
     read_json,
     read_state_dict,
+    read_tokenizer,
     require_file,
     require_folder,
 )
@@ -115,6 +118,10 @@ class CosineReward:
             device=torch.device(device),
         )
         self.check_preprocess()
+        folder = _folder(self.kind, model or self.architecture)
+        if folder is not None:
+            height, width = self.clip.preprocess["size"]
+            check_pixels(self.pixels, (height, width), self.kind, folder / _CONFIG)
 
     @classmethod
     def check_files(
@@ -133,11 +140,10 @@ class CosineReward:
         path = cls.weights_file(model=model, checkpoint=checkpoint)
         name = model or cls.architecture
         folder = _folder(cls.kind, name)
-        if tokenizer is not None:
-            require_folder(tokenizer, cls.kind, "tokenizer")
         with torch.device("meta"):
             module = _create(f"local-dir:{folder}" if folder else name, folder, "meta")
         check_fits(module.state_dict(), read_heads(path), path)
+        _tokenizer(cls.kind, f"local-dir:{folder}" if folder else name, folder, tokenizer)
         return path
 
     @classmethod
@@ -184,7 +190,6 @@ def load_open_clip(
         FileNotFoundError: if the folder, checkpoint or tokenizer is missing.
         ValueError: if the architecture is unknown or the checkpoint does not fit.
     """
-    import open_clip
 
     precision = parse_dtype(dtype)
     folder = _folder(reward, model)
@@ -193,13 +198,7 @@ def load_open_clip(
     module = _create(name, folder)
     load_exactly(module, read_state_dict(path), path)
     module = module.to(device, precision).eval().requires_grad_(False)
-    if tokenizer is not None:
-        context = open_clip.get_model_config(name)["text_cfg"].get("context_length", 77)
-        source = str(require_folder(tokenizer, reward, "tokenizer"))
-        tokenize = open_clip.tokenizer.HFTokenizer(source, context_length=context)
-    else:
-        tokenize = open_clip.get_tokenizer(name)
-    _check_vocabulary(reward, name, tokenize)
+    tokenize = _tokenizer(reward, name, folder, tokenizer)
     return OpenClip(module, tokenize, _preprocess(module, folder, model), device, precision)
 
 
@@ -284,18 +283,26 @@ def _preprocess(module: Any, folder: Path | None, model: str) -> dict[str, Any]:
     return settings
 
 
-def _check_vocabulary(reward: str, name: str, tokenize: Any) -> None:
-    """Raises ValueError if the tokenizer has more tokens than the model's embedding.
+def _tokenizer(reward: str, name: str, folder: Path | None, given: str | None) -> Any:
+    """The tokenizer in the folder ``given``, or else the model's own.
 
     A folder whose configuration names no tokenizer would get CLIP's, and fail far from the cause.
     """
     import open_clip
 
-    rows = open_clip.get_model_config(name)["text_cfg"].get("vocab_size", 49408)
+    text = open_clip.get_model_config(name)["text_cfg"]
+    rows, context = text.get("vocab_size", 49408), text.get("context_length", 77)
+    source = folder if given is None else require_folder(given, reward, "tokenizer")
+    if source is not None and (given is not None or "hf_tokenizer_name" in text):
+        load = partial(open_clip.get_tokenizer, name)
+        if given is not None:
+            load = partial(open_clip.tokenizer.HFTokenizer, str(source), context_length=context)
+        return read_tokenizer(load, source, rows, reward, "tokenizer")
+    tokenize = open_clip.get_tokenizer(name)
     words = len(tokenize.tokenizer) if hasattr(tokenize, "tokenizer") else tokenize.vocab_size
     if words > rows:
         raise ValueError(
             f"{reward}: the tokenizer has {words} tokens, but the model's embedding has {rows}; "
-            "set `hf_tokenizer_name` in text_cfg of open_clip_config.json, or set the reward's "
-            "`tokenizer`"
+            f"set `hf_tokenizer_name` in text_cfg of {_CONFIG}, or set the reward's `tokenizer`"
         )
+    return tokenize

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from mixgrpo.files.weight_files import check_fits
+from mixgrpo.files.weight_files import check_finite, check_fits
 from mixgrpo.rewards.images import center_crop, normalise, resize, resize_shortest
 from mixgrpo.rewards.weights import (
-    NotReadable,
+    check_pixels,
     find_file,
     move_frozen,
     parse_dtype,
     read_heads,
     read_json,
+    read_state_dict,
+    read_tokenizer,
     require_folder,
 )
 
@@ -69,7 +72,8 @@ class PickScore:
         self.logit_scale = network.logit_scale.exp().item()
         self.model = network.to(self.device, self.dtype)
         source = require_folder(processor or folder, "pickscore", "processor")
-        self.tokenizer, self.settings = _load_processor(source)
+        self.tokenizer, self.settings = _load_processor(source, self.model.config)
+        _check_settings(self.pixels, source, self.model.config)
         self.max_length = self.model.config.text_config.max_position_embeddings
 
     @staticmethod
@@ -85,19 +89,13 @@ class PickScore:
 
         Neither is loaded. Raises the constructor's errors, and NotReadable.
         """
-        from transformers import CLIPConfig, CLIPModel
-
         parse_dtype(dtype)
         folder = require_folder(model, "pickscore", "model")
-        settings = find_file(folder, ("config.json",), "pickscore", "model")
+        network = _empty(_configuration(folder))
         path = PickScore.weights_file(model=model)
-        with torch.device("meta"):
-            network = CLIPModel(CLIPConfig.from_dict(read_json(settings)))
-        if path.name.startswith("pytorch_model") and path.suffix == ".json":
-            raise NotReadable(f"{path} is an index of several PyTorch files")
-        heads = {k: v for k, v in read_heads(path).items() if not k.endswith("position_ids")}
-        check_fits(network.state_dict(), heads, path)
-        _find_processor(require_folder(processor or folder, "pickscore", "processor"))
+        check_fits(network.state_dict(), _used_keys(read_heads(path)), path)
+        source = require_folder(processor or folder, "pickscore", "processor")
+        _load_processor(source, network.config)
         return path
 
     @staticmethod
@@ -152,54 +150,58 @@ def _features(output: Any) -> Tensor:
 
 
 def _load_model(folder: Path) -> Any:
-    from safetensors import SafetensorError
     from transformers import CLIPModel
 
-    find_file(folder, ("config.json",), "pickscore", "model")
-    find_file(folder, _WEIGHTS, "pickscore", "model")
-    try:
-        loaded: Any = CLIPModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are reported, and raise an error below
-            output_loading_info=True,
-        )
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
-            f"pickscore: the weights in {folder} cannot be read ({reason}); fetch them again"
-        ) from error
-    model, report = loaded
-    _check_complete(folder, report)
+    config = _configuration(folder)
+    path = PickScore.weights_file(model=str(folder))
+    state = _used_keys(read_state_dict(path))
+    # transformers would draw missing weights at random.
+    check_fits(_empty(config).state_dict(), state, path)
+    # Without a folder, transformers only creates the model and copies these weights into it.
+    model: Any = CLIPModel.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32
+    )
+    check_finite(model, path)
     return model.eval().requires_grad_(False)
 
 
-def _check_complete(folder: Path, report: dict[str, Any]) -> None:
-    """Raises ValueError if keys do not match; transformers would draw missing weights at random."""
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # A mismatch is a tuple of the key and both shapes.
-        keys = sorted(
-            key if isinstance(key, str) else f"{key[0]} {list(key[1])} instead of {list(key[2])}"
-            for key in report.get(kind) or ()
-        )
-        # Older files contain this buffer.
-        keys = [key for key in keys if not key.endswith("position_ids")]
-        if keys:
-            raise ValueError(
-                f"pickscore: the weights in {folder} do not fit its config.json, "
-                f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}"
-            )
+def _configuration(folder: Path) -> Any:
+    from transformers import CLIPConfig
+
+    return CLIPConfig.from_dict(
+        read_json(find_file(folder, ("config.json",), "pickscore", "model"))
+    )
 
 
-def _load_processor(folder: Path) -> tuple[Any, Any]:
+def _empty(config: Any) -> Any:
+    from transformers import CLIPModel
+
+    with torch.device("meta"):
+        return CLIPModel(config)
+
+
+def _used_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without a buffer that older files contain."""
+    return {key: value for key, value in state.items() if not key.endswith("position_ids")}
+
+
+def _load_processor(folder: Path, config: Any) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, CLIPImageProcessor
 
-    _find_processor(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    find_file(folder, _TOKENIZER_FILES, "pickscore", "processor")
+    settings = find_file(folder, _PROCESSOR_FILES, "pickscore", "processor")
+    tokenizer = read_tokenizer(
+        partial(AutoTokenizer.from_pretrained, folder, local_files_only=True),
+        folder,
+        config.text_config.vocab_size,
+        "pickscore",
+        "processor",
+    )
+    read_json(settings)
     return tokenizer, CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
 
 
-def _find_processor(folder: Path) -> None:
-    for names in (_TOKENIZER_FILES, _PROCESSOR_FILES):
-        find_file(folder, names, "pickscore", "processor")
+def _check_settings(pixels: Callable[[Tensor], Tensor], folder: Path, config: Any) -> None:
+    side = config.vision_config.image_size
+    path = find_file(folder, _PROCESSOR_FILES, "pickscore", "processor")
+    check_pixels(pixels, (side, side), "pickscore", path)

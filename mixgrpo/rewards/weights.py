@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
-import pickle
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixgrpo.files.forms import TORCH_OLD, readable_form
 from mixgrpo.files.home import expand_home
-from mixgrpo.files.weight_files import check_fits, find_shards, read_shapes
+from mixgrpo.files.regular import MIB, check_regular, check_regular_files, read_regular
+from mixgrpo.files.weight_files import (
+    check_finite,
+    check_fits,
+    find_shards,
+    plain_names,
+    read_shapes,
+    read_tensors,
+)
 
+_LARGEST_JSON = 16 * MIB
+_FEWEST = 0.9  # tokens of a tokenizer per row of its model's embedding
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,7 +79,9 @@ def require_folder(path: str | Path, reward: str, option: str) -> Path:
 
 def require_file(path: str | Path, reward: str, option: str) -> Path:
     file = Path(expand_home(str(path)))
-    if not file.is_file():
+    if file.exists():
+        check_regular(file)
+    elif not file.is_symlink():
         raise FileNotFoundError(
             f"{reward}: no file {str(path)!r}; set the reward's `{option}` to its path"
         )
@@ -79,7 +91,7 @@ def require_file(path: str | Path, reward: str, option: str) -> Path:
 def find_file(folder: Path, names: tuple[str, ...], reward: str, option: str) -> Path:
     """The first of ``names`` that ``folder`` holds."""
     for name in names:
-        if (folder / name).is_file():
+        if (folder / name).exists() or (folder / name).is_symlink():
             return folder / name
     raise FileNotFoundError(
         f"{reward}: folder {str(folder)!r} holds none of {', '.join(names)}; "
@@ -88,9 +100,10 @@ def find_file(folder: Path, names: tuple[str, ...], reward: str, option: str) ->
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    check_regular(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(read_regular(path, _LARGEST_JSON).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -98,21 +111,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Reads name -> tensor on the CPU from a safetensors (by suffix) or PyTorch file.
+    """Reads name -> tensor on the CPU from a file, several shards, or their index.
 
-    Only tensors are unpickled. A dict under the key ``state_dict`` is unwrapped, and the
-    ``module.`` prefix of DistributedDataParallel is removed.
+    Only tensors are unpickled; see ``mixgrpo.files.weight_files`` for the forms that are read.
+
+    Raises:
+        OSError: if a file does not exist or cannot be opened.
+        ValueError: if the file is damaged or holds no state dict.
     """
-    return _state_dict(_read_tensors(path), path)
+    return read_tensors(_files(path))
 
 
-def _state_dict(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    if isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    state = {str(key).removeprefix("module."): value for key, value in content.items()}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict (names to tensors); check the file")
-    return state
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        check_regular(path)
+    return find_shards(path)
 
 
 class NotReadable(Exception):
@@ -122,51 +135,80 @@ class NotReadable(Exception):
 def read_heads(path: Path) -> dict[str, Tensor]:
     """The result of ``read_state_dict`` on the meta device: tensor contents are not read.
 
-    ``path`` may also be the index of several safetensors files.
-
     Raises:
+        OSError: if a file does not exist or cannot be opened.
         ValueError: if the file is damaged or holds no state dict.
         NotReadable: if the file has the format used before PyTorch 1.6.
     """
-    if path.suffix in (".safetensors", ".json"):
-        return read_shapes(find_shards(path))
-    with path.open("rb") as file:
-        beginning = file.read(2)
-    if beginning and beginning != b"PK":
-        raise NotReadable(f"{path} has the format used before PyTorch 1.6")
-    return _state_dict(_unpickled(path, mmap=True, map_location="meta"), path)
+    files = _files(path)
+    for file in files:
+        if readable_form(file) == TORCH_OLD:
+            raise NotReadable(f"{file} has the format used before PyTorch 1.6")
+    return plain_names(read_shapes(files))
 
 
-def _read_tensors(path: Path) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_tokenizer(
+    load: Callable[[], Any], folder: Path, rows: int, reward: str, option: str
+) -> Any:
+    """Loads a tokenizer that transformers or open_clip reads from ``folder``.
 
-    if path.suffix != ".safetensors":
-        return _unpickled(path, map_location="cpu")
+    Args:
+        rows: rows of the embedding of the model to which it belongs.
+        option: the reward's option that sets the folder, for messages.
+
+    Raises:
+        ValueError: it cannot be read, or has more or far fewer tokens than the embedding.
+    """
+    check_regular_files(folder)
+    remedy = f"set the reward's `{option}` to the folder of the model's own tokenizer"
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        tokenizer = load()
+    except Exception as error:  # whatever a library raises for a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{reward}: the tokenizer in {folder} cannot be read ({reason}); {remedy}"
+        ) from error
+    count = len(getattr(tokenizer, "tokenizer", tokenizer))
+    if not _FEWEST * rows <= count <= rows:
+        raise ValueError(
+            f"{reward}: the tokenizer in {folder} has {count} tokens, but the model's embedding "
+            f"has {rows}; {remedy}"
+        )
+    return tokenizer
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ValueError(
-        f"{path} cannot be read as a checkpoint ({reason}); it may be truncated: fetch it again"
-    )
+def check_pixels(
+    pixels: Callable[[Tensor], Tensor], size: tuple[int, int], reward: str, path: Path
+) -> None:
+    """Tries a preprocessing on an empty image.
 
+    Args:
+        size: (height, width) of the model's input.
+        path: the file with its settings, for messages.
 
-def _unpickled(path: Path, **how: Any) -> Mapping[str, Any]:
+    Raises:
+        ValueError: it fails, or its images have another size.
+    """
     try:
-        content = torch.load(path, weights_only=True, **how)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-    return content
+        found = tuple(pixels(torch.zeros(1, 3, 16, 16)).shape[-2:])
+    except Exception as error:  # whatever wrong settings lead to
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{reward}: the settings in {path} cannot be used ({reason}); fetch the file again"
+        ) from error
+    if found != size:
+        raise ValueError(
+            f"{reward}: the settings in {path} make images of {found[0]}x{found[1]}, but the model "
+            f"takes {size[0]}x{size[1]}; fetch the file again"
+        )
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Copy ``state``, read from ``path``, into ``module``; see ``check_fits``."""
+    """Copies ``state``, read from ``path``, into ``module``.
+
+    Raises:
+        ValueError: names or shapes differ, or a weight is not finite.
+    """
     check_fits(module.state_dict(), state, path)
     module.load_state_dict(state)
+    check_finite(module, path)

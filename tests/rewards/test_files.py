@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from mixgrpo.rewards import build_reward
 from mixgrpo.rewards.imagereward import ImageRewardModel, VisionSize, to_imagereward_keys
 from mixgrpo.rewards.imagereward_model import from_imagereward_keys
 from mixgrpo.rewards.open_clip_models import _preprocess
+from mixgrpo.rewards.registry import check_call
 
 from . import tiny
 
@@ -246,19 +248,22 @@ def test_missing_checkpoint(name: str, folders: Folders) -> None:
 def test_truncated_weights(name: str, copy: Folders) -> None:
     path = copy[name] / WEIGHTS[name]
     path.write_bytes(path.read_bytes()[:-1000])
-    where = str(copy[name]) if name == "pickscore" else path.name
-    with pytest.raises(ValueError, match=f"{where}.*cannot be read.*fetch"):
+    with pytest.raises(ValueError, match=f"{path.name} is truncated: .*; download it again"):
         build(name, copy[name])
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
-@pytest.mark.parametrize("content", ["short", "empty", "text"])
-def test_broken_pt_file(name: str, content: str, copy: Folders) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("short", "that is truncated"), ("empty", "is empty"), ("text", "a git-LFS pointer")],
+)
+def test_broken_pt_file(name: str, content: str, message: str, copy: Folders) -> None:
     path = copy[name].parent / "broken.pt"
     torch.save(load_file(copy[name] / WEIGHTS[name]), path)
     whole = path.read_bytes()
-    path.write_bytes({"short": whole[:-1000], "empty": b"", "text": b"version https"}[content])
-    with pytest.raises(ValueError, match=r"broken\.pt cannot be read as a checkpoint"):
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    path.write_bytes({"short": whole[:-1000], "empty": b"", "text": pointer}[content])
+    with pytest.raises(ValueError, match=rf"broken\.pt is .*{message}|broken\.pt {message}"):
         build(name, copy[name], checkpoint=str(path))
 
 
@@ -370,3 +375,123 @@ def test_imagereward_configurations_that_are_wrong(
     (copy["imagereward"] / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         build("imagereward", copy["imagereward"])
+
+
+# --- damage that a library would not notice, or would not name -----------------------------------
+
+SETTINGS = {
+    "hpsv2": "open_clip_config.json",
+    "clip_score": "open_clip_config.json",
+    "pickscore": "config.json",
+    "imagereward": "med_config.json",
+}
+
+
+def refused(name: str, folder: Path) -> str:
+    """The one sentence that building the reward and checking its files both say."""
+    target = check_call(name, {"model": str(folder)})
+    messages = []
+    for run in (build, lambda _, folder: target.check_files(model=str(folder))):
+        with pytest.raises((ValueError, OSError)) as caught:
+            run(name, folder)
+        assert "\n" not in str(caught.value)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    return [path for name in ("tokenizer.json", "vocab.txt") if (path := folder / name).exists()]
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"<html>Login</html>"])
+def test_a_damaged_tokenizer(name: str, content: bytes, copy: Folders) -> None:
+    for file in tokenizer_files(copy[name]):
+        file.write_bytes(content)
+    message = refused(name, copy[name])
+    assert f"{name}: the tokenizer in {copy[name]}" in message
+    assert "set the reward's `" in message
+
+
+def test_a_tokenizer_that_lacks_words_of_the_model(copy: Folders) -> None:
+    vocabulary = copy["imagereward"] / "vocab.txt"
+    vocabulary.write_text("\n".join(vocabulary.read_text().splitlines()[:6]) + "\n")
+    assert "tokens, but the model's embedding has" in refused("imagereward", copy["imagereward"])
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("which", ["weights", "settings", "tokenizer"])
+def test_what_is_no_regular_file_is_not_opened(name: str, which: str, copy: Folders) -> None:
+    files = {
+        "weights": [copy[name] / WEIGHTS[name]],
+        "settings": [copy[name] / SETTINGS[name]],
+        "tokenizer": tokenizer_files(copy[name]),
+    }
+    for file in files[which]:
+        file.unlink()
+        os.mkfifo(file)
+    assert f"{files[which][0]} is a FIFO, not a regular file" in refused(name, copy[name])
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_weights_that_are_not_finite(name: str, copy: Folders) -> None:
+    path = copy[name] / WEIGHTS[name]
+    state = load_file(path)
+    state[sorted(state)[-1]].view(-1)[-1] = float("nan")
+    save_file(state, path)
+    with pytest.raises(ValueError, match=f"{path} holds weights that are not finite, such as"):
+        build(name, copy[name])
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_weights_of_another_kind_are_named(name: str, copy: Folders) -> None:
+    path = copy[name] / WEIGHTS[name]
+    save_file({"a.lora_A.weight": torch.ones(2, 2)}, path)
+    assert "it holds a LoRA, not full weights; give full weights" in refused(name, copy[name])
+    path.write_bytes(b"GGUF" + bytes(60))
+    assert f"{path} is a GGUF file" in refused(name, copy[name])
+    path.unlink()
+    path.symlink_to(".git/annex/objects/a/b")
+    assert f"git annex get {path.name}" in refused(name, copy[name])
+    path.unlink()
+    path.mkdir()
+    assert f"{path} is a folder, not a regular file" in refused(name, copy[name])
+
+
+@pytest.mark.parametrize("parts", ["safetensors", "bin"])
+def test_pickscore_in_several_files(parts: str, copy: Folders) -> None:
+    folder = copy["pickscore"]
+    expected = build("pickscore", folder)(IMAGES, TEXTS)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem = "model" if parts == "safetensors" else "pytorch_model"
+    save: Any = save_file if parts == "safetensors" else torch.save
+    places: dict[str, str] = {}
+    files = [f"{stem}-{number:05}-of-00002.{parts}" for number in (1, 2)]
+    for number, file in enumerate(files):
+        names = sorted(state)[number::2]
+        save({key: state[key] for key in names}, folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / f"{stem}.{parts}.index.json").write_text(json.dumps(index))
+    assert torch.equal(build("pickscore", folder)(IMAGES, TEXTS), expected)
+    (folder / files[1]).unlink()
+    assert f"names {files[1]}, which does not exist" in refused("pickscore", folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": {"shortest_edge": "x"}}, "cannot be used"),
+        ({"image_mean": [0.5, 0.5]}, "cannot be used"),
+        ({"crop_size": {"height": 24, "width": 24}}, "make images of 24x24, but the model takes"),
+    ],
+)
+def test_pickscore_settings_that_are_wrong(
+    settings: dict[str, Any], message: str, copy: Folders
+) -> None:
+    path = copy["pickscore"] / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(ValueError, match=f"pickscore: the settings in {path} {message}"):
+        build("pickscore", copy["pickscore"])

@@ -1,0 +1,229 @@
+"""Opens a FLUX pipeline folder, after checking that its parts are whole and belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import FluxPipeline
+from safetensors import SafetensorError
+
+from mixgrpo.files.regular import check_regular_files
+from mixgrpo.files.weight_files import check_finite
+from mixgrpo.models.flux_files import (
+    WEIGHTED,
+    check_part,
+    find_part,
+    quiet,
+    read_object,
+)
+
+_OTHER_FOLDER = "set --model.path to a diffusers FLUX pipeline folder"
+# What transformers assumes if a configuration lacks these values.
+_DEFAULTS = {
+    "text_encoder": {"vocab_size": 49408, "eos_token_id": 49407},
+    "text_encoder_2": {"vocab_size": 32128, "eos_token_id": 1},
+}
+_UNUSED = ("image_encoder", "feature_extractor")  # parts of a pipeline for images as prompts
+TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+# Sizes that two parts must share: a value of the transformer's, and of the other part's.
+_SHARED = (
+    ("joint_attention_dim", "text_encoder_2", "d_model", 1),
+    ("pooled_projection_dim", "text_encoder", "hidden_size", 1),
+    ("in_channels", "vae", "latent_channels", 4),
+)
+
+
+def open_pipeline(
+    path: str, dtypes: dict[str, torch.dtype], without: Sequence[str], **given: Any
+) -> FluxPipeline:
+    """Loads a pipeline folder except for the parts ``without``, and those that are ``given``.
+
+    Raises:
+        FileNotFoundError: if one of its files is missing.
+        ValueError: if a part is damaged, incomplete, or belongs to another model.
+    """
+    folder = Path(path)
+    found = check_folder(folder, without)
+    try:
+        with quiet():
+            pipeline = FluxPipeline.from_pretrained(
+                path,
+                dtype=dtypes,
+                local_files_only=True,
+                variant=found.variant,
+                **dict.fromkeys((*without, *_UNUSED)),
+                **found.tokenizers,
+                **given,
+            )
+    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"a part of the model in {path!r} (model.path) cannot be read ({reason}); fetch it "
+            "again"
+        ) from error
+    for part in WEIGHTED:
+        if part not in without and part not in given:
+            check_finite(getattr(pipeline, part), folder / part)
+    return pipeline
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of a folder found.
+
+    Attributes:
+        variant: of the weights, which ``from_pretrained`` must be told; None for no variant.
+        tokenizers: by the names of their parts.
+    """
+
+    variant: str | None
+    tokenizers: dict[str, Any]
+
+
+def check_folder(folder: Path, without: Sequence[str] = ()) -> Checked:
+    """Checks everything in a pipeline folder. Only the headers of weight files are read.
+
+    Args:
+        without: parts that will not be loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``open_pipeline``.
+    """
+    parts = [folder / part for part in WEIGHTED if part not in without]
+    try:
+        check_index(folder)
+        for part in parts:
+            check_part(part)
+        check_sizes(folder, without)
+        if "vae" not in without:
+            check_factors(folder)
+        if "scheduler" not in without:
+            check_scheduler(folder)
+        tokenizers = [part for part in TOKENIZERS if part not in without]
+        return Checked(
+            _variant(parts), {part: read_tokenizer(folder / part) for part in tokenizers}
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the model in {str(folder)!r} (model.path) cannot be used: {error}"
+        ) from error
+
+
+def _variant(parts: Sequence[Path]) -> str | None:
+    variants = {find_part(part).variant for part in parts} - {""}
+    if len(variants) > 1:
+        raise ValueError(
+            f"its parts are stored in several variants ({', '.join(sorted(variants))}); keep the "
+            "files of one of them"
+        )
+    return next(iter(variants), None)
+
+
+def check_index(folder: Path) -> None:
+    """Checks that model_index.json names the classes of FLUX.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or describes another model.
+    """
+    index = folder / "model_index.json"
+    content = read_object(index)
+    wanted = {part: _full_name(kind) for part, (kind, _) in WEIGHTED.items()}
+    wanted["scheduler"] = "diffusers.FlowMatch"
+    for part, name in wanted.items():
+        entry = content.get(part)
+        found = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+        if found != name and not (part == "scheduler" and found.startswith(name)):
+            raise ValueError(
+                f"{index} describes a {content.get('_class_name')}, in which {part} is {found} "
+                f"instead of {name}; {_OTHER_FOLDER}"
+            )
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+
+
+def check_scheduler(folder: Path) -> None:
+    """Raises OSError, ValueError: the scheduler's configuration is missing or of another kind."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    kind = str(read_object(path).get("_class_name", "FlowMatch"))
+    if not kind.startswith("FlowMatch"):
+        raise ValueError(
+            f"{path} is that of a {kind}, not of a FlowMatch scheduler; fetch the folder again"
+        )
+
+
+def check_sizes(folder: Path, without: Sequence[str] = ()) -> None:
+    """Raises OSError, ValueError: the widths of two parts differ, so they are of two models."""
+    if "transformer" in without:
+        return
+    config = read_object(folder / "transformer" / "config.json")
+    for key, part, theirs, factor in _SHARED:
+        if part in without:
+            continue
+        other = read_object(folder / part / "config.json")
+        mine, wanted = config.get(key), other.get(theirs)
+        if mine is not None and wanted is not None and mine != factor * wanted:
+            raise ValueError(
+                f"{folder / 'transformer' / 'config.json'} has {key} {mine}, but {part} requires "
+                f"{factor * wanted}; fetch the parts of one model"
+            )
+
+
+def check_factors(folder: Path) -> None:
+    """Raises OSError, ValueError: the VAE's configuration lacks what turns latents into images."""
+    path = folder / "vae" / "config.json"
+    config = read_object(path)
+    for key, least in (("scaling_factor", 0.0), ("shift_factor", -math.inf)):
+        value = config.get(key, None if key == "shift_factor" else 1.0)
+        if not isinstance(value, int | float) or not least < value < math.inf:
+            raise ValueError(f"{path} has {key} {value}, which cannot be; fetch it again")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Reads a tokenizer and checks that it is the one of its encoder.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, the vocabulary is larger or much smaller than
+            the encoder's embedding, or another token ends a text.
+    """
+    check_regular_files(folder)
+    entry = read_object(folder.parent / "model_index.json").get(folder.name)
+    try:
+        with quiet():
+            kind = getattr(transformers, entry[-1])  # type: ignore[index]
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a library raises for a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{folder} cannot be read as a tokenizer ({reason}); fetch it again"
+        ) from error
+    _check_tokenizer(folder, tokenizer)
+    return tokenizer
+
+
+def _check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    part = TOKENIZERS[folder.name]
+    config = {**_DEFAULTS[part], **read_object(folder.parent / part / "config.json")}
+    rows, ends = config["vocab_size"], config["eos_token_id"]
+    count, last = len(tokenizer), tokenizer.eos_token_id
+    if count > rows or count < 0.9 * rows:
+        raise ValueError(
+            f"{folder} has a vocabulary of {count} tokens, but {part} has {rows}; fetch the "
+            "tokenizer of this encoder"
+        )
+    if part == "text_encoder" and ends == 2:  # in CLIP's older files, for the largest token
+        ends = rows - 1
+    if last != ends:
+        raise ValueError(
+            f"{folder} ends a text by token {last}, but {part} expects {ends}; fetch the "
+            "tokenizer of this encoder"
+        )
