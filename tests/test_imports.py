@@ -79,6 +79,7 @@ MAY_IMPORT = {
     "mixgrpo.run.watchdog": ("mixgrpo.engines.distributed",),
     "mixgrpo.run.tracking": (*("mixgrpo.config", "mixgrpo.devices", "mixgrpo.files"),),
     "mixgrpo.evaluation.manifests": ("mixgrpo.files", "mixgrpo.types"),
+    "mixgrpo.evaluation.pictures": ("mixgrpo.files",),
     "mixgrpo.evaluation.comparison": (),
     "mixgrpo.evaluation.gallery_page": (),
     "mixgrpo.evaluation.score_store": ("mixgrpo.config", "mixgrpo.rewards", "mixgrpo.files"),

@@ -140,8 +140,12 @@ def parse(arguments: Sequence[str]) -> Request:
     from mixgrpo.evaluation.comparison import Bootstrap
     from mixgrpo.evaluation.gallery import ALL, Choice
     from mixgrpo.evaluation.manifests import read_manifests
+    from mixgrpo.evaluation.report import FILES
     from mixgrpo.evaluation.score_store import Store
+    from mixgrpo.files.disk import check_replaceable
 
+    for name in FILES:
+        check_replaceable(given.output / name)
     manifests = read_manifests(given.manifests)
     names = [manifest.name for manifest in manifests]
     return Request(

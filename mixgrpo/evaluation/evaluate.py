@@ -23,7 +23,8 @@ from mixgrpo.assembly import make_rewards
 from mixgrpo.config import Config
 from mixgrpo.engines.distributed import Process, gather_objects, spread
 from mixgrpo.evaluation.comparison import Values, pairwise_distance
-from mixgrpo.evaluation.manifests import Manifest, Picture, Seen, look, read_picture
+from mixgrpo.evaluation.manifests import Manifest, Picture
+from mixgrpo.evaluation.pictures import Seen, look, read_picture
 from mixgrpo.evaluation.score_store import Store, column, digest, identity
 from mixgrpo.rewards import Reward, RewardError, find_reward, score, takes_metadata
 from mixgrpo.types import Metadata
@@ -31,6 +32,8 @@ from mixgrpo.types import Metadata
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+THREADS = 8  # images decoded at once, of up to 0.3 GB each
+BATCH_PIXELS = 48 * 2**20  # of a batch of large images: 0.6 GB as float32
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Job:
 
     key: str
     file: Path
+    digest: str
     prompt: str
     size: tuple[int, int]
     metadata: Metadata = field(default_factory=dict, hash=False)
@@ -85,8 +89,9 @@ def evaluate(
     """
     features = features_by(config)
     _check_same_metadata(config, manifests)
-    identities = {name: identity(knobs) for name, knobs in config.rewards.items()}
-    # Those of rank 0, because modification times of files may differ between hosts.
+    # Of rank 0 alone, because reading all weights takes a while.
+    mine = config.rewards if process.rank == 0 else {}
+    identities = {name: identity(knobs) for name, knobs in mine.items()}
     store, identities = gather_objects(process, (store, identities))[0]
     columns = {name: column(each) for name, each in identities.items()}
     named = {name: {"column": columns[name], **identities[name]} for name in identities}
@@ -155,7 +160,7 @@ def _look_at_all(
 
 
 def _look_at(files: Sequence[Path]) -> dict[Path, Seen]:
-    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
+    with ThreadPoolExecutor(THREADS) as pool:  # decoding releases the GIL
         return dict(zip(files, pool.map(look, files), strict=True))
 
 
@@ -207,7 +212,9 @@ def _job(picture: Picture, seen: Seen) -> Job:
     parts = [seen.digest, picture.prompt]
     if picture.metadata:
         parts.append(json.dumps(picture.metadata, sort_keys=True))
-    return Job(digest(*parts), picture.file, picture.prompt, seen.size, picture.metadata)
+    return Job(
+        digest(*parts), picture.file, seen.digest, picture.prompt, seen.size, picture.metadata
+    )
 
 
 def _group_key(group: Sequence[Job]) -> str:
@@ -260,11 +267,18 @@ def _label(text: str, config: Config) -> str | None:
 
 
 def batches(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:
-    """Batches of at most ``size`` images, all of the same width and height within a batch."""
+    """Batches of at most ``size`` images, all of the same width and height within a batch.
+
+    A batch of several images has at most ``BATCH_PIXELS`` pixels.
+    """
     by_size: dict[tuple[int, int], list[Job]] = defaultdict(list)
     for job in jobs:
         by_size[job.size].append(job)
-    return [part for same in by_size.values() for part in chunks(same, size)]
+    return [
+        part
+        for (width, height), same in by_size.items()
+        for part in chunks(same, max(1, min(size, BATCH_PIXELS // (width * height))))
+    ]
 
 
 def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
@@ -277,8 +291,9 @@ def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 def _read_all(jobs: Sequence[Job], device: torch.device) -> Tensor:
     """[B, 3, H, W] in [0, 1]; all images must have the same size."""
-    with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(read_picture, [job.file for job in jobs]))).to(device)
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = pool.map(read_picture, [job.file for job in jobs], [job.digest for job in jobs])
+        return torch.stack(list(read)).to(device)
 
 
 def _scores(

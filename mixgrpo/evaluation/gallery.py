@@ -18,7 +18,8 @@ from PIL import Image
 from mixgrpo.evaluation.comparison import Row, Values, number, table_cells
 from mixgrpo.evaluation.evaluate import Evaluation
 from mixgrpo.evaluation.gallery_page import PAGE
-from mixgrpo.evaluation.manifests import Picture, decode
+from mixgrpo.evaluation.manifests import Picture
+from mixgrpo.evaluation.pictures import Unreadable, read_image
 
 ALL = "all"
 EDGE = 256  # maximum length in pixels of an image's longer edge
@@ -213,11 +214,14 @@ def _pictures(pictures: Sequence[Picture], faults: Mapping[Path, str], name: str
     parts = []
     for picture in pictures:
         text = f"{name}, sample {picture.sample}"
-        if picture.file in faults:
-            why = html.escape(f"{text}: {faults[picture.file]}")
-            parts.append(f"<span class=missing>{why}</span>")
+        fault = faults.get(picture.file, "")
+        try:
+            uri, width, height = ("", 0, 0) if fault else thumbnail(picture.file)
+        except Unreadable as error:  # it was readable when it was scored
+            fault = str(error)
+        if fault:
+            parts.append(f"<span class=missing>{html.escape(f'{text}: {fault}')}</span>")
             continue
-        uri, width, height = thumbnail(picture.file)
         parts.append(
             f"<img src={_quoted(uri)} alt={_quoted(text)} title={_quoted(text)} "
             f"width={width} height={height} loading=lazy>"
@@ -226,8 +230,11 @@ def _pictures(pictures: Sequence[Picture], faults: Mapping[Path, str], name: str
 
 
 def thumbnail(file: Path) -> tuple[str, int, int]:
-    """A data URI of the image, at most ``EDGE`` pixels long, and its width and height."""
-    picture = decode(file.read_bytes())
+    """A data URI of the image, at most ``EDGE`` pixels long, and its width and height.
+
+    Raises ``Unreadable``.
+    """
+    picture = read_image(file)
     picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85, subsampling=0)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
-
+from mixgrpo.files.json_files import read_json
 from mixgrpo.files.named_paths import check_distinct_names, split_name
 from mixgrpo.types import Metadata
 
 VERSION = 1
+MOST_INDEX = 2**31 - 1
+_AGAIN = "sample the images again"
 _FIELDS = {"index": int, "sample": int, "prompt": str, "file": str}
 
 # (index, sample) of an image in a manifest: position of its prompt, and number within the prompt.
@@ -33,7 +29,7 @@ class Picture:
         index: position of its prompt among the prompts.
         sample: number of the image among those of its prompt.
         prompt: the prompt.
-        file: path of the image, which need not exist.
+        file: path of the image below the manifest's folder; there need not be one.
         metadata: what the prompt file says about the prompt beside its text.
     """
 
@@ -86,16 +82,16 @@ def _check_same_prompts(manifests: Sequence[Manifest]) -> None:
             name, prompt = first.setdefault(picture.index, (manifest.name, picture.prompt))
             if prompt != picture.prompt:
                 raise ValueError(
-                    f"prompt {picture.index} is {prompt!r} in {name} and {picture.prompt!r} in "
-                    f"{manifest.name}; only images of the same prompts can be compared: sample "
-                    "both from the same prompts file"
+                    f"prompt {picture.index} is {_short(prompt)} in {name} and "
+                    f"{_short(picture.prompt)} in {manifest.name}; only images of the same prompts "
+                    "can be compared: sample both from the same prompts file"
                 )
 
 
 def _read(argument: str) -> Manifest:
     name, path = split_name(argument)
     file = path / "manifest.json" if path.is_dir() else path
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(
             f"there is no manifest {str(file)!r}; give the folder that `python -m mixgrpo sample` "
             "has written, or its manifest.json"
@@ -106,25 +102,28 @@ def _read(argument: str) -> Manifest:
     return Manifest(
         name=name or file.resolve().parent.name,
         path=file,
-        settings=content.get("settings") or {},
+        settings=content.get("settings", {}),
         pictures=tuple(sorted(pictures, key=lambda picture: picture.key)),
     )
 
 
 def _content(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # includes UnicodeDecodeError
-        raise ValueError(f"{file} is not valid JSON ({error}); sample the images again") from error
+        content = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_AGAIN}") from error
     if not isinstance(content, dict) or "images" not in content:
         raise ValueError(
-            f"{file} is not a manifest, which must hold an object with `version` and `images`"
+            f"{file} is not a manifest, which must hold an object with `version` and `images`; "
+            f"{_AGAIN}"
         )
     if content.get("version") != VERSION:
         raise ValueError(
-            f"{file} has version {content.get('version')!r}, but only version {VERSION} is "
-            "supported; sample the images again with this version of mixgrpo"
+            f"{file} has version {_short(content.get('version'))}, but only version {VERSION} is "
+            f"supported; {_AGAIN} with this version of mixgrpo"
         )
+    if not isinstance(content.get("settings", {}), dict):
+        raise ValueError(f"{file}: `settings` must be an object; {_AGAIN}")
     if not isinstance(content["images"], list) or not content["images"]:
         raise ValueError(f"{file} lists no images; sample them again")
     return content
@@ -135,16 +134,45 @@ def _picture(file: Path, place: int, entry: Any) -> Picture:
     for name, kind in _FIELDS.items():
         value = entry.get(name)
         # type() instead of isinstance(), because bool is a subclass of int.
-        if type(value) is not kind or (isinstance(value, int) and value < 0):
-            what = "an integer of at least 0" if kind is int else "a string"
-            raise ValueError(f"{file}: `{name}` of images[{place}] must be {what}, got {value!r}")
+        if type(value) is not kind or (type(value) is int and not 0 <= value <= MOST_INDEX):
+            what = f"an integer from 0 to {MOST_INDEX}" if kind is int else "a string"
+            raise ValueError(
+                f"{file}: `{name}` of images[{place}] must be {what}, got {_short(value)}; {_AGAIN}"
+            )
     metadata = entry.get("metadata", {})
     if not isinstance(metadata, dict):
         raise ValueError(
-            f"{file}: `metadata` of images[{place}] must be an object, got {reprlib.repr(metadata)}"
+            f"{file}: `metadata` of images[{place}] must be an object, got {_short(metadata)}; "
+            f"{_AGAIN}"
         )
-    path = file.parent / entry["file"]
+    _check_prompt(file, place, entry["prompt"])
+    inside = PurePath(entry["file"])
+    if not inside.parts or inside.is_absolute() or ".." in inside.parts:
+        raise ValueError(
+            f"{file}: `file` of images[{place}] is {_short(entry['file'])}, which does not name a "
+            "file inside the manifest's folder; put the image, or a link to it, there"
+        )
+    path = file.parent / inside
     return Picture(entry["index"], entry["sample"], entry["prompt"], path, metadata)
+
+
+def _check_prompt(file: Path, place: int, prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{file}: `prompt` of images[{place}] has half a character, "
+            f"{prompt[error.start]!a}, at position {error.start}; write the whole character"
+        ) from error
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def _short(value: Any) -> str:
+    """The value in quotes, in a length that fits into a message."""
+    return _SHORT.repr(value)
 
 
 def _check_distinct(file: Path, pictures: Sequence[Picture]) -> None:
@@ -153,52 +181,15 @@ def _check_distinct(file: Path, pictures: Sequence[Picture]) -> None:
     prompts: dict[int, str] = {}
     for picture in pictures:
         if picture.key in keys:
-            raise ValueError(f"{file} lists index {picture.index}, sample {picture.sample} twice")
+            raise ValueError(
+                f"{file} lists index {picture.index}, sample {picture.sample} twice; {_AGAIN}"
+            )
         if picture.file in files:
-            raise ValueError(f"{file} lists the file {picture.file.name!r} twice")
+            raise ValueError(f"{file} lists the file {picture.file.name!r} twice; {_AGAIN}")
         if prompts.setdefault(picture.index, picture.prompt) != picture.prompt:
             raise ValueError(
-                f"{file} gives index {picture.index} two prompts: {prompts[picture.index]!r} and "
-                f"{picture.prompt!r}"
+                f"{file} gives index {picture.index} two prompts, "
+                f"{_short(prompts[picture.index])} and {_short(picture.prompt)}; {_AGAIN}"
             )
         keys.add(picture.key)
         files.add(picture.file)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The result of reading an image file.
-
-    Attributes:
-        digest: digest of its contents.
-        size: width and height in pixels.
-        fault: why the file cannot be read; empty if it can be.
-    """
-
-    digest: str = ""
-    size: tuple[int, int] = (0, 0)
-    fault: str = ""
-
-
-def look(file: Path) -> Seen:
-    """Reads and decodes a whole image file; errors are returned as a fault, not raised."""
-    try:
-        content = file.read_bytes()
-        picture = decode(content)
-    except FileNotFoundError:
-        return Seen(fault="there is no such file")
-    except Image.UnidentifiedImageError:
-        return Seen(fault="it is not an image")
-    except Exception as error:  # decoders raise many kinds of errors on damaged files
-        return Seen(fault=f"it cannot be read ({' '.join(str(error).split())})")
-    return Seen(hashlib.sha256(content).hexdigest(), picture.size)
-
-
-def read_picture(file: Path) -> Tensor:
-    """[3, H, W] float32 in [0, 1]."""
-    return pil_to_tensor(decode(file.read_bytes())).float() / 255
-
-
-def decode(content: bytes) -> Image.Image:
-    """Decodes these bytes to an RGB image, without transparency."""
-    return Image.open(io.BytesIO(content)).convert("RGB")

@@ -12,8 +12,10 @@ from typing import Any
 from mixgrpo.evaluation.comparison import Bootstrap, Row, compare, table
 from mixgrpo.evaluation.evaluate import Evaluation
 from mixgrpo.evaluation.gallery import Choice, gallery_html
+from mixgrpo.files.disk import write_text_whole
 
 VERSION = 1
+FILES = ("table.md", "summary.json", "scores.json", "gallery.html")
 SHOWN = 5  # unreadable images named below the table
 
 
@@ -24,14 +26,13 @@ def write_report(
     rows = comparison_rows(evaluation, baseline, bootstrap)
     text = f"{table(rows, baseline)}\n\n{notes(evaluation, rows, baseline, bootstrap)}\n"
     output.mkdir(parents=True, exist_ok=True)
-    (output / "table.md").write_text(text, encoding="utf-8")
+    write_text_whole(output / "table.md", text)
     summary = summarised(evaluation, rows, baseline, bootstrap)
-    (output / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
-    written = ["table.md", "summary.json", "scores.json"]
+    write_text_whole(output / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
+    written = FILES if choice.prompts else FILES[:-1]
     if choice.prompts:
         page = gallery_html(evaluation, rows, baseline, choice)
-        (output / "gallery.html").write_text(page, encoding="utf-8")
-        written.append("gallery.html")
+        write_text_whole(output / "gallery.html", page)
     return f"{text}\nwritten to {output}: {', '.join(written)}"
 
 

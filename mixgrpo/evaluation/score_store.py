@@ -1,25 +1,38 @@
 """The file of all scores, from which an evaluation reuses those that are already known.
 
 A score depends on the contents of the image, on its prompt, and on the options, weights and code of
-the reward. Scores are stored in columns, one for each combination of options, weights and code.
+the reward. Scores are stored in columns, one for each combination of options, weights and code. The
+latter two count by their contents: dates tell nothing, and whoever edits what a reward imports, or
+copies other weights to the same place, must not be shown scores of before.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mixgrpo.config import RewardConfig
+from mixgrpo.files.disk import write_text_whole
+from mixgrpo.files.fingerprint import digest_contents, fingerprint
+from mixgrpo.files.json_files import read_json
+from mixgrpo.files.named_paths import find_path
+from mixgrpo.files.regular import MIB
+from mixgrpo.files.sources import identify
 from mixgrpo.rewards.registry import KNOWN
 
 VERSION = 1
+MOST = 2048 * MIB  # size of the file, with which some million scores fit
+MOST_READ = 2**36  # bytes of a folder of weights
+READING = "mixgrpo.evaluation.pictures"  # the module that turns files into the rewards' input
+# Which the rewards also use by way of the packages that they import.
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "transformers", "tokenizers", "timm")
 
 
 @dataclass
@@ -38,18 +51,19 @@ class Store:
     def load(cls, path: Path) -> Store:
         """Loads the file, or makes an empty store if there is none.
 
-        Raises ValueError if the file does not hold scores.
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file does not hold scores.
         """
         if not path.exists():
             return cls(path)
         remedy = "move it away, or choose another --output"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, MOST)
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+            raise ValueError(f"{error}; {remedy}") from error
         columns: Any = content.get("columns") if isinstance(content, dict) else None
-        is_whole = isinstance(columns, dict) and all(isinstance(c, dict) for c in columns.values())
-        if not is_whole or content.get("version") != VERSION:
+        if not _are_scores(columns) or content.get("version") != VERSION:
             raise ValueError(f"{path} does not hold scores of version {VERSION}; {remedy}")
         return cls(path, columns)
 
@@ -75,11 +89,15 @@ class Store:
         """
         content = {"version": VERSION, "rewards": rewards, "images": images}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(
-            json.dumps({**content, "columns": self.columns}, indent=1, allow_nan=False)
-        )
-        os.replace(partial, self.path)
+        text = json.dumps({**content, "columns": self.columns}, indent=1, allow_nan=False)
+        write_text_whole(self.path, text)
+
+
+def _are_scores(columns: Any) -> bool:
+    return isinstance(columns, dict) and all(
+        isinstance(column, dict) and all(type(value) in (int, float) for value in column.values())
+        for column in columns.values()
+    )
 
 
 def digest(*parts: str | bytes) -> str:
@@ -95,18 +113,25 @@ def digest(*parts: str | bytes) -> str:
 def identity(knobs: RewardConfig) -> dict[str, Any]:
     """Everything that a reward's scores depend on, as JSON; this excludes its weight among rewards.
 
-    Weight files are identified by path, size and modification time: reading gigabytes would take
-    longer than scoring the images.
+    - ``code``: the sources that compute them (see ``mixgrpo.files.sources``), from the reward's
+      module and from the reading of images, and the versions of libraries.
+    - ``files``: SHA-256 of every file and folder that the model, the checkpoint or an option names.
+      They are read completely: weights of which one small layer was trained differ from the others
+      in a part that samples of a large file may miss. Only folders of more than ``MOST_READ`` bytes
+      are sampled.
+
+    The device is not part of it; scores of a GPU and of a CPU differ by rounding.
     """
-    words = [knobs.model, knobs.checkpoint, *knobs.options.values()]
-    paths = [Path(os.path.expanduser(word)) for word in words if isinstance(word, str) and word]
+    module = KNOWN.get(knobs.kind, knobs.kind).partition(":")[0]
+    named = dict.fromkeys(_strings([knobs.model, knobs.checkpoint, knobs.options]))
+    paths = {text: path for text in named if (path := find_path(text)) and not _surrounds(path)}
     return {
         "kind": knobs.kind,
         "model": knobs.model,
         "checkpoint": knobs.checkpoint,
         "options": knobs.options,
-        "code": _code(knobs.kind),
-        "files": [stamp for path in paths for stamp in _stamps(path)],
+        "code": {**identify([module, READING]), **_versions()},
+        "files": {text: _contents(path) for text, path in paths.items()},
     }
 
 
@@ -115,19 +140,30 @@ def column(reward: Mapping[str, Any]) -> str:
     return digest(json.dumps(reward, sort_keys=True))
 
 
-def _code(kind: str) -> str | None:
-    """Digest of the module that holds the reward; None if there is no such file."""
-    module = KNOWN.get(kind, kind).partition(":")[0]
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None  # building the reward will raise the proper error
-    if found is None or found.origin is None or not Path(found.origin).is_file():
-        return None
-    return digest(Path(found.origin).read_bytes())
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in nested lists and the values of mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(each)
 
 
-def _stamps(path: Path) -> list[list[str | int]]:
-    """[path, bytes, modification time in ns] of a file, or of every file in a folder."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def _surrounds(path: Path) -> bool:
+    """Whether it is a folder around the current one or around the user's own, such as "." or "/".
+
+    Such a string is no folder of weights, and reading all that is in there would not end.
+    """
+    inner = (Path.cwd(), Path(os.path.expanduser("~")).resolve())
+    return any(path.resolve() in (folder, *folder.parents) for folder in inner)
+
+
+def _contents(path: Path) -> str:
+    sizes = (file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if path.is_dir() and sum(sizes) > MOST_READ:
+        return f"sampled {fingerprint(path)}"
+    return digest_contents(path)
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}

@@ -19,13 +19,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises:
         OSError: the file could not be written; an existing file is untouched.
-        ValueError: there is something at ``path`` that is not a regular file, such as a device,
-            which a rename would replace.
+        ValueError: see ``check_replaceable``.
     """
-    if path.exists():
-        check_regular(path)
+    check_replaceable(path)
     partial = path.with_name(PARTIAL + path.name)
     try:
+        partial.unlink(missing_ok=True)  # of a killed process, or a link
         write(partial)
         flush(partial)
         os.replace(partial, path)
@@ -33,6 +32,28 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes UTF-8 text by ``write_whole``, whatever the locale.
+
+    Lone surrogates, as in names of files that are not UTF-8, are written as JSON escapes them.
+    """
+    data = text.encode("utf-8", errors="backslashreplace")
+    write_whole(path, lambda partial: partial.write_bytes(data))
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises ValueError if ``path`` is something other than a regular file, such as a device.
+
+    A rename would replace it. Call this before long work whose result will be written there.
+    """
+    if not path.exists():
+        return
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise ValueError(f"{error}, so it is not replaced; name another path") from error
 
 
 def flush(path: Path) -> None:

@@ -1,10 +1,13 @@
-"""Fast fingerprints that distinguish large files."""
+"""Fingerprints of files: fast ones that sample large files, and digests of all their contents."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from mixgrpo.files.regular import open_regular
 
 _STRETCH, _STRETCHES = 4096, 512
 
@@ -31,6 +34,34 @@ def fingerprint_files(files: Iterable[Path]) -> str:
     for file in files:
         digest.update(f"{file.stat().st_size}\0".encode())
         _add(digest, file)
+    return digest.hexdigest()
+
+
+def digest_contents(path: Path) -> str:
+    """A SHA-256 of the whole contents of a file, or of a folder's files and their names.
+
+    Hidden files of a folder are left out. It takes about a second for each 1 to 2 GB.
+    """
+    if path.is_file():
+        return _whole(path)
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
+    ]
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        digests = list(pool.map(_whole, files))
+    whole = hashlib.sha256()
+    for file, digest in zip(files, digests, strict=True):
+        whole.update(f"{file.relative_to(path)}\0{digest}\0".encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()
+
+
+def _whole(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(file) as opened:
+        while piece := opened.read(2**20):
+            digest.update(piece)
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Paths on a command line with optional names: ``PATH`` or ``NAME=PATH``."""
+"""Strings that may be paths, and paths with optional names: ``PATH`` or ``NAME=PATH``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mixgrpo.files.home import expand_home
+
+
+def find_path(text: str) -> Path | None:
+    """The existing file or folder that a string names; None if there is none.
+
+    Any string may be given: also text that is too long for a name, or contains NUL.
+    """
+    try:
+        path = Path(expand_home(text))
+        return path if text and path.exists() else None
+    except (OSError, ValueError):
+        return None
 
 
 def split_name(argument: str) -> tuple[str, Path]:
@@ -17,7 +29,7 @@ def split_name(argument: str) -> tuple[str, Path]:
     name, equals, path = argument.partition("=")
     if not (path if equals else argument).strip():
         raise ValueError(f"{argument!r} has no path; write NAME=PATH or PATH")
-    if not equals or Path(argument).exists():
+    if not equals or find_path(argument):
         return "", Path(expand_home(argument))
     if not name:
         raise ValueError(f"{argument!r} has no name before '='; write NAME=PATH or PATH")

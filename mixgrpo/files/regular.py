@@ -56,7 +56,8 @@ def read_regular(path: Path, most: int) -> bytes:
         ValueError: it is not a regular file, or is larger.
     """
     with open_regular(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most else file.read(most + 1)
+    if max(size, len(content)) > most:
         raise ValueError(f"{path} is larger than {most / MIB:g} MiB, the most that is read here")
     return content
