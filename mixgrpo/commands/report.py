@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 def _write(folders: Sequence[str], output: Path | None) -> None:
     # Imported here so that a mistyped option is reported without waiting for torch.
+    from mixgrpo.files.disk import check_replaceable
     from mixgrpo.report.page import write_report
     from mixgrpo.report.runs import read_runs
 
@@ -52,4 +53,5 @@ def _write(folders: Sequence[str], output: Path | None) -> None:
     file = output or place / "report.html"
     if file.is_dir():
         raise ValueError(f"--output is {str(file)!r}, which is a folder; name a file instead")
+    check_replaceable(file)
     print(f"report: {write_report(runs, file)}")

@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mixgrpo.files.disk import PARTIAL, check_replaceable, write_whole
+from mixgrpo.files.json_files import read_json
+from mixgrpo.files.regular import open_regular
 from mixgrpo.inference.config import InferenceConfig
 from mixgrpo.run.pictures import to_pil
 from mixgrpo.text.prompt_files import PromptList
@@ -76,8 +79,13 @@ class PictureFolder:
         return self.path / MANIFEST
 
     def check(self) -> None:
-        """Raises ValueError if the folder holds images that other settings generated."""
-        found = min(self.path.glob("*.png"), default=None)
+        """Raises ValueError if the folder holds images that other settings generated, or
+        something that is not a regular file in the place of one that is to be written."""
+        check_replaceable(self.manifest)
+        for picture in self.pictures:
+            check_replaceable(self.path / picture.name)
+        images = (f for f in self.path.glob("*.png") if not f.name.startswith(PARTIAL))
+        found = min(images, default=None)
         if found is None:
             return
         if not self.manifest.exists():
@@ -86,7 +94,7 @@ class PictureFolder:
                 "settings; choose another --folder"
             )
         try:
-            saved = json.loads(self.manifest.read_text(encoding="utf-8"))["settings"]
+            saved = read_json(self.manifest)["settings"]
             differing = list(_differences(saved, self.settings))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -101,9 +109,10 @@ class PictureFolder:
     def is_there(self, picture: Picture) -> bool:
         """Whether its file exists and is complete; a damaged image is generated again."""
         try:
-            with (self.path / picture.name).open("rb") as file:
+            with open_regular(self.path / picture.name) as file:
                 begins = file.read(len(_PNG_BEGIN)) == _PNG_BEGIN
-                file.seek(-min(len(_PNG_END), os.path.getsize(file.name)), os.SEEK_END)
+                size = file.seek(0, os.SEEK_END)
+                file.seek(-min(len(_PNG_END), size), os.SEEK_END)
                 return begins and file.read() == _PNG_END
         except FileNotFoundError:
             return False
@@ -112,7 +121,7 @@ class PictureFolder:
         """Writes an image [3, H, W] uint8 atomically."""
         png = io.BytesIO()
         to_pil(image).save(png, format="png")
-        _write_whole(self.path / picture.name, png.getvalue())
+        _write(self.path / picture.name, png.getvalue())
 
     def write_manifest(self) -> int:
         """Writes the settings and the list of existing images; returns their number."""
@@ -120,7 +129,7 @@ class PictureFolder:
         images = [self._entry(picture) for picture in self.pictures if self.is_there(picture)]
         content = {"version": VERSION, "settings": self.settings, "images": images}
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        _write_whole(self.manifest, text.encode())
+        _write(self.manifest, text.encode("utf-8", errors="backslashreplace"))
         return len(images)
 
     def _entry(self, picture: Picture) -> dict[str, Any]:
@@ -146,18 +155,11 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[s
             yield f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
+def _write(path: Path, content: bytes) -> None:
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
         raise OSError(
             f"{path} could not be written ({error.strerror}); free some disk space, then run the "
             "same command to continue"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)  # also after a full disk or a signal

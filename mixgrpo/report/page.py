@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mixgrpo.files.disk import write_whole
+from mixgrpo.files.disk import write_text_whole
 from mixgrpo.report.charts import (
     OPTIMISATION,
     metric_charts,
@@ -32,10 +32,11 @@ def write_report(runs: Sequence[Run], path: Path) -> Path:
 
     Raises:
         OSError: it could not be written.
+        ValueError: ``path`` is something other than a regular file.
     """
     text = report_html(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text_whole(path, text)
     return path
 
 

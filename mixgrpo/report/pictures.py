@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mixgrpo.evaluation.gallery import ALL, mean_z, thumbnail
+from mixgrpo.evaluation.pictures import Unreadable
 from mixgrpo.report.runs import Run, Stage
 
 STAGES = 12  # maximum number of validations shown per run
@@ -104,8 +105,8 @@ def _most(stages: Iterable[Stage]) -> int:
 def _small(file: Path, faults: list[str]) -> str | None:
     try:
         return thumbnail(file)[0]
-    except Exception:  # decoders raise many kinds of errors for damaged files
-        faults.append(f"{file.parent.name}/{file.name} cannot be read as an image")
+    except Unreadable as error:
+        faults.append(f"{file.parent.name}/{file.name} cannot be read as an image: {error}")
         return None
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mixgrpo.config import ValidationConfig, dotted
+from mixgrpo.files.json_files import read_json
 from mixgrpo.files.named_paths import check_distinct_names, split_name
+from mixgrpo.files.regular import MIB, read_regular
 from mixgrpo.text.prompts import read_prompts
 
 OF_A_RUN = ("config.json", "metrics.jsonl", "pictures")
+MOST = 1024 * MIB  # size of metrics.jsonl
 
 Record = Mapping[str, Any]
 
@@ -162,12 +165,13 @@ def _read_config(path: Path, missing: list[str]) -> tuple[dict[str, Any], str]:
 def _read_object(path: Path, consequence: str, missing: list[str]) -> dict[str, Any]:
     """A JSON file's object; if it cannot be read, an empty one and an entry in ``missing``."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         missing.append(f"there is no {path.name}: {consequence}")
         return {}
     except (OSError, ValueError) as error:
-        missing.append(f"{path.name} cannot be read ({error}): {consequence}")
+        reason = str(error).removeprefix(f"{path} ")
+        missing.append(f"{path.name} cannot be read ({reason}): {consequence}")
         return {}
     if not isinstance(content, dict):
         missing.append(f"{path.name} is not a JSON object: {consequence}")
@@ -177,11 +181,13 @@ def _read_object(path: Path, consequence: str, missing: list[str]) -> dict[str, 
 
 def _read_records(path: Path, missing: list[str]) -> tuple[Record, ...]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        reason = f"there is no {path.name}" if is_missing else f"{path.name} cannot be read"
-        missing.append(f"{reason}: no curves")
+        lines = read_regular(path, MOST).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        missing.append(f"there is no {path.name}: no curves")
+        return ()
+    except (OSError, ValueError) as error:
+        reason = str(error).removeprefix(f"{path} ")
+        missing.append(f"{path.name} cannot be read ({reason}): no curves")
         return ()
     parsed = [(number, _record(line)) for number, line in enumerate(lines, 1) if line.strip()]
     damaged = [number for number, record in parsed if record is None]
@@ -202,7 +208,7 @@ def _record(line: str) -> Record | None:
     """A record's numeric values; None if the line is not a record."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     known = record.items() if isinstance(record, dict) else ()
     numbers = {key: value for key, value in known if is_number(value)}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from mixgrpo.config import Config
+from mixgrpo.evaluation.pictures import Unreadable, read_image
 from mixgrpo.report.page import write_report
 from mixgrpo.report.runs import read_run
 from mixgrpo.run.hacking import hacking_warning
@@ -28,9 +29,7 @@ def summarize(folder: Path, config: Config) -> str:
     history = read_metrics(folder)
     reward_curves(history, folder / "rewards.png")
     lines = [_table(history, config), f"reward curves: {folder / 'rewards.png'}"]
-    grid = _before_after(folder, config)
-    if grid is not None:
-        lines.append(f"before and after: {grid}")
+    lines += _before_after(folder, config)
     lines.append(f"report: {write_report([read_run(folder)], folder / 'report.html')}")
     lines.append(f"trained model: {folder / 'model'}")
     weights = {name: knobs.weight for name, knobs in config.rewards.items()}
@@ -64,20 +63,34 @@ def _cell(value: float | None, plus: bool) -> str:
     return f"{value:>+8.4f}" if plus else f"{value:>8.4f}"
 
 
-def _before_after(folder: Path, config: Config) -> Path | None:
+def _before_after(folder: Path, config: Config) -> list[str]:
+    """Draws the grid; returns a line about it, or none if there are not two validations."""
     iterations = sorted((folder / "pictures").glob("iteration_*"))
     if len(iterations) < 2:
-        return None
-    before, after = _read_pictures(iterations[0]), _read_pictures(iterations[-1])
-    if before is None or after is None:
-        return None
+        return []
+    ends = (sorted(place.glob("*.png")) for place in (iterations[0], iterations[-1]))
+    pairs = list(zip(*ends, strict=False))
+    if not pairs:
+        return []
     prompts = read_prompts(config.validation.prompts_file, "validation.prompts_file").texts
-    count = min(len(before), len(after))
     path = folder / "before_after.png"
+    try:
+        before, after = (_read_pictures(files) for files in zip(*pairs, strict=True))
+    except ValueError as error:  # the training is complete whatever has become of its images
+        return [f"before and after: not drawn, because {error}"]
+    count = min(len(pairs), len(prompts))
     before_after(before[:count], after[:count], prompts[:count], path)
-    return path
+    return [f"before and after: {path}"]
 
 
-def _read_pictures(folder: Path) -> Tensor | None:
-    files = sorted(folder.glob("*.png"))
-    return torch.stack([pil_to_tensor(Image.open(file)) for file in files]) if files else None
+def _read_pictures(files: Sequence[Path]) -> Tensor:
+    """[N, 3, H, W] uint8; raises ValueError if one cannot be read, or their sizes differ."""
+    read = []
+    for file in files:
+        try:
+            read.append(pil_to_tensor(read_image(file)))
+        except Unreadable as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        if read[-1].shape != read[0].shape:
+            raise ValueError(f"{file} and {files[0]} differ in size")
+    return torch.stack(read)
