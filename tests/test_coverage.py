@@ -259,11 +259,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert str(path) in said.out
 
 
+def test_a_plot_replaces_no_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "windows.png"
+    path.symlink_to("/dev/null")
+    assert main(["schedule", "--recipe", "shapes_mixgrpo", "--output", str(path)]) == 1
+    assert "windows.png is a device, not a regular file" in capsys.readouterr().err
+    assert path.is_symlink()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--output", "windows.doc"], "--output is 'windows.doc'"),
         (["--output"], "--output needs a value"),
+        (["--output", "/dev/null/x.png"], "lies below /dev/null, which is not a folder"),
+        (["--output", "x" * 300 + ".png"], "cannot be written (File name too long)"),
         (["--window.sise", "3"], "did you mean window.size?"),
         (["--window.size", "30"], "window of size 30"),
     ],

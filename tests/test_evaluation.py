@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -37,7 +38,7 @@ from mixgrpo.evaluation.comparison import (
     pairwise_distance,
     win_rate,
 )
-from mixgrpo.evaluation.evaluate import Evaluation, evaluate, features_by
+from mixgrpo.evaluation.evaluate import Evaluation, Job, batches, evaluate, features_by
 from mixgrpo.evaluation.gallery import (
     ALL,
     EDGE,
@@ -659,6 +660,37 @@ def picture(**changes: Any) -> dict[str, Any]:
         ({"version": 1, "images": [picture(sample=-1)]}, ["`sample`", "-1"]),
         ({"version": 1, "images": [picture(sample=True)]}, ["`sample`", "True"]),
         ({"version": 1, "images": [picture(prompt=3)]}, ["`prompt`", "a string", "3"]),
+        ({"version": 1, "images": [picture(index=2**31)]}, ["from 0 to 2147483647", "2147483648"]),
+        ({"version": 1, "images": [picture(sample=1.0)]}, ["`sample`", "got 1.0"]),
+        ({"version": 1, "images": [picture(index=[0] * 9999)]}, ["`index`", "[0, 0, 0,", "...]"]),
+        ({"version": 1, "images": [picture(prompt="a \ud800")]}, ["half a character, '\\ud800'"]),
+        ({"version": 1, "images": [picture(prompt="\udcff")]}, ["half a character", "position 0"]),
+        ({"version": 1, "images": {"a": 1}}, ["lists no images"]),
+        ({"version": 1, "images": [[picture()]]}, ["`index` of images[0]", "got None"]),
+        ({"version": "1" * 9999, "images": [picture()]}, ["version '1111", "only version 1"]),
+        ({"version": 1, "settings": [], "images": [picture()]}, ["`settings` must be an object"]),
+        *(
+            ({"version": 1, "images": [picture(file=file)]}, ["file inside the manifest's folder"])
+            for file in (
+                "/etc/passwd",
+                "../x.png",
+                "a/../../x.png",
+                "",
+                ".",
+                "./",
+                "/dev/zero",
+                "..",
+            )
+        ),
+        ('{"version": 1, "images": ' + "[" * 99999, ["nests more than 100 levels", "again"]),
+        (
+            '{"version": 1, "images": [' + '{"a":' * 200 + "1" + "}" * 200 + "]}",
+            ["nests more than"],
+        ),
+        ('{"version": 1, "images": [{"index": 1' + "0" * 5000 + "}]}", ["is too large", "again"]),
+        ('{"version": 1, "settings": {"a": NaN}, "images": []}', ["NaN is not a number in JSON"]),
+        ('{"version": 1, "version": 1, "images": []}', ["the name 'version' occurs twice"]),
+        ('{"version": 1, "images": [{"index": 0, "index": 0}]}', ["the name 'index' occurs twice"]),
         ({"version": 1, "images": [picture(), picture(file="b.png")]}, ["index 0, sample 0 twice"]),
         ({"version": 1, "images": [picture(), picture(sample=1)]}, ["'00000_00.png' twice"]),
         (
@@ -676,6 +708,125 @@ def test_what_is_no_manifest(content, words, base, complain):
     line = complain(base)
     for word in [str(path), *words]:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "is a FIFO, not a regular file; sample the images again"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device, not a regular file"),
+        (lambda path: path.mkdir(), "is a folder, not a regular file"),
+        (lambda path: path.symlink_to(path.name), "there is no manifest"),
+        (lambda path: path.symlink_to("nowhere"), "there is no manifest"),
+        (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 2**40), "256 MiB"),
+    ],
+)
+def test_a_manifest_that_is_no_file(base, complain, make, words):
+    path = base / "manifest.json"
+    path.unlink()
+    make(path)
+    assert words in complain(base)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "a=" + "x" * 5000, "x=y=z", "~nobody_at_all/x", "\udcff"]
+)
+def test_a_name_of_a_manifest_that_cannot_be(complain, name):
+    assert "there is no manifest" in complain(name)
+
+
+def test_unknown_fields_of_a_manifest_do_not_matter(base, tmp_path):
+    entries = json.loads((base / "manifest.json").read_text())["images"]
+    entries = [{**entry, "metadata": {"tag": [1, {"a": None}]}, "new": 1} for entry in entries]
+    edit(base, images=entries, made_by="another program")
+    assert len(run([base], tmp_path).scores["counting"]["base"]) == 6
+
+
+@pytest.mark.parametrize("name", ["table.md", "summary.json", "scores.json", "gallery.html"])
+def test_outputs_are_checked_before_anything_is_scored(base, tmp_path, complain, name):
+    output = tmp_path / "out"
+    output.mkdir()
+    for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/null")):
+        make(output / name)
+        said = complain(base)
+        assert f"{output / name} is a " in said
+        assert "name another path" in said
+        assert [file.name for file in output.iterdir()] == [name]
+        (output / name).rmdir() if (output / name).is_dir() else (output / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "scores", ["NaN", '"1"', "true", "null", "[]", "1e999", "1" * 5000, "[" * 9999]
+)
+def test_stored_scores_that_are_none(base, tmp_path, complain, scores):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "scores.json").write_text(
+        f'{{"version": 1, "columns": {{"a": {{"b": {scores}}}}}}}'
+    )
+    assert "move it away, or choose another --output" in complain(base)
+
+
+def test_pictures_that_are_no_files_are_left_out(base, tuned, tmp_path):
+    """None of them is waited for, read without end, or decoded in all of the memory."""
+    for sample, make in enumerate((os.mkfifo, lambda path: path.symlink_to("/dev/zero"))):
+        (tuned / f"00000_{sample:02d}.png").unlink()
+        make(tuned / f"00000_{sample:02d}.png")
+    (tuned / "00001_00.png").unlink()
+    (tuned / "00001_00.png").symlink_to(base / "00001_00.png")
+    found = run([base, tuned], tmp_path)
+    faults = list(found.faults["tuned"].values())
+    assert faults == [f"it is a {kind}, not a regular file" for kind in ("FIFO", "device")]
+    assert found.scores["counting"]["tuned"][1, 0] == found.scores["counting"]["base"][1, 0]
+
+
+def test_large_pictures_are_scored_in_small_batches():
+    jobs = [Job("", Path(), "", "", (4096, 4096))] * 7 + [Job("", Path(), "", "", (8, 8))] * 100
+    assert [len(part) for part in batches(jobs, 48)] == [3, 3, 1, 48, 48, 4]
+    assert [len(part) for part in batches(jobs, 2)] == [2, 2, 2, 1, *[2] * 50]
+    assert len(batches([Job("", Path(), "", "", (8192, 8192))], 48)) == 1
+
+
+def test_the_gallery_shows_what_was_scored(tmp_path):
+    """A transparent picture whose hidden colour is another."""
+    folder = write(tmp_path / "base", {(0, 0): (0, 0, 0)})
+    Image.new("RGBA", (8, 8), (7, 0, 0, 0)).save(folder / "00000_00.png")
+    text = page([folder], tmp_path)
+    (shown,) = pictures_in(text)
+    assert shown.convert("RGB").getpixel((4, 4)) == (255, 255, 255)
+    scores = json.loads((tmp_path / "scores.json").read_text())["images"][0]["scores"]
+    assert scores == {"counting": 255}
+
+
+def test_a_picture_that_is_gone_when_the_gallery_is_made(base, tmp_path):
+    found = run([base], tmp_path)
+    (base / "00000_00.png").unlink()
+    write_report(found, "base", tmp_path, Bootstrap(10), Choice())
+    assert "there is no such file" in (tmp_path / "gallery.html").read_text()
+
+
+def test_a_terminal_without_utf_8_and_pictures_that_warn(base, tuned, tmp_path):
+    """Nothing is said on stderr but the table's own; the files are UTF-8."""
+    prompts = ["\u6f22\u5b57 \U0001f984", "b", "c"]
+    for folder in (base, tuned):
+        entries = json.loads((folder / "manifest.json").read_text())["images"]
+        edit(folder, images=[{**entry, "prompt": prompts[entry["index"]]} for entry in entries])
+    noise, exif = Image.effect_noise((32, 32), 90), b"Exif\0\0II*\0\xff\xff\xff\xff"
+    noise.save(base / "00001_00.png", "JPEG", exif=exif)
+    Image.new("1", (13000, 13000)).save(base / "00001_01.png")
+    names = [f"\u4e00={base}", f"\udcff={tuned}"]
+    words = [*names, "--rewards.j.kind", "jpeg_size", "--output", str(tmp_path / "\u4e8c")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mixgrpo", "evaluate", *map(os.fsencode, words),
+         "--log.progress", "false", "--resamples", "10"],
+        cwd=ROOT, capture_output=True, timeout=600, check=False,
+        env={**environment(), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C",
+             "PYTHONCOERCECLOCALE": "0"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"13000" not in done.stdout
+    assert b"it has more than 33.6 million pixels" in done.stdout
+    page = (tmp_path / "\u4e8c" / "gallery.html").read_text(encoding="utf-8")
+    assert prompts[0] in page
 
 
 def test_manifests_that_cannot_be_compared(base, tuned, tmp_path, complain):

@@ -72,7 +72,7 @@ MAY_IMPORT = {
     ),
     "mixgrpo.text.embeddings": ("mixgrpo.files", "mixgrpo.types"),
     "mixgrpo.text.stored": ("mixgrpo.config", "mixgrpo.text.embeddings", "mixgrpo.types"),
-    "mixgrpo.run.pictures": (),
+    "mixgrpo.run.pictures": ("mixgrpo.files",),
     "mixgrpo.run.metrics": (),
     "mixgrpo.run.hacking": (),
     "mixgrpo.run.stopping": (),
@@ -86,7 +86,7 @@ MAY_IMPORT = {
     "mixgrpo.planning.coverage": ("mixgrpo.maths", "mixgrpo.types"),
     "mixgrpo.planning.coverage_report": (
         *("mixgrpo.assembly", "mixgrpo.config", "mixgrpo.maths", "mixgrpo.planning.coverage"),
-        "mixgrpo.types",
+        *("mixgrpo.files", "mixgrpo.types"),
     ),
     "mixgrpo.planning.memory": (
         "mixgrpo.planning",

@@ -501,7 +501,8 @@ def test_a_picture_is_written_whole_or_not_at_all(knobs, error, message):
     flush, calls = os.fsync, iter(range(100))
 
     def fail_at_the_second_picture(handle: int) -> None:
-        if next(calls) == 2:  # the manifest and the first picture come before
+        # The manifest and the first picture come before, each with its folder.
+        if next(calls) == 4:
             raise error
         flush(handle)
 
@@ -834,6 +835,17 @@ def test_help_tells_every_knob(capsys):
 
 
 # ---- damage
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "00000_00.png", "00002_00.png"])
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_what_is_no_file_in_the_folder_is_kept(knobs, name, make):
+    folder = Path(knobs().folder)
+    folder.mkdir()
+    make(folder / name)
+    with pytest.raises(ValueError, match=rf"{name} is a .*so it is not replaced; name another"):
+        sample(knobs())
+    assert [file.name for file in folder.iterdir()] == [name]
 
 
 def test_a_damaged_picture_is_drawn_again(knobs, base_pictures):

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import browser
 import pytest
+from PIL import Image
+from tiny_world import ROOT
 from written_runs import PROMPTS, training, validation, write_records, write_run
 
 from mixgrpo.commands import main
+from mixgrpo.config import Config, RewardConfig
 from mixgrpo.report.charts import (
     Chart,
     metric_charts,
@@ -29,6 +32,7 @@ from mixgrpo.report.charts import (
 from mixgrpo.report.page import STATIC, report_html, warnings
 from mixgrpo.report.pictures import make_album, picks, spread
 from mixgrpo.report.runs import read_run, read_runs
+from mixgrpo.report.summary import summarize
 from mixgrpo.report.tables import knob_tables, score_table, time_table
 
 
@@ -86,6 +90,17 @@ def damaged_picture(run: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
 
 
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def deep_line(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines.insert(2, '{"a":' * 99999)
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+
+
 DAMAGE = {
     "the last line of metrics.jsonl is incomplete": half_a_line,
     "2 of 6 lines of metrics.jsonl are not records and are ignored, the first of them": bad_lines,
@@ -96,6 +111,28 @@ DAMAGE = {
         run / "config.json"
     ).unlink(),
     "config.json cannot be read": lambda run: (run / "config.json").write_text('{"revision'),
+    "config.json cannot be read (is a FIFO, not a regular file)": lambda run: fifo(
+        run / "config.json"
+    ),
+    "config.json cannot be read (is not valid JSON (the name 'a' occurs twice": lambda run: (
+        run / "config.json"
+    ).write_text('{"a": 1, "a": 2}'),
+    "metrics.jsonl cannot be read (is a FIFO, not a regular file): no curves": lambda run: fifo(
+        run / "metrics.jsonl"
+    ),
+    "metrics.jsonl cannot be read (is larger than 1024 MiB": lambda run: os.truncate(
+        run / "metrics.jsonl", 2**40
+    ),
+    "1 of 7 lines of metrics.jsonl are not records and are ignored": deep_line,
+    "001.png cannot be read as an image: it is a FIFO": lambda run: fifo(
+        run / "pictures" / "iteration_00000004" / "001.png"
+    ),
+    "001.png cannot be read as an image: it has more than 33.6": lambda run: Image.new(
+        "1", (9000, 9000)
+    ).save(run / "pictures" / "iteration_00000004" / "001.png"),
+    "no scores are stored with the images of iteration 4": lambda run: fifo(
+        run / "pictures" / "iteration_00000004" / "scores.json"
+    ),
     "config.json has no `config`": lambda run: (run / "config.json").write_text('{"a": 1}'),
     "there are no validation images": lambda run: shutil.rmtree(run / "pictures"),
     "images are missing at iteration 4": lambda run: (
@@ -379,15 +416,68 @@ def test_the_command_writes_into_the_runs_folder_or_where_it_is_told(run, tmp_pa
     [
         ([], "the following arguments are required: RUN"),
         (["RUN", "--outputs", "x"], "--outputs"),
-        (["RUN", "--output", "FOLDER"], "which is a folder; name a file instead"),
+        (
+            ["RUN", "--output", "FOLDER"],
+            "is a folder, not a regular file, so it is not replaced; name",
+        ),
+        (
+            ["RUN", "--output", "/dev/null"],
+            "/dev/null is a device, not a regular file, so it is not",
+        ),
+        (["RUN", "--output", "FIFO"], "is a FIFO, not a regular file, so it is not replaced"),
+        (["RUN", "--output", "LINK"], "is a device, not a regular file, so it is not replaced"),
+        (["RUN", "--output", "FILE/below.html"], "/file, which is not a folder; name another path"),
+        (["RUN", "--output", "x" * 300], "cannot be written (File name too long); name another"),
+        (["x" * 300], "there is no folder"),
+        (["a=" + "x/" * 3000], "there is no folder"),
+        (["FIFO"], "there is no folder"),
     ],
 )
 def test_mistaken_words_are_one_sentence(run, tmp_path, capsys, words, sentence):
-    places = {"RUN": str(run), "FOLDER": str(tmp_path)}
-    assert main(["report", *(places.get(word, word) for word in words)]) == 1
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/full")
+    (tmp_path / "file").write_text("kept")
+    places = {"RUN": run, "FOLDER": tmp_path, "FIFO": tmp_path / "fifo", "LINK": tmp_path / "link",
+              "FILE/below.html": tmp_path / "file" / "below.html"}  # fmt: skip
+    assert main(["report", *(str(places.get(word, word)) for word in words)]) == 1
+    assert (tmp_path / "file").read_text() == "kept"
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_prompts_of_half_characters_and_a_name_that_is_no_utf_8(run, tmp_path):
+    """Names of files may hold any bytes, and JSON may escape half a character."""
+    for stage in (run / "pictures").iterdir():
+        kept = json.loads((stage / "scores.json").read_text())
+        kept["prompts"][0] = "half \ud800"
+        (stage / "scores.json").write_text(json.dumps(kept))
+    folder = run.rename(run.parent / "name\udcff")
+    assert main(["report", str(folder)]) == 0
+    data = data_of((folder / "report.html").read_text(encoding="utf-8"))
+    assert data["runs"] == ["name\udcff"]
+    assert data["album"]["prompts"][0] == "half \ud800"
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (lambda file: Image.new("RGB", (8, 8)).save(file), "differ in size"),
+        (fifo, "001.png cannot be read: it is a FIFO, not a regular file"),
+        (lambda file: file.write_bytes(b""), "001.png cannot be read: it is not an image"),
+    ],
+)
+def test_a_damaged_picture_does_not_fail_a_finished_training(run, harm, sentence, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = Config(rewards={name: RewardConfig("jpeg_size") for name in ("hpsv2", "judge")})
+    config.validation.prompts_file = "data/shapes/prompts_test.txt"
+    assert f"before and after: {run / 'before_after.png'}" in summarize(run, config)
+    (run / "before_after.png").unlink()
+    harm(run / "pictures" / "iteration_00000004" / "001.png")
+    said = summarize(run, config)
+    assert "before and after: not drawn, because" in said
+    assert sentence in said
+    assert not (run / "before_after.png").exists()
 
 
 def test_a_training_ends_with_its_report(straight):

@@ -81,13 +81,13 @@ def test_a_full_disk_at_the_start_of_a_resumed_run_loses_no_record(tmp_path, mon
         first.log(iteration, {"reward/a": float(iteration)})
     first.close()
     before = (tmp_path / "metrics.jsonl").read_text()
-    real = Path.write_text
+    real = Path.write_bytes
 
-    def half(path: Path, text: str, *given: Any, **named: Any) -> int:
-        real(path, text[: len(text) // 2], *given, **named)
+    def half(path: Path, data: bytes) -> int:
+        real(path, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space left"):
         started(tmp_path, first=4)
     assert (tmp_path / "metrics.jsonl").read_text() == before

@@ -74,7 +74,7 @@ def publish(partial: Path, keep: int) -> None:
 
 def _point(root: Path, name: str) -> None:
     pointer = root / "latest.partial"
-    pointer.write_text(name + "\n")
+    pointer.write_text(name + "\n", encoding="utf-8")
     flush(pointer)
     os.replace(pointer, root / "latest")
     flush(root)

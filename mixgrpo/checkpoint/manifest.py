@@ -79,7 +79,7 @@ def write_manifest(folder: Path, position: Position, files: Mapping[str, FileDig
         "files": {name: asdict(files[name]) for name in sorted(files)},
     }
     text = json.dumps({**content, "digest": _digest_of(content)}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n")
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     flush(folder / MANIFEST)
     flush(folder)
 

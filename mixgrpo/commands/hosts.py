@@ -178,7 +178,9 @@ def _iteration(pointer: Path) -> str:
 
 
 def _content(pointer: Path) -> str:
-    return pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    return (
+        pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    )
 
 
 def _slots(host: Host) -> int | None:

@@ -51,7 +51,5 @@ def _write(folders: Sequence[str], output: Path | None) -> None:
     runs = read_runs(folders)
     place = runs[0].folder if len(runs) == 1 else Path()
     file = output or place / "report.html"
-    if file.is_dir():
-        raise ValueError(f"--output is {str(file)!r}, which is a folder; name a file instead")
     check_replaceable(file)
     print(f"report: {write_report(runs, file)}")

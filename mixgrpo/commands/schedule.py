@@ -36,9 +36,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def _show(config: Config, output: str | None) -> None:
     from mixgrpo.checks import check
+    from mixgrpo.files.disk import check_replaceable
     from mixgrpo.planning.coverage_report import Coverage, report, save_picture
 
     check(config, None)
+    if output is not None:
+        check_replaceable(Path(output))
     coverage = Coverage(config)
     print(report(coverage))
     if output is not None:

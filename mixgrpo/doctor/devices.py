@@ -81,7 +81,9 @@ def memory_of_a_process(processes: int) -> int | None:
 def memory_available() -> int | None:
     """Bytes that programs can still allocate; None where the system does not report it."""
     try:
-        found = re.search(r"^MemAvailable:\s*(\d+) kB", _MEMORY.read_text(), re.MULTILINE)
+        found = re.search(
+            r"^MemAvailable:\s*(\d+) kB", _MEMORY.read_text(encoding="utf-8"), re.MULTILINE
+        )
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
@@ -89,7 +91,7 @@ def memory_available() -> int | None:
 
 def driver_version() -> str:
     try:
-        found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", DRIVER.read_text())
+        found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", DRIVER.read_text(encoding="utf-8"))
     except OSError:
         return "unknown"
     return found[1] if found else "unknown"

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mixgrpo.files.json_files import read_json
-from mixgrpo.files.named_paths import check_distinct_names, split_name
+from mixgrpo.files.named_paths import check_distinct_names, find_path, split_name
 from mixgrpo.types import Metadata
 
 VERSION = 1
@@ -90,8 +90,9 @@ def _check_same_prompts(manifests: Sequence[Manifest]) -> None:
 
 def _read(argument: str) -> Manifest:
     name, path = split_name(argument)
-    file = path / "manifest.json" if path.is_dir() else path
-    if not file.exists():
+    found = find_path(str(path))
+    file = path / "manifest.json" if found and found.is_dir() else path
+    if not find_path(str(file)):
         raise FileNotFoundError(
             f"there is no manifest {str(file)!r}; give the folder that `python -m mixgrpo sample` "
             "has written, or its manifest.json"

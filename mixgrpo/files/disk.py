@@ -44,16 +44,20 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises ValueError if ``path`` is something other than a regular file, such as a device.
+    """Raises ValueError if no file can be at ``path``, or something else is, such as a device.
 
-    A rename would replace it. Call this before long work whose result will be written there.
+    A rename would replace that. Call this before long work whose result will be written there.
     """
-    if not path.exists():
-        return
     try:
-        check_regular(path)
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if path.exists():
+            check_regular(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); name another") from error
     except ValueError as error:
         raise ValueError(f"{error}, so it is not replaced; name another path") from error
+    if not above.is_dir():
+        raise ValueError(f"{path} lies below {above}, which is not a folder; name another path")
 
 
 def flush(path: Path) -> None:

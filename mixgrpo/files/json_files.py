@@ -39,7 +39,11 @@ def parse_json(text: str) -> Any:
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=_distinct, parse_constant=_refuse, parse_float=_finite
+            text,
+            object_pairs_hook=_distinct,
+            parse_constant=_refuse,
+            parse_float=_finite,
+            parse_int=_whole,
         )
     except RecursionError as error:
         raise ValueError(f"it nests more than {DEEPEST} levels") from error
@@ -63,8 +67,13 @@ def _refuse(constant: str) -> NoReturn:
 def _finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise ValueError(f"the number {digits[:20]} is too large")
+        raise ValueError(f"the number {reprlib.repr(digits)} is too large")
     return value
+
+
+def _whole(digits: str) -> int:
+    _finite(digits)
+    return int(digits)
 
 
 def _check_depth(value: Any, left: int) -> None:

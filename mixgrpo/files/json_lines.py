@@ -6,13 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mixgrpo.files.regular import MIB, read_regular
+
+MOST = 1024 * MIB
+
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, without a last line that is incomplete; none if there is no file."""
+    """The records of a file, without a last line that is incomplete; none if there is no file.
+
+    Raises ValueError if there is something else than a regular file.
+    """
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = read_regular(path, MOST).decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
     return records

@@ -45,7 +45,9 @@ class Facts:
 
 def gather(folder: Path, paths: list[str]) -> Facts:
     """This host's facts; ``paths`` are relative to ``folder``."""
-    names = re.findall(r"^([\w.-]+)(?:\[.*\])?==", REQUIREMENTS.read_text(), re.MULTILINE)
+    names = re.findall(
+        r"^([\w.-]+)(?:\[.*\])?==", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE
+    )
     cards = ask_nvidia("name")
     return Facts(
         python=platform.python_version(),

@@ -75,7 +75,7 @@ def take(path: Path) -> Node:
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        with os.fdopen(handle) as file:
+        with os.fdopen(handle, encoding="utf-8") as file:
             status = os.fstat(handle)
             if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
                 raise PermissionError(

@@ -179,7 +179,12 @@ def _has(process: Path, variable: bytes) -> bool:
 def has_ended(process: Path) -> bool:
     """Whether a process, by its folder in /proc, is gone or only waits for its parent to hear."""
     try:
-        after_name = (process / "stat").read_text().rpartition(")")[2].split()
+        after_name = (
+            (process / "stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return True
     state, threads = after_name[0], int(after_name[17])

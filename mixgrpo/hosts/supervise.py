@@ -292,7 +292,9 @@ def _logs(
         try:
             if host not in files:
                 folder.mkdir(parents=True, exist_ok=True)
-                files[host] = (folder / f"{host}.log").open("a", buffering=1)
+                files[host] = (folder / f"{host}.log").open(
+                    "a", buffering=1, encoding="utf-8", errors="backslashreplace"
+                )
             print(text, file=files[host])
         except OSError as error:
             if not is_told:

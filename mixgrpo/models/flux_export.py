@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixgrpo.config import ModelConfig
-from mixgrpo.files.disk import write_whole
+from mixgrpo.files.disk import write_text_whole, write_whole
 from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes, write_streamed
 from mixgrpo.models.flux import LORA_TARGETS, PARTS
 from mixgrpo.models.flux_folder import check_folder
@@ -91,4 +91,4 @@ def _write_index(source: Path, folder: Path, shapes: Mapping[str, Tensor]) -> No
     size = sum(shape.numel() * shape.element_size() for shape in shapes.values())
     content["metadata"] = {**content.get("metadata", {}), "total_size": size}
     text = json.dumps(content, indent=2)
-    write_whole(folder / index.name, lambda path: path.write_text(text))
+    write_text_whole(folder / index.name, text)

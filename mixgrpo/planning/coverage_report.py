@@ -11,6 +11,7 @@ from typing import Any
 
 from mixgrpo.assembly import make_plan, make_windows, shift_for
 from mixgrpo.config import Config
+from mixgrpo.files.disk import write_whole
 from mixgrpo.maths.emphasis import trained_steps
 from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.maths.window import WindowSchedule
@@ -233,7 +234,7 @@ def save_picture(coverage: Coverage, path: Path) -> None:
     _draw_bars(bars, coverage)
     figure.suptitle(_heading(coverage), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=120))
 
 
 def strip_of(coverage: Coverage) -> list[list[float]]:

@@ -215,4 +215,8 @@ def _evaluating(config: Config, size: FluxSize, tokens: int, precision: Precisio
 def first_width(model: Path) -> int:
     """First width of a model folder's decoder; that of FLUX.1-dev if there is no folder."""
     path = model / "vae" / "config.json"
-    return json.loads(path.read_text())["block_out_channels"][0] if path.is_file() else _VAE_WIDTH
+    return (
+        json.loads(path.read_text(encoding="utf-8"))["block_out_channels"][0]
+        if path.is_file()
+        else _VAE_WIDTH
+    )

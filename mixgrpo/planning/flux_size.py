@@ -47,7 +47,11 @@ class FluxSize:
     def of_folder(cls, model: Path) -> FluxSize:
         """From a model folder; FLUX.1-dev's values if the folder does not exist."""
         path = model / "transformer" / "config.json"
-        return cls.from_config(json.loads(path.read_text())) if path.is_file() else cls()
+        return (
+            cls.from_config(json.loads(path.read_text(encoding="utf-8")))
+            if path.is_file()
+            else cls()
+        )
 
     @property
     def width(self) -> int:

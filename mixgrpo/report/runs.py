@@ -11,12 +11,12 @@ from typing import Any
 
 from mixgrpo.config import ValidationConfig, dotted
 from mixgrpo.files.json_files import read_json
-from mixgrpo.files.named_paths import check_distinct_names, split_name
-from mixgrpo.files.regular import MIB, read_regular
+from mixgrpo.files.json_lines import MOST
+from mixgrpo.files.named_paths import check_distinct_names, find_path, split_name
+from mixgrpo.files.regular import read_regular
 from mixgrpo.text.prompts import read_prompts
 
 OF_A_RUN = ("config.json", "metrics.jsonl", "pictures")
-MOST = 1024 * MIB  # size of metrics.jsonl
 
 Record = Mapping[str, Any]
 
@@ -119,7 +119,8 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     runs = []
     for argument in arguments:
         name, folder = split_name(argument)
-        if not folder.is_dir():
+        found = find_path(str(folder))
+        if found is None or not found.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {str(folder)!r}; give the --run.folder of a training run"
             )

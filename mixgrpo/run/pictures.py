@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mixgrpo.files.disk import write_text_whole, write_whole
+
 
 def to_bytes(images: Tensor) -> Tensor:
     """[N, 3, H, W] in [0, 1] -> uint8."""
@@ -41,7 +43,7 @@ def save_scores(prompts: Sequence[str], scores: Mapping[str, Tensor], folder: Pa
         for name, values in scores.items()
     }
     text = json.dumps({"prompts": list(prompts), "scores": known}, ensure_ascii=False)
-    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
+    write_text_whole(folder / "scores.json", text + "\n")
 
 
 def before_after(
@@ -60,7 +62,7 @@ def before_after(
         axes.set_title(textwrap.fill(textwrap.shorten(prompt, 90), 34), fontsize=8)
         axes.axis("off")
     figure.suptitle("before | after training, same prompt and noise", fontsize=10)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110))
 
 
 def reward_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
@@ -85,7 +87,7 @@ def reward_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("iteration")
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110))
 
 
 def _curve(

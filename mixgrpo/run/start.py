@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mixgrpo.config import Config
 from mixgrpo.engines import Engine
+from mixgrpo.files.disk import write_text_whole
 from mixgrpo.files.revision import git_revision
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.models import Policy
@@ -25,10 +26,10 @@ def prepare_folder(config: Config, engine: Engine, saving: Saving) -> None:
     if engine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         saved = {"revision": git_revision(), "config": asdict(config)}
-        (folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+        write_text_whole(folder / "config.json", json.dumps(saved, indent=1) + "\n")
         if engine.settings:
             text = json.dumps(engine.settings, indent=1)
-            (folder / "engine.json").write_text(text + "\n")
+            write_text_whole(folder / "engine.json", text + "\n")
     engine.barrier()
     saving.check_shared(folder / "config.json")
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mixgrpo.config import Config, flatten
 from mixgrpo.devices import Clock
+from mixgrpo.files.disk import write_text_whole
 from mixgrpo.files.json_lines import read_records
 
 WANDB_PATIENCE = 60  # seconds to wait for the server of wandb
@@ -110,7 +111,7 @@ class Tracker:
         path = folder / "metrics.jsonl"
         _keep_records(path, first_iteration, config.run.iterations)
         _keep_pictures(folder / "pictures", first_iteration)
-        self.file = path.open("a", buffering=1)
+        self.file = path.open("a", buffering=1, encoding="utf-8")
         self.bar = tqdm(
             total=config.run.iterations,
             initial=first_iteration,
@@ -196,9 +197,8 @@ def _keep_records(path: Path, done: int, total: int) -> None:
         return not (is_validation(record) and done in (0, total))
 
     kept = [record for record in read_metrics(path.parent) if is_kept(record)]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    partial.replace(path)  # even on a full disk, the old records are kept
+    # Even on a full disk, the old records are kept.
+    write_text_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _keep_pictures(folder: Path, done: int) -> None:
@@ -246,12 +246,12 @@ def _start_wandb(config: Config, folder: Path) -> Any:
     # The id is stored in the run's folder, so that a resumed run continues the same curves.
     marker = folder / "wandb_id"
     if not marker.exists():
-        marker.write_text(uuid.uuid4().hex[:12])
+        marker.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     try:
         return wandb.init(
             project=config.log.project,
             name=folder.name,
-            id=marker.read_text().strip(),
+            id=marker.read_text(encoding="utf-8").strip(),
             resume="allow",
             mode=mode,
             dir=str(folder),

@@ -92,7 +92,7 @@ def train_open_clip(folder: Path, steps: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     config = _open_clip_config(len(tokenizer))
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
 
@@ -138,7 +138,7 @@ def train_imagereward(folder: Path, steps: int, seed: int) -> None:
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "vocab.txt").write_text("\n".join([*special, *VOCABULARY]) + "\n")
+    (folder / "vocab.txt").write_text("\n".join([*special, *VOCABULARY]) + "\n", encoding="utf-8")
     tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
     text = {
         "vocab_size": len(special) + len(VOCABULARY),
@@ -156,8 +156,8 @@ def train_imagereward(folder: Path, steps: int, seed: int) -> None:
         "image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "depth": DEPTH,
         "heads": WIDTH // 32,
     }  # fmt: skip
-    (folder / "med_config.json").write_text(json.dumps(text, indent=1))
-    (folder / "vision_config.json").write_text(json.dumps(vision, indent=1))
+    (folder / "med_config.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
+    (folder / "vision_config.json").write_text(json.dumps(vision, indent=1), encoding="utf-8")
     model = ImageRewardModel(VisionSize(**vision), text)
 
     def loss(batch: Pairs, pixels: Tensor) -> Tensor:

@@ -19,9 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mixgrpo.files.disk import write_whole
+from mixgrpo.files.disk import write_text_whole, write_whole
+from mixgrpo.files.json_files import read_json
+from mixgrpo.files.regular import MIB
 from mixgrpo.types import TextEmbedding
 
+MOST = 2048 * MIB  # size of an index, which lists all prompts
 Encoder = dict[str, str | int]  # property that affects embeddings -> its digest or value
 
 
@@ -83,7 +86,7 @@ def read_index(folder: Path) -> Index | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, MOST)
         shards = [
             Shard(shard["prompts"], shard["record"] and Record(**shard["record"]))
             for shard in found["shards"]
@@ -102,7 +105,7 @@ def write_index(folder: Path, index: Index) -> None:
 
 def _write_json(path: Path, content: object) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text_whole(path, text)
 
 
 def write_shard(folder: Path, number: int, text: TextEmbedding, lengths: list[int]) -> None:
@@ -124,7 +127,7 @@ def write_shard(folder: Path, number: int, text: TextEmbedding, lengths: list[in
 def finished_record(folder: Path, number: int, shard: Shard) -> Record | None:
     """The record next to a shard, or else the index's; None if the file does not match it."""
     beside, path = _record_path(folder, number), shard_path(folder, number)
-    record = Record(**json.loads(beside.read_text())) if beside.exists() else shard.record
+    record = Record(**read_json(beside)) if beside.exists() else shard.record
     whole = record is not None and path.exists() and path.stat().st_size == record.size
     return record if record and whole and _checksum(path) == record.checksum else None
 
@@ -133,7 +136,7 @@ def take_records(folder: Path, index: Index) -> Index:
     """Moves the records next to the shards into the index."""
     beside = {number: _record_path(folder, number) for number in range(len(index.shards))}
     found = {number: path for number, path in beside.items() if path.exists()}
-    read = {number: Record(**json.loads(path.read_text())) for number, path in found.items()}
+    read = {number: Record(**read_json(path)) for number, path in found.items()}
     shards = [
         Shard(shard.prompts, read.get(number, shard.record))
         for number, shard in enumerate(index.shards)

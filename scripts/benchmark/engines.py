@@ -22,13 +22,14 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from environment import ROOT, environment
+from environment import ROOT, environment, output_file
 from torch import Tensor
 from trainings import finish, prepare
 
 from mixgrpo.assembly import make_policy
 from mixgrpo.checkpoint import Shards, latest
 from mixgrpo.commands.train import parse
+from mixgrpo.files.disk import write_text_whole
 from mixgrpo.run.tracking import read_metrics
 
 ENGINES = {
@@ -142,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             sys.exit(f"error: {error}")
     if given.json:
-        given.json.write_text(json.dumps({**environment(torch.device("cpu")), "runs": found}))
+        write_text_whole(
+            given.json, json.dumps({**environment(torch.device("cpu")), "runs": found})
+        )
     good = all(row["within"] for row in found)
     print(f"\ntolerances: {asdict(LIMIT)}: {'all within' if good else 'NOT all within'}")
     return 0 if good else 1
@@ -180,7 +183,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument(
         "--folder", type=Path, help="where runs are written and removed; default: /tmp"
     )
-    parser.add_argument("--json", type=Path, help="also write the differences to this file")
+    parser.add_argument("--json", type=output_file, help="also write the differences to this file")
     return parser.parse_known_args(arguments)
 
 

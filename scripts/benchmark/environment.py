@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import platform
 import re
@@ -12,7 +13,22 @@ from pathlib import Path
 
 import torch
 
+from mixgrpo.files.disk import check_replaceable
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def output_file(text: str) -> Path:
+    """The type of an option that names a file to write, which is checked before the measurements.
+
+    Raises argparse.ArgumentTypeError if there is something else than a regular file.
+    """
+    path = Path(text)
+    try:
+        check_replaceable(path)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def environment(device: torch.device) -> dict[str, str]:

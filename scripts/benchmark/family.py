@@ -34,6 +34,8 @@ from family_results import (
 )
 from family_runs import Task, perform
 
+from mixgrpo.files.disk import write_text_whole
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "benchmark" / "results"
 
@@ -91,7 +93,7 @@ def write_report(output: Path) -> str:
     remarks = output.with_name(f"{output.stem}_comments.json")
     comments = json.loads(remarks.read_text()) if remarks.is_file() else {}
     text = report(found, comments)
-    output.with_suffix(".md").write_text(text)
+    write_text_whole(output.with_suffix(".md"), text)
     plot_recipes(found, output.with_name(f"{output.stem}_recipes.png"))
     plot_ablations(found, output.with_name(f"{output.stem}_ablations.png"))
     return text
@@ -176,7 +178,7 @@ def _measure(chosen: argparse.Namespace, settings: Settings) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = collect(chosen.folder, settings, {**environment(device), **more})
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(json.dumps(found, indent=1) + "\n")
+    write_text_whole(chosen.output, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from environment import environment
+from environment import environment, output_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -34,6 +33,7 @@ from mixgrpo.engines import Engine, Network
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.engines.distributed import process_group
 from mixgrpo.engines.fsdp import FullySharded
+from mixgrpo.files.disk import write_text_whole
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.maths.transitions import log_ratio, make_transition
@@ -194,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--window", type=int, default=2)
     add("--samples", type=int, default=4, help="samples of the one prompt of each process")
     add("--micro-batch", type=int, default=2, help="samples per model evaluation")
-    add("--json", type=Path, help="also write the results to this file")
+    add("--json", type=output_file, help="also write the results to this file")
     return parser.parse_args(arguments)
 
 
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(row(results[-1]), flush=True)
     if chosen.json and first:
         found = [asdict(result) for result in results]
-        chosen.json.write_text(json.dumps({**about, "results": found}, indent=1) + "\n")
+        write_text_whole(chosen.json, json.dumps({**about, "results": found}, indent=1) + "\n")
     return 0
 
 

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
-from environment import ROOT, environment
+from environment import ROOT, environment, output_file
 
 from mixgrpo.config import EngineConfig
 from mixgrpo.engines import Network
 from mixgrpo.engines.fsdp import FullySharded
+from mixgrpo.files.disk import write_text_whole
 from mixgrpo.models.flux_stored import StoredFlux, empty_transformer
 
 MEGABYTE = 2**20
@@ -167,7 +168,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=ROOT / "runs" / "loading",
         help="where the weights are written",
     )
-    add("--json", type=Path, help="also write the results to this file")
+    add("--json", type=output_file, help="also write the results to this file")
     return parser.parse_args(arguments)
 
 
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(measure(way, chosen, folder))
         print(row(results[-1]), flush=True)
     if chosen.json:
-        chosen.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+        write_text_whole(chosen.json, json.dumps({**about, "results": results}, indent=1) + "\n")
     sums = [found["sum"] for found in results]
     if max(sums) - min(sums) > 1e-6 * abs(sums[0]):
         print(f"DIFFERENT weights: their sums are {sums}")

@@ -26,7 +26,7 @@ from time import perf_counter
 
 import torch
 import transformers
-from environment import ROOT, environment
+from environment import ROOT, environment, output_file
 from oracles import clip, random_weights
 from oracles.imagereward import OracleUnavailable, imagereward
 from PIL import Image
@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from mixgrpo.files.disk import write_text_whole
 from mixgrpo.rewards import build_reward
 from mixgrpo.shapes.renderer import render
 from mixgrpo.shapes.scenes import draw, split
@@ -177,7 +178,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--scratch", type=Path, help="folder for random weights, 4 GB; default: the system's")
-    add("--json", type=Path, help="also write the results to this file")
+    add("--json", type=output_file, help="also write the results to this file")
     chosen = parser.parse_args(arguments)
     chosen.files = given_files(chosen)
     missing = [p for p in _paths(chosen) if not p.exists()]
@@ -244,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(row(results[-1]), flush=True)
     if chosen.json:
         found = [asdict(result) for result in results]
-        chosen.json.write_text(json.dumps({**about, "results": found}, indent=1) + "\n")
+        write_text_whole(chosen.json, json.dumps({**about, "results": found}, indent=1) + "\n")
     return 0 if all(result.agrees for result in results) else 1
 
 

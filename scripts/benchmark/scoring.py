@@ -19,11 +19,12 @@ from time import perf_counter
 
 import torch
 import transformers
-from environment import ROOT, environment
+from environment import ROOT, environment, output_file
 from oracles import random_weights
 from speed import synchronize
 from torch import Tensor
 
+from mixgrpo.files.disk import write_text_whole
 from mixgrpo.rewards import Reward, build_reward, score
 
 REWARDS = ("hpsv2", "clip_score", "pickscore", "imagereward")
@@ -86,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
     add("--seed", type=int, default=0)
     add("--scratch", type=Path, help="folder for random weights, 2 GB; default: the system's")
-    add("--json", type=Path, help="also write the results to this file")
+    add("--json", type=output_file, help="also write the results to this file")
     chosen = parser.parse_args(arguments)
     if min(chosen.images, chosen.repeats) < 1:
         parser.error("--images and --repeats must be at least 1")
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(row(results[-1]), flush=True)
     if chosen.json:
         found = [{**asdict(result), "ratio": result.ratio} for result in results]
-        chosen.json.write_text(json.dumps({**about, "results": found}, indent=1) + "\n")
+        write_text_whole(chosen.json, json.dumps({**about, "results": found}, indent=1) + "\n")
     return 0
 
 

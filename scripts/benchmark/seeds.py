@@ -17,6 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from environment import output_file
+
+from mixgrpo.files.disk import write_text_whole
 from mixgrpo.run.tracking import read_metrics
 
 
@@ -28,13 +31,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--parallel", type=int, default=1, help="number of concurrent runs")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=output_file, help="file for the results")
     chosen, overrides = parser.parse_known_args()
     with ThreadPoolExecutor(chosen.parallel) as pool:
         results = list(pool.map(lambda seed: train(chosen, seed, overrides), chosen.seeds))
     print(table(results))
     if chosen.json:
-        chosen.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_text_whole(chosen.json, json.dumps(results, indent=1) + "\n")
 
 
 def train(chosen: argparse.Namespace, seed: int, overrides: list[str]) -> dict[str, Any]:

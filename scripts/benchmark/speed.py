@@ -37,12 +37,13 @@ from time import perf_counter
 from typing import Any, Protocol, cast
 
 from mixgrpo.commands.before_torch import prepare
+from mixgrpo.files.disk import write_text_whole
 
 if __name__ == "__main__":
     prepare()  # as the train command does, before torch is imported
 
 import torch
-from environment import ROOT, environment
+from environment import ROOT, environment, output_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -598,7 +599,7 @@ def add_task_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
     add("--micro-batch", help="evaluations in one pass; ours only")
     add("--size", help="height and width of the images in pixels")
     add("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", type=Path, help="also write the results to this file")
+    add("--json", type=output_file, help="also write the results to this file")
     parser.set_defaults(**defaults)
 
 
@@ -698,7 +699,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "ratios": ratios(found),
             "train": trained,
         }
-        chosen.json.write_text(json.dumps(plain(results), indent=1) + "\n")
+        write_text_whole(chosen.json, json.dumps(plain(results), indent=1) + "\n")
     return 0 if is_equal else 1
 
 
