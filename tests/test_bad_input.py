@@ -110,6 +110,10 @@ def test_text_encoders_with_each_others_weights(world, folder, tmp_path, complai
         ),
         (RewardConfig("pickscore", model="no/such/pick"), ["'no/such/pick'", "`model`"]),
         (RewardConfig("imagereward", model="no/such/blip"), ["'no/such/blip'", "`model`"]),
+        (RewardConfig("pickscore", model="x" * 300), ["pickscore: no folder 'xxx", "`model`"]),
+        (RewardConfig("clip_score", model="x" * 5000), ["neither an architecture of open_clip"]),
+        (RewardConfig("hpsv2", checkpoint="y" * 300), ["hpsv2: no file 'yyy", "`checkpoint`"]),
+        (RewardConfig("imagereward", model="~nobody_at_all/x"), ["no folder '~nobody", "`model`"]),
         (RewardConfig("hpsv3"), ["'hpsv3'", "did you mean 'hpsv2'"]),
         (RewardConfig("nowhere.to:be_found"), ["'nowhere.to:be_found'", "PYTHONPATH"]),
         (RewardConfig("tiny_world:no_such_reward"), ["'no_such_reward'"]),
@@ -231,6 +235,13 @@ def test_an_unknown_recipe(complain):
     assert "'shape_mixgrpo'" in line
     assert "did you mean 'shapes_mixgrpo'" in line
     assert "flux_mixgrpo" in line
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "~nobody_at_all/x", "/dev/zero", "a\0b"])
+@pytest.mark.parametrize("command", ["train", "sample", "schedule", "evaluate"])
+def test_a_recipe_whose_name_is_none(complain, tmp_path, command, name):
+    more = [str(tmp_path), "--output", str(tmp_path)] if command == "evaluate" else []
+    assert f"there is no recipe {name!r}" in complain([command, *more, "--recipe", name])
 
 
 def test_an_unknown_recipe_that_is_near_none(complain):
@@ -374,8 +385,14 @@ def test_a_folder_that_cannot_be_made(world, tmp_path, complain):
 
 
 def test_a_full_disk_while_saving(world, held, complain, monkeypatch):
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=full))
+    flush = os.fsync
+
+    def full(handle: int) -> None:
+        if "/checkpoints" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
     line = complain(world.arguments(held, run__resume=True, run__iterations=3))
     assert "No space left on device" in line
     assert "free some disk space" in line

@@ -592,6 +592,14 @@ def test_pictures_of_the_gallery_are_small(tmp_path):
     assert thumbnail(tmp_path / "small.png")[1:] == (20, 30)
 
 
+def test_names_do_not_end_the_cells_of_the_table(base, tuned, tmp_path):
+    found = run([f"a|b\nc={base}", tuned], tmp_path)
+    text = write_report(found, "a|b\nc", tmp_path, Bootstrap(10), Choice())
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    assert re.search(r"\| counting \| a\\\|b c +\|", text)
+
+
 def test_no_gallery_if_none_is_wanted(base, tmp_path):
     found = run([base], tmp_path)
     text = write_report(found, "base", tmp_path, Bootstrap(10), Choice(prompts=0))
@@ -865,6 +873,8 @@ def test_options_that_cannot_be(base, tuned, tmp_path, complain):
     assert "the following arguments are required: --output" in complain(base, output=False)
     assert "required: MANIFEST" in complain()
     assert "--resamples is 0; it must be at least 1" in complain(base, "--resamples", "0")
+    empty = complain(base, "--output=", output=False)
+    assert "--output: is empty; name a file or folder" in empty
     assert "--seed is 'x'; it must be a whole number" in complain(base, "--seed", "x")
     assert "micro_batch is 0" in complain(base, "--scoring.micro_batch", "0")
     assert "no recipe 'shapes'" in complain(base, "--recipe", "shapes")

@@ -88,6 +88,16 @@ def test_the_message_names_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"is a device, .* so it is not replaced; name another pa"):
         check_replaceable(Path("/dev/null"))
     check_replaceable(tmp_path / "new")
+    for folder in (Path("/"), Path(), Path("..")):
+        with pytest.raises(
+            ValueError, match=r"is a folder, .* so it is not replaced; name another"
+        ):
+            check_replaceable(folder)
+    (tmp_path / "partial_new").mkdir()
+    with pytest.raises(ValueError, match="partial_new is a folder"):
+        check_replaceable(tmp_path / "new")
+    with pytest.raises(OSError, match=r"error: '/proc/self/mem'"):
+        read_regular(Path("/proc/self/mem"), 99)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     check_replaceable(tmp_path / "dangling")
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mixgrpo.evaluation.manifests import Manifest
     from mixgrpo.evaluation.score_store import Store
 
+
 # The parts of a recipe that are used; the rest concerns training.
 OF_THE_RECIPE = ("recipe", "rewards", "scoring.", "run.threads", "log.progress")
 

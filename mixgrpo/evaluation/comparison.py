@@ -148,13 +148,18 @@ def pairwise_distance(features: Tensor) -> float:
 
 def table(rows: Sequence[Row], baseline: str) -> str:
     """The rows as a Markdown table with aligned columns."""
-    cells = table_cells(rows, baseline)
+    cells = [[_in_a_cell(cell) for cell in line] for line in table_cells(rows, baseline)]
     widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(cells[0]))]
     rule = ["-" * width for width in widths]
     return "\n".join(
         f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
         for line in (cells[0], rule, *cells[1:])
     )
+
+
+def _in_a_cell(text: str) -> str:
+    """A name in one line, in which nothing ends the cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def table_cells(rows: Sequence[Row], baseline: str) -> list[list[str]]:

@@ -117,7 +117,9 @@ def decode(content: bytes) -> Image.Image:
     except Unreadable:
         raise
     except Image.UnidentifiedImageError as error:
-        raise Unreadable(f"it is not an image of the formats {', '.join(FORMATS)}") from error
+        raise Unreadable(
+            f"it is not an image of the formats {', '.join(FORMATS)}; save it as one of them"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unreadable(_TOO_LARGE) from error
     except Exception as error:  # decoders raise many kinds of errors on damaged files

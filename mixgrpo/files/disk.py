@@ -28,8 +28,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         flush(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # which that of a full disk does not name
         raise
     flush(path.parent)
 
@@ -49,9 +52,12 @@ def check_replaceable(path: Path) -> None:
     A rename would replace that. Call this before long work whose result will be written there.
     """
     try:
-        above = next(folder for folder in path.absolute().parents if folder.exists())
         if path.exists():
             check_regular(path)
+        partial = path.with_name(PARTIAL + path.name)
+        if partial.is_dir():
+            check_regular(partial)
+        above = next(folder for folder in path.absolute().parents if folder.exists())
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}); name another") from error
     except ValueError as error:

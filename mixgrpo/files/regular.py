@@ -57,7 +57,10 @@ def read_regular(path: Path, most: int) -> bytes:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = b"" if size > most else file.read(most + 1)
+        try:
+            content = b"" if size > most else file.read(most + 1)
+        except OSError as error:  # which names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
     if max(size, len(content)) > most:
         raise ValueError(f"{path} is larger than {most / MIB:g} MiB, the most that is read here")
     return content

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import time
 
+from mixgrpo.files.named_paths import find_path
 from mixgrpo.hosts.facts import Facts
 from mixgrpo.hosts.remote import ROOT, ROOT_COMMAND, Unreachable, on_all, on_host
 
@@ -166,4 +167,6 @@ def data_paths(knobs: Mapping[str, object], folder: Path) -> list[str]:
         for key, value in knobs.items()
         if key.startswith("rewards.") and key.endswith((".model", ".checkpoint")) and value
     ]
-    return list(dict.fromkeys([*named, *(p for p in perhaps if "/" in p or (folder / p).exists())]))
+    return list(
+        dict.fromkeys([*named, *(p for p in perhaps if "/" in p or find_path(str(folder / p)))])
+    )

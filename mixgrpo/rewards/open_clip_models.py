@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixgrpo.files.home import expand_home
+from mixgrpo.files.named_paths import find_path
 from mixgrpo.files.weight_files import check_fits
 from mixgrpo.rewards.weights import (
     check_pixels,
@@ -209,7 +209,8 @@ def _folder(reward: str, model: str) -> Path | None:
     known = open_clip.list_models()
     if model in known:
         return None
-    if os.sep in model or Path(expand_home(model)).is_dir():
+    found = find_path(model)
+    if os.sep in model or (found and found.is_dir()):
         folder = require_folder(model, reward, "model")
         find_file(folder, (_CONFIG,), reward, "model")
         return folder

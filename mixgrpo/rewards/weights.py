@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixgrpo.files.forms import TORCH_OLD, readable_form
-from mixgrpo.files.home import expand_home
+from mixgrpo.files.named_paths import find_path
 from mixgrpo.files.regular import MIB, check_regular, check_regular_files, read_regular
 from mixgrpo.files.weight_files import (
     check_finite,
@@ -68,8 +68,8 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def require_folder(path: str | Path, reward: str, option: str) -> Path:
-    folder = Path(expand_home(str(path)))
-    if not folder.is_dir():
+    folder = find_path(str(path))
+    if folder is None or not folder.is_dir():
         raise FileNotFoundError(
             f"{reward}: no folder {str(path)!r}; set the reward's `{option}` to the path of the "
             "folder"
@@ -78,7 +78,7 @@ def require_folder(path: str | Path, reward: str, option: str) -> Path:
 
 
 def require_file(path: str | Path, reward: str, option: str) -> Path:
-    file = Path(expand_home(str(path)))
+    file = find_path(str(path)) or Path(str(path))
     if file.exists():
         check_regular(file)
     elif not file.is_symlink():
