@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 
 from mixgrpo.config import RewardConfig
 from mixgrpo.evaluation.score_store import column, identity
-from mixgrpo.files.fingerprint import fingerprint, fingerprint_files
+from mixgrpo.files.fingerprint import files_in, fingerprint, fingerprint_files
 
 
 def test_what_a_rewards_identity_holds(tmp_path, monkeypatch):
@@ -78,6 +81,38 @@ def test_a_folder_that_is_too_large_to_be_read_completely_is_sampled(tmp_path, m
     (tmp_path / "weights").write_bytes(bytes(11))
     knobs = RewardConfig("clip_score", model=str(tmp_path))
     assert identity(knobs)["files"] == {str(tmp_path): f"sampled {fingerprint(tmp_path)}"}
+
+
+def test_files_behind_links_count_and_a_link_that_leads_back_does_not_matter(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weights").write_text("one")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "part").symlink_to(tmp_path / "elsewhere")
+    (model / "loop").symlink_to(model)
+    (model / ".hidden").mkdir()
+    (model / ".hidden" / "lock").write_text("")
+    os.mkfifo(model / "fifo")
+    (model / "device").symlink_to("/dev/zero")
+    assert files_in(model) == [model / "part" / "weights"]
+    before = column(identity(RewardConfig("clip_score", model=str(model))))
+    (tmp_path / "elsewhere" / "weights").write_text("two")
+    assert column(identity(RewardConfig("clip_score", model=str(model)))) != before
+
+
+def test_options_that_json_lacks_have_an_identity():
+    values = [
+        math.inf,
+        -math.inf,
+        math.nan,
+        {1: 2},
+        datetime.date(2026, 1, 1),
+        {"a": [math.inf]},
+        1,
+    ]
+    found = {column(identity(RewardConfig("jpeg_size", options={"x": x}))) for x in values}
+    assert len(found) == len(values)
+    json.dumps([identity(RewardConfig("m:f", options={"x": x})) for x in values], allow_nan=False)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import Any
 
 from mixgrpo.config import RewardConfig
 from mixgrpo.files.disk import write_text_whole
-from mixgrpo.files.fingerprint import digest_contents, fingerprint
+from mixgrpo.files.fingerprint import digest_contents, files_in, fingerprint
 from mixgrpo.files.json_files import read_json
 from mixgrpo.files.named_paths import find_path
 from mixgrpo.files.regular import MIB
@@ -129,7 +129,7 @@ def identity(knobs: RewardConfig) -> dict[str, Any]:
         "kind": knobs.kind,
         "model": knobs.model,
         "checkpoint": knobs.checkpoint,
-        "options": knobs.options,
+        "options": _plain(knobs.options),
         "code": {**identify([module, READING]), **_versions()},
         "files": {text: _contents(path) for text, path in paths.items()},
     }
@@ -149,6 +149,16 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(each)
 
 
+def _plain(value: Any) -> Any:
+    """The value of an option as JSON holds it: what JSON lacks, such as infinity, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return value if isinstance(value, str | int | float | None) and is_finite else repr(value)
+
+
 def _surrounds(path: Path) -> bool:
     """Whether it is a folder around the current one or around the user's own, such as "." or "/".
 
@@ -159,8 +169,7 @@ def _surrounds(path: Path) -> bool:
 
 
 def _contents(path: Path) -> str:
-    sizes = (file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if path.is_dir() and sum(sizes) > MOST_READ:
+    if path.is_dir() and sum(file.stat().st_size for file in files_in(path)) > MOST_READ:
         return f"sampled {fingerprint(path)}"
     return digest_contents(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,17 +45,27 @@ def digest_contents(path: Path) -> str:
     """
     if path.is_file():
         return _whole(path)
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    ]
+    files = files_in(path)
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         digests = list(pool.map(_whole, files))
     whole = hashlib.sha256()
     for file, digest in zip(files, digests, strict=True):
         whole.update(f"{file.relative_to(path)}\0{digest}\0".encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The regular files below a folder, without hidden ones, also behind links to other folders."""
+    found: list[Path] = []
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        # A link may lead to a folder around it.
+        folders[:] = [name for name in folders if not name.startswith(".") and here not in entered]
+        if here not in entered:
+            found += [Path(place, name) for name in names if not name.startswith(".")]
+        entered.add(here)
+    return sorted(file for file in found if file.is_file())
 
 
 def _whole(file: Path) -> str:
