@@ -848,6 +848,30 @@ def test_what_is_no_file_in_the_folder_is_kept(knobs, name, make):
     assert [file.name for file in folder.iterdir()] == [name]
 
 
+def test_what_a_killed_process_left_is_no_picture(knobs):
+    folder = Path(knobs().folder)
+    folder.mkdir()
+    (folder / "partial_00000_00.png").write_bytes(b"half")
+    (folder / "partial_manifest.json").write_bytes(b"half")
+    sample(knobs())
+    assert not list(folder.glob("partial_*"))
+    assert len(read(folder)) == PROMPTS
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 99999, '{"settings": {"a": NaN}}', '{"settings": 1, "settings": 2}', "9" * 5000],
+)
+def test_a_manifest_that_cannot_be_read_is_damaged(knobs, content):
+    folder = Path(knobs().folder)
+    folder.mkdir()
+    (folder / "manifest.json").write_text(content)
+    (folder / "00000_00.png").write_bytes(b"kept")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged; choose another --folder"):
+        sample(knobs())
+    assert (folder / "00000_00.png").read_bytes() == b"kept"
+
+
 def test_a_damaged_picture_is_drawn_again(knobs, base_pictures):
     config = knobs()
     sample(config)
