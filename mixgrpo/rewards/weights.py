@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,14 +79,15 @@ def require_folder(path: str | Path, reward: str, option: str) -> Path:
 
 
 def require_file(path: str | Path, reward: str, option: str) -> Path:
-    file = find_path(str(path)) or Path(str(path))
-    if file.exists():
+    file = find_path(str(path))
+    if file is not None:
         check_regular(file)
-    elif not file.is_symlink():
-        raise FileNotFoundError(
-            f"{reward}: no file {str(path)!r}; set the reward's `{option}` to its path"
-        )
-    return file
+        return file
+    if os.path.islink(path):  # whoever reads it says where it leads
+        return Path(path)
+    raise FileNotFoundError(
+        f"{reward}: no file {str(path)!r}; set the reward's `{option}` to its path"
+    )
 
 
 def find_file(folder: Path, names: tuple[str, ...], reward: str, option: str) -> Path:
