@@ -736,9 +736,7 @@ def test_a_manifest_that_is_no_file(base, complain, make, words):
     assert words in complain(base)
 
 
-@pytest.mark.parametrize(
-    "name", ["x" * 300, "a=" + "x" * 5000, "x=y=z", "~nobody_at_all/x", "\udcff"]
-)
+@pytest.mark.parametrize("name", ["x" * 300, "a=" + "x" * 5000, "x=y=z", "\udcff"])
 def test_a_name_of_a_manifest_that_cannot_be(complain, name):
     assert "there is no manifest" in complain(name)
 
@@ -874,7 +872,7 @@ def test_options_that_cannot_be(base, tuned, tmp_path, complain):
     assert "required: MANIFEST" in complain()
     assert "--resamples is 0; it must be at least 1" in complain(base, "--resamples", "0")
     empty = complain(base, "--output=", output=False)
-    assert "--output: is empty; name a file or folder" in empty
+    assert "--output is empty; name a file or folder" in empty
     assert "--seed is 'x'; it must be a whole number" in complain(base, "--seed", "x")
     assert "micro_batch is 0" in complain(base, "--scoring.micro_batch", "0")
     assert "no recipe 'shapes'" in complain(base, "--recipe", "shapes")
