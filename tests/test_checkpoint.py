@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -30,6 +29,7 @@ from mixgrpo.checkpoint import (
     Shards,
     choose,
     latest,
+    manifest,
     open_saved,
     shards,
     verify,
@@ -480,16 +480,58 @@ def test_a_checkpoint_by_its_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pointer", [b"iteration_00000009\n", b"", b"\n", b"../elsewhere", b"iteration_\xff\xfe"]
+    "pointer",
+    [
+        *(b"iteration_00000009\n", b"", b"\n", b"../elsewhere", b"iteration_\xff\xfe"),
+        *(b"../checkpoints/iteration_00000001", b"./iteration_00000001", b"iteration_00000001/"),
+        *(b"iteration_00000001\0", b"iteration_00000001\niteration_00000001", b".", b".."),
+        *(b"iteration_", b"iteration_1_2_3", b"iteration_-1", b"x" * 9999),
+    ],
 )
 def test_a_pointer_to_nothing_is_an_error_with_a_way_out(tmp_path, pointer):
+    tmp_path /= "checkpoints"
     save(tmp_path, 1)
     (tmp_path / "latest").write_bytes(pointer)
     with pytest.raises(
-        CheckpointError, match=r"which does not exist.*--run\.resume_from undamaged"
-    ):
+        CheckpointError, match=r"not a checkpoint beside it; .*--run\.resume_from undamaged"
+    ) as caught:
         latest(tmp_path)
+    assert "\n" not in str(caught.value)
     assert_whole(choose(ALONE, tmp_path, "undamaged").path, 1)
+
+
+def test_an_absolute_pointer_is_an_error(tmp_path):
+    path = save(tmp_path / "checkpoints", 1)
+    (tmp_path / "checkpoints" / "latest").write_text(str(path))
+    with pytest.raises(CheckpointError, match="not a checkpoint beside it"):
+        latest(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("kind", ["missing", "FIFO", "folder", "too large"])
+def test_a_pointer_that_cannot_be_read_is_an_error_with_a_way_out(tmp_path, kind):
+    save(tmp_path, 1)
+    pointer = tmp_path / "latest"
+    pointer.unlink()
+    if kind == "FIFO":
+        os.mkfifo(pointer)
+    elif kind == "folder":
+        pointer.mkdir()
+    elif kind == "too large":
+        pointer.write_bytes(b"iteration_00000001\n")
+        os.truncate(pointer, 2**40)
+    said = (
+        "although there are checkpoints such as iteration_00000001" if kind == "missing" else kind
+    )
+    with pytest.raises(CheckpointError, match=r"--run\.resume_from undamaged") as caught:
+        choose(ALONE, tmp_path, "latest")
+    assert said.replace("too large", "is larger") in str(caught.value)
+    assert_whole(choose(ALONE, tmp_path, "undamaged").path, 1)
+
+
+def test_a_first_checkpoint_whose_pointer_cannot_be_written_is_a_full_disk(tmp_path, monkeypatch):
+    fail_at(monkeypatch, os, "replace", 1)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(tmp_path, 1, keep=1)
 
 
 # ---- what does not belong in a checkpoint
@@ -502,16 +544,6 @@ class Code:
         return (setattr, (Code, "ran", True))
 
 
-def test_code_in_an_index_does_not_run(tmp_path):
-    path = save(tmp_path, 1)
-    (path / ".metadata").write_bytes(pickle.dumps(Code()))
-    with pytest.raises(CheckpointError, match=r"setattr is not allowed in it"):
-        Shards(path).shapes("model")
-    with pytest.raises(CheckpointError):
-        Shards(path).read(emptied(example(1)))
-    assert not Code.ran
-
-
 def test_code_in_a_shard_does_not_run(tmp_path):
     saver = Saver(ALONE, tmp_path, 0, False)
     saver.save({**example(1), "schedule": {"last_epoch": Code()}}, position(1))
@@ -519,6 +551,75 @@ def test_code_in_a_shard_does_not_run(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
         Shards(saver.wait()).read({"schedule": {"last_epoch": 0}})
     assert not Code.ran
+
+
+def altered(path: Path, change: Any) -> None:
+    """Rewrites the manifest as someone would who knows how its digest is made."""
+    content = json.loads((path / "state.json").read_text())
+    del content["digest"]
+    change(content)
+    text = json.dumps({**content, "digest": manifest._digest_of(content)})
+    (path / "state.json").write_text(text)
+
+
+OUTSIDE = ("../secret", "/etc/passwd", "", ".", "..", "a/b", "a\0b")
+ALTERATIONS = {
+    **{
+        f"a file {name!r}": lambda content, name=name: content["files"].update(
+            {name: content["files"][".metadata"]}
+        )
+        for name in OUTSIDE
+    },
+    "a size that is text": lambda content: content["files"][".metadata"].update(size="9"),
+    "a size below zero": lambda content: content["files"][".metadata"].update(size=-1),
+    "a size that is true": lambda content: content["files"][".metadata"].update(size=True),
+    "a digest more": lambda content: content["files"][".metadata"].update(sha="0"),
+    "files as a list": lambda content: content.update(files=[]),
+    "an iteration of text": lambda content: content.update(iteration="2"),
+    "an iteration of 1.5": lambda content: content.update(iteration=1.5),
+    "an iteration below zero": lambda content: content.update(iteration=-2),
+    "no updates of the average": lambda content: content.update(ema_updates=None),
+    "a weight of NaN": lambda content: content.update(kl_weight=float("nan")),
+    "a weight of text": lambda content: content.update(kl_weight="0"),
+    "knobs as a list": lambda content: content.update(config=[]),
+}
+
+
+@pytest.mark.parametrize("alteration", ALTERATIONS)
+def test_a_manifest_that_no_run_writes_is_damage(tmp_path, alteration):
+    path = save(tmp_path, 2)
+    altered(path, ALTERATIONS[alteration])
+    with pytest.raises(Damaged, match=r"state\.json cannot be read") as caught:
+        open_saved(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_altered_manifest_can_be_read(tmp_path):
+    """Or else the test before this one proves nothing."""
+    path = save(tmp_path, 2)
+    altered(path, lambda content: content.update(kl_weight=0.5))
+    assert open_saved(path).position.kl_weight == 0.5
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"7", b"null", b"\xff\xfe{", b"\0" * 9])
+def test_a_manifest_that_is_not_one_is_damage(tmp_path, content):
+    path = save(tmp_path, 2)
+    (path / "state.json").write_bytes(content)
+    with pytest.raises(Damaged, match=r"state\.json cannot be read"):
+        open_saved(path)
+
+
+@pytest.mark.parametrize("name", [".metadata", "model_00000.distcp", "state.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_not_a_file_is_damage_and_is_not_waited_for(tmp_path, name, make):
+    path = save(tmp_path, 2)
+    (path / name).unlink()
+    make(path / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        choose(ALONE, tmp_path, "latest")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_saved(path)
+        Shards(path).read({"model": emptied(example(2))["model"]})
 
 
 def test_a_state_that_does_not_fit_is_an_error(tmp_path):

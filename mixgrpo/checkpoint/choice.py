@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mixgrpo.checkpoint.folder import CheckpointError, latest, newest_first
+from mixgrpo.checkpoint.folder import CheckpointError, is_plain_name, latest, newest_first
 from mixgrpo.checkpoint.manifest import MANIFEST, Damaged, Saved, open_saved, verify
 from mixgrpo.engines.distributed import Process, gather_objects
 
@@ -101,7 +101,7 @@ def _newest_undamaged(process: Process, root: Path) -> Saved | None:
 
 def _named(root: Path, name: str) -> Path:
     path = root / name
-    if path.parent != root or not (path / MANIFEST).is_file():
+    if not is_plain_name(name) or not (path / MANIFEST).is_file():
         there = ", ".join(other.name for other in newest_first(root)) or "none"
         raise CheckpointError(
             f"run.resume_from is {name!r}, which is not a checkpoint in {root} (found: {there}); "

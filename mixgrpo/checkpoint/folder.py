@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from mixgrpo.files.disk import PARTIAL, flush
+from mixgrpo.files.regular import MIB, read_regular
 
 _PREFIX = "iteration_"
 _NOT_OURS = (-1, 0)
@@ -20,19 +21,32 @@ def latest(root: Path) -> Path | None:
     """The checkpoint that ``latest`` names; None if nothing has been saved.
 
     Raises:
-        CheckpointError: ``latest`` names a checkpoint that does not exist.
+        CheckpointError: ``latest`` names no checkpoint beside it, or is missing although there are
+            checkpoints.
     """
     pointer = root / "latest"
-    if not pointer.exists():
-        return None
-    path = root / pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if not path.name.startswith(_PREFIX) or not path.is_dir():
-        raise CheckpointError(
-            f"{pointer} names {path.name!r}, which does not exist; continue from the newest "
-            f"complete checkpoint in {root} with --run.resume_from undamaged, or train in another "
-            "--run.folder"
-        )
-    return path
+    try:
+        name = read_regular(pointer, MIB).decode(errors="replace").strip()
+    except FileNotFoundError:
+        names = _names(root)
+        if not names:
+            return None
+        fault = f"{pointer} is missing, although there are checkpoints such as {names[-1]}"
+    except (OSError, ValueError) as error:
+        fault = f"{pointer} cannot be read ({error})"
+    else:
+        if is_plain_name(name) and _order(name) > _NOT_OURS and (root / name).is_dir():
+            return root / name
+        fault = f"{pointer} names {name[:80]!r}, which is not a checkpoint beside it"
+    raise CheckpointError(
+        f"{fault}; continue from the newest undamaged checkpoint with --run.resume true "
+        "--run.resume_from undamaged, or train in another --run.folder"
+    )
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether this is the name of something in a folder, and not a path that leads elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"}
 
 
 def newest_first(root: Path) -> list[Path]:

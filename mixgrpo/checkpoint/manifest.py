@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mixgrpo.checkpoint.folder import CheckpointError
+from mixgrpo.checkpoint.folder import CheckpointError, is_plain_name
 from mixgrpo.files.disk import flush
+from mixgrpo.files.regular import MIB, check_regular, open_regular, read_regular
 
 MANIFEST = "state.json"
 _VERSION = 2
+_MOST = 64 * MIB  # ten thousand files take one
 _CHUNK = 1 << 22
 _READERS = 4  # files read in parallel; a single reader does not saturate a disk array
 
@@ -92,7 +94,7 @@ def open_saved(path: Path) -> Saved:
         CheckpointError: another version of mixgrpo wrote it.
     """
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path / MANIFEST, _MOST))
         if content.get("version") != _VERSION:
             raise CheckpointError(
                 f"checkpoint {path} was written by another version of mixgrpo, and only that "
@@ -102,13 +104,27 @@ def open_saved(path: Path) -> Saved:
             raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} was altered")
         files = {name: FileDigest(**digest) for name, digest in content["files"].items()}
         position = Position(**{field.name: content[field.name] for field in fields(Position)})
+        _check_types(position, files)
     except FileNotFoundError as error:
         raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),) as error:
         raise Damaged(
             f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({_first_line(error)})"
         ) from error
     return Saved(path, position, files)
+
+
+def _check_types(position: Position, files: Mapping[str, FileDigest]) -> None:
+    """Raises ValueError for what no run saves, such as a file outside the checkpoint's folder."""
+    counts = [position.iteration, position.ema_updates, *(file.size for file in files.values())]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("it holds an impossible number")
+    if type(position.kl_weight) not in (int, float) or not math.isfinite(position.kl_weight):
+        raise ValueError("kl_weight is not a number")
+    if not isinstance(position.config, dict):
+        raise ValueError("config is not an object")
+    if not all(map(is_plain_name, files)):
+        raise ValueError("it names a file outside its folder")
 
 
 def verify(saved: Saved, names: Iterable[str]) -> None:
@@ -132,9 +148,12 @@ def verify(saved: Saved, names: Iterable[str]) -> None:
 
 def _check_size(file: Path, size: int) -> None:
     try:
-        found = os.path.getsize(file)
+        check_regular(file)
+        found = file.stat().st_size
     except OSError as error:
         raise Damaged(f"checkpoint {file.parent} is damaged: {file.name} is missing") from error
+    except ValueError as error:
+        raise Damaged(f"checkpoint {file.parent} is damaged: {error}") from error
     if found != size:
         raise Damaged(
             f"checkpoint {file.parent} is damaged: {file.name} has {found} bytes, but {size} were "
@@ -151,10 +170,10 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 def _digest_of_file(file: Path) -> str:
     digest = new_digest()
     try:
-        with file.open("rb", buffering=0) as opened:
+        with open_regular(file) as opened:
             while chunk := opened.read(_CHUNK):
                 digest.update(chunk)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise Damaged(
             f"checkpoint {file.parent} is damaged: {file.name} cannot be read "
             f"({_first_line(error)})"

@@ -23,6 +23,7 @@ from mixgrpo.checkpoint.folder import (
     final_path,
     latest,
     make_partial,
+    newest_first,
     publish,
 )
 from mixgrpo.checkpoint.manifest import Position
@@ -231,7 +232,10 @@ class Saver:
     ) -> NoReturn:
         if partial is not None and self.process.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        newest = latest(self.root)
+        try:
+            newest = latest(self.root)
+        except CheckpointError:  # the one that is being given up may have lost its pointer
+            newest = next(iter(newest_first(self.root)), None)
         left = f"the newest complete checkpoint is {newest}" if newest else "none was saved before"
         what = final_path(partial) if partial else f"in {self.root}"
         raise CheckpointError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import queue
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,22 +23,22 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
 from torch.futures import Future
 
 from mixgrpo.checkpoint.folder import CheckpointError
+from mixgrpo.checkpoint.index import bytes_of, read_index
 from mixgrpo.checkpoint.manifest import FileDigest, Position, new_digest, write_manifest
+from mixgrpo.files.regular import check_regular
 
 # Running a single process without torch.distributed is intended.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-
-_CODE_FREE = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-}
-_CODE_FREE_MODULES = {"torch.distributed.checkpoint.metadata"}
 
 
 class ShardWriter(dcp.FileSystemWriter):
@@ -158,22 +157,37 @@ class Shards:
                 no_dist=group is None,
             )
         except CheckpointException as error:
+            # torch reports a fault of the index as a missing one.
+            reason = self.reader.fault or first_failure(error)
             raise CheckpointError(
-                f"checkpoint {self.path} cannot be read ({first_failure(error)})"
+                f"checkpoint {self.path} cannot be read ({reason}); use another checkpoint"
             ) from error
 
     def shapes(self, part: str) -> dict[str, Tensor]:
-        """Name -> tensor on the meta device; empty if the checkpoint has no such part."""
+        """Name -> tensor on the meta device; empty if the checkpoint has no such part.
+
+        Raises:
+            CheckpointError: the index is missing or damaged.
+        """
         found = {}
         try:
             described = self.reader.read_metadata().state_dict_metadata
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise CheckpointError(f"checkpoint {self.path} has no index ({error})") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.path} has no index that can be read ({error}); use another "
+                "checkpoint"
+            ) from error
         for key, tensor in described.items():
             if key.startswith(f"{part}.") and isinstance(tensor, TensorStorageMetadata):
                 found[key.removeprefix(f"{part}.")] = torch.empty(
                     tensor.size, dtype=tensor.properties.dtype, device="meta"
                 )
+        there = bytes_of(self.path, f"{part}_")
+        if sum(tensor.nbytes for tensor in found.values()) > there:
+            raise CheckpointError(
+                f"checkpoint {self.path} is damaged: its index describes more than the {there} "
+                f"bytes of {part}; use another checkpoint"
+            )
         return found
 
     def tensors(self, part: str, names: Iterable[str]) -> Iterator[Tensor]:
@@ -196,25 +210,32 @@ class Shards:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the index once, and only unpickles descriptions of tensors from it."""
+    """Reads the index once, and tensors only from regular files.
+
+    Attributes:
+        fault: why the index could not be read.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self.fault: OSError | ValueError | None = None
         self._index: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self.fault is not None:
+            raise self.fault
         if self._index is None:
-            with (Path(self.path) / ".metadata").open("rb") as file:
-                self._index = _CodeFreeUnpickler(file).load()
+            try:
+                self._index = read_index(Path(self.path))
+            except (OSError, ValueError) as error:
+                self.fault = error
+                raise
         return self._index
 
-
-class _CodeFreeUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        known = (module, name) in _CODE_FREE or module in _CODE_FREE_MODULES
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for name in {self.storage_data[item.storage_index].relative_path for item in plan.items}:
+            check_regular(Path(self.path) / name)
+        return super().read_data(plan, planner)
 
 
 class _Planner(dcp.DefaultLoadPlanner):

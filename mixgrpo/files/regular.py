@@ -58,7 +58,8 @@ def read_regular(path: Path, most: int) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            content = b"" if size > most else file.read(most + 1)
+            # Not read(most + 1), which allocates that much before it reads.
+            content = b"" if size > most else file.read(min(most, size + MIB) + 1)
         except OSError as error:  # which names no file
             raise OSError(error.errno, error.strerror, str(path)) from error
     if max(size, len(content)) > most:

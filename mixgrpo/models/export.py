@@ -60,12 +60,15 @@ def find_checkpoint(source: Path) -> Path:
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        CheckpointError: if the run's ``latest`` names a checkpoint that does not exist.
+        CheckpointError: if the run's ``latest`` does not name one of its checkpoints.
     """
     if (source / "state.json").is_file():
         return source
     for root in (source / "checkpoints", source):
-        newest = latest(root)
+        try:
+            newest = latest(root)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; to export one of them, give its folder") from error
         if newest is not None:
             return newest
     raise FileNotFoundError(
