@@ -184,7 +184,7 @@ def test_lines_of_json_end_at_the_first_that_is_none(tmp_path):
 def test_a_text_that_is_no_path(text):
     assert find_path(text) is None
     if text.startswith("~") or not text.strip() or "\0" in text:
-        with pytest.raises(ValueError, match="no path|no home folder|null character"):
+        with pytest.raises(ValueError, match=r"no path|no home folder|null character"):
             split_name(f"name={text}")
     elif "=" not in text:
         assert split_name(f"name={text}") == ("name", Path(text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_world import records
 
 from mixgrpo.config import Config, LogConfig, RewardConfig, RunConfig
+from mixgrpo.files.json_lines import read_records
 from mixgrpo.run.tracking import Phases, Tracker, read_metrics
 
 
@@ -57,6 +59,106 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
     path.write_text('{"iteration": 1, "a": 2}\n{"iteration": 2, "a": 3}\n{"iteration": 3, "a')
     assert [r["iteration"] for r in read_metrics(tmp_path)] == [1, 2]
     assert read_metrics(tmp_path / "nowhere") == []
+
+
+RECORD = b'{"iteration": 2, "a": 3.5}'
+NOT_RECORDS = {
+    "zeros": b"\0" * 4096,
+    "half a record": b'{"iteration": 9, "a": ',
+    "an empty object": b"{}",
+    "a list": b'[{"iteration": 9}]',
+    "a number": b"9",
+    "NaN": b"NaN",
+    "null": b"null",
+    "text": b'"iteration"',
+    "no iteration": b'{"a": 1}',
+    "an iteration that is null": b'{"iteration": null}',
+    "an iteration that is text": b'{"iteration": "9"}',
+    "an iteration that is true": b'{"iteration": true, "a": 1}',
+    "an iteration of 1.5": b'{"iteration": 1.5}',
+    "an iteration below zero": b'{"iteration": -9}',
+    "an iteration of NaN": b'{"iteration": NaN}',
+    "an iteration of many digits": b'{"iteration": 1' + b"0" * 5000 + b"}",
+    "bytes that are not text": b'{"iteration": 9, "\xff\xfe": 1}',
+    "UTF-16": '{"iteration": 9}'.encode("utf-16"),
+    "lists in lists": b"[" * 100_000,
+    "objects in objects": b'{"iteration": ' * 10_000,
+    "a page": b"<html>",
+}
+
+
+@pytest.mark.parametrize("name", NOT_RECORDS)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_not_a_record_takes_no_record_with_it(tmp_path, name, place):
+    lines = [b'{"iteration": 1, "a": 1}', RECORD]
+    lines.insert(place, NOT_RECORDS[name])
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    found = read_records(tmp_path / "metrics.jsonl")
+    assert found == ([{"iteration": 1, "a": 1}, {"iteration": 2, "a": 3.5}], [place + 1], 3, False)
+
+
+@pytest.mark.parametrize(
+    ("line", "whole"),
+    [
+        *((RECORD + b"\r", True), (b"\xef\xbb\xbf" + RECORD, True), (b"  " + RECORD + b" ", True)),
+        *((b"\0" * 100 + RECORD, False), (RECORD + b"\0" * 100, False)),
+        (b'{"iteration": 9, "b": 0.1' + RECORD, False),
+        (b'{"iteration": 9, "b' + RECORD, False),
+        (b'{"iteration"' + RECORD, False),
+        (b'{"iteration": 2, "a": 3.5, "note": "by hand", "all": [1], "on": true}', False),
+    ],
+)
+def test_a_record_is_found_beside_what_is_none(tmp_path, line, whole):
+    (tmp_path / "metrics.jsonl").write_bytes(line + b"\n")
+    found = read_records(tmp_path / "metrics.jsonl")
+    assert found == ([{"iteration": 2, "a": 3.5}], [] if whole else [1], 1, False)
+
+
+def test_records_without_a_line_between_them_are_all_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(RECORD * 3)
+    assert len(read_metrics(tmp_path)) == 3
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1, "a": NaN, "b": -Infinity}\n\n\n{"iteration": 2}')
+    expected = [{"iteration": 1, "a": None, "b": None}, {"iteration": 2}]
+    assert read_records(path) == (expected, [], 4, False)
+
+
+@pytest.mark.parametrize("end", [b"{", b'{"iter', b'{"iteration": 3', b'{"iteration": 3, "a": 1'])
+def test_a_last_line_that_was_not_written_to_its_end_is_no_damage(tmp_path, capsys, end):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(RECORD + b"\n" + end)
+    assert read_records(path)[1:] == ([], 2, True)
+    started(tmp_path, first=2).close()
+    assert path.read_bytes() == RECORD + b"\n"
+    assert capsys.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_resumed_run_keeps_every_record_and_the_file_as_it_was(tmp_path, capsys):
+    """Lines that cannot be read may be mended by hand later."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [b"\0" * 40, b'{"iteration": 1, "a": 1}', b"{}", b"half a {", RECORD]
+    path.write_bytes(b"\n".join([*lines, b'{"iteration": 3, "a": 1}', b'{"iteration": 4, "a']))
+    before = path.read_bytes()
+    for number in (1, 2):
+        started(tmp_path, first=2).close()
+        assert path.read_bytes() == lines[1] + b"\n" + RECORD + b"\n"
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"warning: 3 of 7 lines of {path} are not whole records")
+        assert "the first of them line 1" in said
+        assert f"metrics_damaged_{number}.jsonl" in said
+        assert (tmp_path / f"metrics_damaged_{number}.jsonl").read_bytes() == before
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_records_that_are_not_a_file_are_not_waited_for(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"not a regular file; move it away, or .*--run\.folder"):
+        started(tmp_path)
 
 
 def test_a_resumed_run_drops_what_it_will_repeat(tmp_path):

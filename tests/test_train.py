@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from tiny_world import (
     checkpoint_folder,
     copy_run,
     environment,
+    files_of,
     python,
     records,
     same,
@@ -196,13 +198,40 @@ def test_pictures_of_what_a_run_does_again_are_not_kept(straight, world, folder)
     assert left == [f"iteration_{iteration:08d}" for iteration in (0, 2, 4)]
 
 
-def test_a_run_without_a_checkpoint_starts_its_metrics_anew(world, folder):
-    (folder / "pictures" / "iteration_00000009").mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text('{"iteration": 0, "validation/redness": 9.0}\n')
-    train_here(world.config(folder, **QUICK))
-    assert not (folder / "pictures" / "iteration_00000009").exists()
-    assert [r["iteration"] for r in records(folder)] == [0, 1, 1]
-    assert records(folder)[0]["validation/redness"] != 9.0
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_without_a_checkpoint_begins_anew_and_loses_nothing(world, folder, capsys, resume):
+    """As where a run was killed before its first checkpoint, or its checkpoints were deleted."""
+    old = {
+        "metrics.jsonl": '{"iteration": 300, "validation/redness": 9.0}\n',
+        "pictures/iteration_00000009/000.png": "a picture",
+        "model/model_index.json": "{}",
+        "config.json": "{}",
+    }
+    for number in (1, 2):
+        for name, content in old.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        train_here(world.config(folder, **QUICK, run__resume=resume))
+        assert not (folder / "pictures" / "iteration_00000009").exists()
+        assert [r["iteration"] for r in records(folder)] == [0, 1, 1]
+        assert f"are now in {folder / f'earlier_{number}'}" in capsys.readouterr().err
+        for name, content in old.items():
+            assert (folder / f"earlier_{number}" / name).read_text() == content
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_lost_pointer_does_not_begin_the_run_again_over_its_checkpoints(
+    straight, world, folder, resume
+):
+    copy_run(straight, folder, 2)
+    (folder / "checkpoints" / "latest").unlink()
+    before = files_of(folder)
+    with pytest.raises(checkpoints.CheckpointError, match=r"latest is missing.*from undamaged"):
+        train_here(world.config(folder, run__resume=resume))
+    assert files_of(folder) == before
+    config = world.config(folder, run__resume=True, run__resume_from="undamaged")
+    assert resumed_checkpoint(config, ALONE).position.iteration == 2
 
 
 def test_resuming_where_nothing_was_saved_starts_from_the_beginning(world, folder):

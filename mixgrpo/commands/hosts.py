@@ -18,6 +18,7 @@ from time import strftime
 from mixgrpo.commands import launch
 from mixgrpo.commands.command_line import OptionParser, complain, home_path, whole_number
 from mixgrpo.config import Config, flatten
+from mixgrpo.files.regular import MIB, read_regular
 from mixgrpo.hosts.check import ask, complaints, data_paths, table
 from mixgrpo.hosts.environment import forwarded, read_settings
 from mixgrpo.hosts.hostfile import Host, is_this_machine, read_hostfile
@@ -147,12 +148,11 @@ def _restarts(
 
 
 def _check_folder(config: object) -> None:
+    if not isinstance(config, Config) or config.run.resume:
+        return
     # Checked here and not in the first attempt, since the next attempt would resume that run.
-    if (
-        isinstance(config, Config)
-        and not config.run.resume
-        and (Path(config.run.folder) / "checkpoints" / "latest").exists()
-    ):
+    saved = Path(config.run.folder) / "checkpoints"
+    if (saved / "latest").exists() or any(saved.glob("iteration_*")):
         raise ValueError(
             f"{config.run.folder!r} already contains a run; continue it with --run.resume true, or "
             "choose another --run.folder"
@@ -178,9 +178,11 @@ def _iteration(pointer: Path) -> str:
 
 
 def _content(pointer: Path) -> str:
-    return (
-        pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
-    )
+    """What the file names; empty if it cannot be read, which the run itself reports."""
+    try:
+        return read_regular(pointer, MIB).decode(errors="replace").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _slots(host: Host) -> int | None:

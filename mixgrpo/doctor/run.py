@@ -72,7 +72,8 @@ def _without_checkpoint(config: Config) -> Iterator[Line]:
     elif (folder / "metrics.jsonl").exists():
         yield warning(
             "folder",
-            f"{folder} holds the records of a run without a checkpoint, which will be deleted",
+            f"{folder} holds the records of a run without a checkpoint, which will be moved to a "
+            "folder earlier_N in it",
             _ANOTHER,
         )
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,8 @@ from typing import Any
 
 from mixgrpo.config import ValidationConfig, dotted
 from mixgrpo.files.json_files import read_json
-from mixgrpo.files.json_lines import MOST
+from mixgrpo.files.json_lines import read_records
 from mixgrpo.files.named_paths import check_distinct_names, find_path, split_name
-from mixgrpo.files.regular import read_regular
 from mixgrpo.text.prompts import read_prompts
 
 OF_A_RUN = ("config.json", "metrics.jsonl", "pictures")
@@ -182,38 +180,28 @@ def _read_object(path: Path, consequence: str, missing: list[str]) -> dict[str, 
 
 def _read_records(path: Path, missing: list[str]) -> tuple[Record, ...]:
     try:
-        lines = read_regular(path, MOST).decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        missing.append(f"there is no {path.name}: no curves")
-        return ()
+        found = read_records(path)
     except (OSError, ValueError) as error:
         reason = str(error).removeprefix(f"{path} ")
         missing.append(f"{path.name} cannot be read ({reason}): no curves")
         return ()
-    parsed = [(number, _record(line)) for number, line in enumerate(lines, 1) if line.strip()]
-    damaged = [number for number, record in parsed if record is None]
-    if damaged == [len(lines)]:
+    if not path.exists():
+        missing.append(f"there is no {path.name}: no curves")
+        return ()
+    if found.torn or found.damaged == [found.lines]:
         missing.append(f"the last line of {path.name} is incomplete or damaged, and is ignored")
-    elif damaged:
+    elif found.damaged:
         missing.append(
-            f"{len(damaged)} of {len(lines)} lines of {path.name} are not records and are ignored, "
-            f"the first of them line {damaged[0]}"
+            f"{len(found.damaged)} of {found.lines} lines of {path.name} are not records and are "
+            f"ignored, the first of them line {found.damaged[0]}"
         )
-    records = [record for _, record in parsed if record is not None]
-    if not records:
+    if not found.records:
         missing.append(f"{path.name} has no records yet: no curves")
-    return tuple(sorted(records, key=lambda record: record["iteration"]))
+    return tuple(sorted(map(_numbers, found.records), key=lambda record: record["iteration"]))
 
 
-def _record(line: str) -> Record | None:
-    """A record's numeric values; None if the line is not a record."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    known = record.items() if isinstance(record, dict) else ()
-    numbers = {key: value for key, value in known if is_number(value)}
-    return numbers if isinstance(numbers.get("iteration"), int) else None
+def _numbers(record: Record) -> Record:
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def _read_stages(folder: Path, config: Record, missing: list[str]) -> tuple[Stage, ...]:

@@ -61,6 +61,11 @@ class Saving:
         self._contents = prompt_digests(config)
         self._resumed_from: Path | None = None
 
+    @property
+    def continues(self) -> bool:
+        """Whether the run continues from a checkpoint."""
+        return self._resumed_from is not None
+
     def check_shared(self, path: Path) -> None:
         """Raises CheckpointError if a process does not see a file that the first one wrote."""
         self._saver.check_shared(path)

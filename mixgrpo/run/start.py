@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,23 +17,65 @@ from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.models import Policy
 from mixgrpo.run.saving import Saving
 
+# What a run leaves beside its checkpoints and logs. If the results are missing, it did nothing.
+_RESULTS = ("metrics.jsonl", "pictures", "model")
+_OF_A_RUN = (
+    *_RESULTS,
+    *("config.json", "engine.json", "report.html", "before_after.png", "rewards.png"),
+    *("tensorboard", "wandb_id"),
+)
+
 
 def prepare_folder(config: Config, engine: Engine, saving: Saving) -> None:
     """Writes the resolved configuration; checks that every process sees it.
 
+    What another run left there is first moved to a folder of its own, unless this run continues it.
+
     Raises:
-        CheckpointError: one does not, so that its host would write to a disk of its own.
+        CheckpointError: a process does not see it, so that its host would write to a disk of its
+            own.
     """
     folder = Path(config.run.folder)
     if engine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        saved = {"revision": git_revision(), "config": asdict(config)}
-        write_text_whole(folder / "config.json", json.dumps(saved, indent=1) + "\n")
+        if not saving.continues:
+            _set_aside(folder)
+        _write_json(folder / "config.json", {"revision": git_revision(), "config": asdict(config)})
         if engine.settings:
-            text = json.dumps(engine.settings, indent=1)
-            write_text_whole(folder / "engine.json", text + "\n")
+            _write_json(folder / "engine.json", engine.settings)
     engine.barrier()
     saving.check_shared(folder / "config.json")
+
+
+def _write_json(path: Path, content: object) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    write_text_whole(path, text)
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves the results of a run whose checkpoints are gone, or that had none, to ``earlier_1``."""
+    if not any(map(_holds_something, (folder / name for name in _RESULTS))):
+        return
+    place = next(
+        place
+        for number in itertools.count(1)
+        if not (place := folder / f"earlier_{number}").exists()
+    )
+    place.mkdir()
+    for name in _OF_A_RUN:
+        if (folder / name).exists():
+            (folder / name).rename(place / name)
+    print(
+        f"warning: {folder} holds the results of a run without a checkpoint to continue from; they "
+        f"are now in {place}",
+        file=sys.stderr,
+    )
+
+
+def _holds_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and path.stat().st_size > 0
 
 
 def warn_of_truncation(say: Callable[[str], None], policy: Policy, prompts: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from tqdm import tqdm
 
 from mixgrpo.config import Config, flatten
 from mixgrpo.devices import Clock
-from mixgrpo.files.disk import write_text_whole
+from mixgrpo.files.disk import write_text_whole, write_whole
 from mixgrpo.files.json_lines import read_records
+from mixgrpo.files.regular import MIB, read_regular
 
 WANDB_PATIENCE = 60  # seconds to wait for the server of wandb
 _BETWEEN = "between phases"
@@ -89,8 +91,8 @@ class Phases:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's ``metrics.jsonl``, without a last line that is incomplete."""
-    return read_records(folder / "metrics.jsonl")
+    """The records of a run's ``metrics.jsonl``, without lines that are not records."""
+    return read_records(folder / "metrics.jsonl").records
 
 
 def is_validation(record: dict[str, Any]) -> bool:
@@ -188,7 +190,11 @@ class Tracker:
 def _keep_records(path: Path, done: int, total: int) -> None:
     """Drops the records that a run which continues after ``done`` iterations will write again.
 
-    These are those of later iterations, and of the validation at the start or end of the run.
+    These are those of later iterations, and of the validation at the start or end of the run. The
+    file is copied first if it holds anything but records.
+
+    Raises:
+        OSError, ValueError: the file cannot be read or written; it is untouched.
     """
 
     def is_kept(record: dict[str, Any]) -> bool:
@@ -196,9 +202,25 @@ def _keep_records(path: Path, done: int, total: int) -> None:
             return bool(record["iteration"] < done)
         return not (is_validation(record) and done in (0, total))
 
-    kept = [record for record in read_metrics(path.parent) if is_kept(record)]
-    # Even on a full disk, the old records are kept.
-    write_text_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+    try:
+        found = read_records(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; move it away, or train in another --run.folder") from error
+    if found.damaged:
+        copy = next(
+            name
+            for number in itertools.count(1)
+            if not (name := path.with_name(f"metrics_damaged_{number}.jsonl")).exists()
+        )
+        write_whole(copy, lambda partial: shutil.copyfile(path, partial))
+        print(
+            f"warning: {len(found.damaged)} of {found.lines} lines of {path} are not whole "
+            f"records, the first of them line {found.damaged[0]}; what can be read of them is "
+            f"kept, and the file as it was is now {copy.name}",
+            file=sys.stderr,
+        )
+    text = "".join(json.dumps(record) + "\n" for record in found.records if is_kept(record))
+    write_text_whole(path, text)  # even on a full disk, the old records are kept
 
 
 def _keep_pictures(folder: Path, done: int) -> None:
@@ -245,13 +267,14 @@ def _start_wandb(config: Config, folder: Path) -> Any:
 
     # The id is stored in the run's folder, so that a resumed run continues the same curves.
     marker = folder / "wandb_id"
-    if not marker.exists():
-        marker.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    if not marker.exists() or not marker.stat().st_size:
+        write_text_whole(marker, uuid.uuid4().hex[:12])
+    own = read_regular(marker, MIB).decode(errors="replace").strip()
     try:
         return wandb.init(
             project=config.log.project,
             name=folder.name,
-            id=marker.read_text(encoding="utf-8").strip(),
+            id=own,
             resume="allow",
             mode=mode,
             dir=str(folder),
