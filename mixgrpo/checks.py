@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mixgrpo.config import Config, RunConfig, TextConfig, flatten
@@ -28,7 +28,7 @@ MAY_CHANGE = (
     "sampling.decode_batch",
     "update.micro_batch",
     "text.placement",
-    "contents.",  # of the prompt files, which are compared separately
+    "contents.",  # compared with the knob that names the files
     "checkpoint.",
     "engine.",  # like the number of processes, it only changes rounding
     "model.gradient_checkpointing",
@@ -345,16 +345,34 @@ def _multiple(number: int, of: int) -> int:
     return -(-number // of) * of
 
 
-def check_resumable(saved: dict[str, Any], config: Config) -> None:
-    """Raises ValueError naming every knob that differs from the saved run but must not."""
-    now = flatten(config)
-    differing = [
-        f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
+def check_resumable(
+    saved: Mapping[str, Any], config: Config, contents: Mapping[str, str] | None = None
+) -> None:
+    """Checks that a run is resumed with the knobs with which it was saved, except ``MAY_CHANGE``.
+
+    Of a knob that names files, the contents are compared, if they are known of both.
+
+    Args:
+        saved: dotted path of each knob -> value, and ``contents.`` and knob -> digest.
+        contents: ``contents.`` and knob -> digest of the files that it now names.
+
+    Raises:
+        ValueError: names every knob that differs but must not.
+    """
+    now = flatten(config) | dict(contents or {})
+    keys = sorted(key for key in saved.keys() | now.keys() if not key.startswith(MAY_CHANGE))
+    differing = [found for key in keys if (found := _difference(key, saved, now))]
     if differing:
         raise ValueError(
             f"this run cannot be resumed with different settings: {'; '.join(differing)}; "
             "use the saved values, or train in another --run.folder"
         )
+
+
+def _difference(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    before, after = saved.get(f"contents.{key}"), now.get(f"contents.{key}")
+    if before is not None and after is not None:
+        said = f"{key} is {now.get(key)!r}, whose contents are not those of the saved run"
+        return None if before == after else said
+    same = saved.get(key) == now.get(key)
+    return None if same else f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"

@@ -25,6 +25,7 @@ from mixgrpo.models.export import export
 from mixgrpo.planning.memory import OutOfMemory, explain_training, memory_of
 from mixgrpo.rewards import RewardError, Scoring, check_failures, resident
 from mixgrpo.rollout import rollout
+from mixgrpo.run.contents import read_contents
 from mixgrpo.run.record import progress_line, sampling_record, seconds_record, update_record
 from mixgrpo.run.saving import Saving, resumed_checkpoint
 from mixgrpo.run.start import announce, prepare_folder, warn_of_truncation
@@ -52,7 +53,9 @@ def train(config: Config) -> Path:
     ):
         check(config, process.world_size)
         windows = make_windows(config)
-        resumed = resumed_checkpoint(config, process)
+        watchdog.progress("reading the files' contents")
+        contents = read_contents(config, process)
+        resumed = resumed_checkpoint(config, process, contents)
         prompts = Prompts.read(config)
         stored = make_stored_text(config, prompts.texts, process.device)
         with process.first(own_folder(config.run.folder, "run.folder")):
@@ -60,7 +63,7 @@ def train(config: Config) -> Path:
                 *(config, process, windows, prompts, stored, watchdog.progress, watchdog.beat)
             )
             phases = Phases(process.device, watchdog.progress)
-            saving = Saving(config, process, parts.engine, parts.ema, phases)
+            saving = Saving(config, contents, process, parts.engine, parts.ema, phases)
             if resumed is not None:
                 watchdog.progress("reading the checkpoint")
                 saving.restore(resumed)

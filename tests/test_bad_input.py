@@ -361,7 +361,7 @@ def test_a_resumed_run_with_other_prompts(world, folder, tmp_path, complain, kno
     assert main(quick(world, folder, **knobs)) == 0
     file.write_text("a blue circle on a gray background\n" * 3)
     line = complain(quick(world, folder, **knobs, run__resume=True, run__iterations=2))
-    assert f"the file of {knob} has other contents" in line
+    assert f"{knob} is {str(file)!r}, whose contents are not those of the saved run" in line
 
 
 def test_a_damaged_checkpoint(world, held, complain):

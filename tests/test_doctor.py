@@ -734,7 +734,7 @@ def test_a_folder_with_a_run(tmp_path: Path) -> None:
     ("changed", "words"),
     [
         ({"update.learning_rate": 0.5}, "update.learning_rate was 0.5"),
-        ({"contents.batch.prompts_file": "0"}, "the file of batch.prompts_file has other contents"),
+        ({"contents.batch.prompts_file": "0"}, "whose contents are not those of the saved run"),
     ],
 )
 def test_a_run_that_does_not_go_on(changed: dict, words: str, tmp_path: Path) -> None:
@@ -768,7 +768,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     (folder / "checkpoints" / "iteration_00000025" / "state.json").write_text("{")
     assert "cannot continue" in only(check_folder(config, 1), "error").text
     (folder / "checkpoints" / "latest").write_text("iteration_00000050")
-    assert "does not exist" in only(check_folder(config, 1), "error").text
+    assert "not a checkpoint beside it" in only(check_folder(config, 1), "error").text
     config.run.folder = str(tmp_path / "other.txt" / "run")
     assert "cannot be created" in only(check_folder(config, 1), "error").text
 

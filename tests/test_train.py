@@ -43,7 +43,8 @@ from mixgrpo.config import RewardConfig, flatten
 from mixgrpo.models.flux import Flux
 from mixgrpo.rewards import RewardError
 from mixgrpo.rollout import rollout
-from mixgrpo.run.saving import prompt_digests, resumed_checkpoint
+from mixgrpo.run.contents import contents_of
+from mixgrpo.run.saving import resumed_checkpoint
 from mixgrpo.run.stopping import StopRequest, TrainingStopped
 from mixgrpo.trainer import Trainer
 
@@ -158,7 +159,7 @@ def test_a_run_continues_from_where_it_is_told(straight, world, folder):
 
     def resumed(where: str) -> int:
         config = world.config(folder, run__resume=True, run__resume_from=where)
-        return resumed_checkpoint(config, ALONE).position.iteration
+        return resumed_checkpoint(config, ALONE, contents_of(config)).position.iteration
 
     with pytest.raises(checkpoints.Damaged, match=r"ema_00000\.distcp has .* bytes.*undamaged"):
         resumed("latest")
@@ -231,7 +232,7 @@ def test_a_lost_pointer_does_not_begin_the_run_again_over_its_checkpoints(
         train_here(world.config(folder, run__resume=resume))
     assert files_of(folder) == before
     config = world.config(folder, run__resume=True, run__resume_from="undamaged")
-    assert resumed_checkpoint(config, ALONE).position.iteration == 2
+    assert resumed_checkpoint(config, ALONE, contents_of(config)).position.iteration == 2
 
 
 def test_resuming_where_nothing_was_saved_starts_from_the_beginning(world, folder):
@@ -607,7 +608,7 @@ def test_the_flash_recipe_is_a_recipe_of_knobs(world, folder):
 def test_saved_configuration_is_the_one_that_ran(straight, world):
     saved = checkpoints.open_saved(checkpoint_folder(straight, 4)).position.config
     expected = world.config(straight, checkpoint__every=1, checkpoint__keep=0)
-    assert saved == {**flatten(expected), **prompt_digests(expected)}
+    assert saved == {**flatten(expected), **contents_of(expected)}
 
 
 def test_a_user_interrupt_closes_the_metrics_file(world, folder):

@@ -27,7 +27,7 @@ def latest(root: Path) -> Path | None:
     pointer = root / "latest"
     try:
         name = read_regular(pointer, MIB).decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         names = _names(root)
         if not names:
             return None

@@ -13,6 +13,7 @@ from mixgrpo.config import Config
 from mixgrpo.doctor.devices import processes_here
 from mixgrpo.doctor.lines import Line, error, ok, warning
 from mixgrpo.planning.coverage import iterations_by_step, never_trained, visits
+from mixgrpo.run.contents import contents_of
 from mixgrpo.run.saving import check_same_run, checkpoints_root
 
 _ANOTHER = "choose another --run.folder"
@@ -83,7 +84,7 @@ def _without_checkpoint(config: Config) -> Iterator[Line]:
 def _resumable(checkpoint: Path, config: Config) -> int:
     """Completed iterations. Raises ValueError or CheckpointError if the run cannot continue."""
     position = checkpoints.open_saved(checkpoint).position
-    check_same_run(position, config)
+    check_same_run(position, config, contents_of(config))
     if position.iteration > config.run.iterations:
         raise ValueError(
             f"it has {position.iteration} iterations, more than run.iterations "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixgrpo.config import ModelConfig
+from mixgrpo.files.fingerprint import fingerprint
 from mixgrpo.models import Text
 from mixgrpo.models.compiled import compile_blocks
 from mixgrpo.models.flux_folder import open_pipeline
@@ -70,6 +71,16 @@ class Flux:
         self._image_ids = FluxPipeline._prepare_latent_image_ids(
             1, *self.grid, device, torch.float32
         )
+
+    @staticmethod
+    def identify(config: ModelConfig) -> dict[str, str]:
+        """Digests of the parts of a pipeline folder that training depends on, by their names.
+
+        Raises:
+            FileNotFoundError: if the folder or a part is missing.
+        """
+        parts = require_parts(config.path, ("transformer", "vae", *TEXT_PARTS))
+        return {part.name: fingerprint(part) for part in parts}
 
     @classmethod
     def load(

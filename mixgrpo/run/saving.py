@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mixgrpo.engines.distributed import Process
 from mixgrpo.engines.ema import Ema
 from mixgrpo.methods.grpo import NonFiniteUpdate
 from mixgrpo.rewards import RewardError
+from mixgrpo.run.contents import binding, changes
 from mixgrpo.run.stopping import StopRequest, TrainingStopped
 from mixgrpo.run.tracking import Phases
 
@@ -39,13 +41,23 @@ class Saving:
 
     Every method is called by all processes together.
 
+    Args:
+        contents: digests of the files that the knobs name, which are stored in every checkpoint;
+            read at the start, because the files may change while the run goes on.
+
     Attributes:
         progress: where the run is; the training loop advances it.
         stop: the request to stop that signals make.
     """
 
     def __init__(
-        self, config: Config, process: Process, engine: Engine, ema: Ema | None, phases: Phases
+        self,
+        config: Config,
+        contents: Mapping[str, str],
+        process: Process,
+        engine: Engine,
+        ema: Ema | None,
+        phases: Phases,
     ) -> None:
         self.progress = Progress(iteration=0, kl_weight=config.update.kl)
         self.stop = StopRequest()
@@ -57,8 +69,7 @@ class Saving:
         self._saver = Saver(
             process, self._root, config.checkpoint.keep, config.checkpoint.asynchronous
         )
-        # Read at the start, because the files may change while the run goes on.
-        self._contents = prompt_digests(config)
+        self._contents = contents
         self._resumed_from: Path | None = None
 
     @property
@@ -176,25 +187,18 @@ def checkpoints_root(config: Config) -> Path:
     return Path(config.run.folder) / "checkpoints"
 
 
-def prompt_digests(config: Config) -> dict[str, str]:
-    """Digests of the prompt files' contents, by ``contents.`` and the knob that names the file."""
-    files = {
-        "batch.prompts_file": config.batch.prompts_file,
-        "validation.prompts_file": config.validation.prompts_file,
-    }
-    return {
-        f"contents.{knob}": hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
-        for knob, file in files.items()
-        if Path(file).is_file()
-    }
-
-
-def resumed_checkpoint(config: Config, process: Process) -> Saved | None:
+def resumed_checkpoint(
+    config: Config, process: Process, contents: Mapping[str, str]
+) -> Saved | None:
     """The checkpoint to continue from, checked against the recipe; None for a new run.
+
+    Args:
+        contents: digests of the files that the knobs name; see ``contents_of``.
 
     Raises:
         ValueError: the folder holds a run and ``run.resume`` is false, or its checkpoint does not
-            fit these knobs.
+            fit these knobs or files.
+        CheckpointError: the checkpoint cannot be read.
     """
     root = checkpoints_root(config)
     if not config.run.resume:
@@ -209,7 +213,10 @@ def resumed_checkpoint(config: Config, process: Process) -> Saved | None:
     if saved is None:
         return None
     position = saved.position
-    check_same_run(position, config)
+    check_same_run(position, config, contents)
+    if process.rank == 0:
+        for change in changes(position.config, config, contents):
+            print(f"warning: {change}", file=sys.stderr)
     if position.iteration > config.run.iterations:
         raise ValueError(
             f"the checkpoint {saved.path} has {position.iteration} iterations, run.iterations is "
@@ -218,18 +225,10 @@ def resumed_checkpoint(config: Config, process: Process) -> Saved | None:
     return saved
 
 
-def check_same_run(position: Position, config: Config) -> None:
+def check_same_run(position: Position, config: Config, contents: Mapping[str, str]) -> None:
     """Checks that a run with these knobs continues the saved one as if it had not stopped.
 
     Raises:
-        ValueError: a knob, or what a prompt file holds, has changed since.
+        ValueError: a knob, or what its files hold, has changed since.
     """
-    check_resumable(position.config, config)
-    for key, digest in prompt_digests(config).items():
-        if position.config.get(key, digest) != digest:
-            knob = key.removeprefix("contents.")
-            raise ValueError(
-                f"the file of {knob} has other contents than when this run began, and a resumed "
-                "run must equal the uninterrupted one; put the old contents back, or train into "
-                "another --run.folder"
-            )
+    check_resumable(position.config, config, binding(position.config, config, contents))

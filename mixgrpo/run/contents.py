@@ -1,0 +1,131 @@
+"""Digests of the files that a run reads: resuming it needs the same contents, at whatever paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mixgrpo.config import Config, dotted
+from mixgrpo.engines.distributed import Process, gather_objects
+from mixgrpo.files.fingerprint import fingerprint, fingerprint_files
+from mixgrpo.models.registry import FAMILIES
+from mixgrpo.rewards.registry import KNOWN, source_file
+
+PREFIX = "contents."
+_MOST = 1000  # files in a folder; models have fewer, and data sets would take long
+
+
+def read_contents(config: Config, process: Process) -> dict[str, str]:
+    """The result of ``contents_of`` on every process; only the first one reads.
+
+    Raises:
+        OSError: on every process.
+    """
+    found, fault = {}, None
+    if process.rank == 0:
+        try:
+            found = contents_of(config)
+        except OSError as error:
+            fault = OSError(f"{error.filename} cannot be read ({error.strerror}); mend that")
+    found, fault = gather_objects(process, (found, fault))[0]
+    if fault is not None:
+        raise fault
+    return found
+
+
+def contents_of(config: Config) -> dict[str, str]:
+    """``contents.`` and a knob -> digest of the files that the knob names.
+
+    The knobs are those of the prompts, the model, and the rewards with the paths among their
+    options; ``contents.rewards.NAME.code`` is for the source file of a reward of the user's own.
+    What does not exist is left out, since loading it reports that.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found: dict[str, str | None] = {
+        "batch.prompts_file": _digest_of_prompts(config.batch.prompts_file),
+        "validation.prompts_file": _digest_of_prompts(config.validation.prompts_file),
+        "model.path": _digest_of_model(config),
+    }
+    for name, knobs in config.rewards.items():
+        for knob, value in dotted(asdict(knobs)).items():
+            if knob.partition(".")[0] in ("model", "checkpoint", "options"):
+                found[f"rewards.{name}.{knob}"] = _digest_of_paths(value)
+        source = None if knobs.kind in KNOWN else source_file(knobs.kind)
+        found[f"rewards.{name}.code"] = fingerprint_files([source]) if source else None
+    return {f"{PREFIX}{key}": digest for key, digest in found.items() if digest is not None}
+
+
+def _digest_of_prompts(file: str) -> str | None:
+    if not os.path.isfile(file):
+        return None
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
+
+
+def _digest_of_model(config: Config) -> str | None:
+    try:
+        parts = FAMILIES[config.model.family].identify(config.model)
+    except FileNotFoundError:
+        return None
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _digest_of_paths(value: Any) -> str | None:
+    """Of a path or a list of paths; None for any other value."""
+    words = value if isinstance(value, list) else [value]
+    if not words or not all(isinstance(word, str) and word for word in words):
+        return None
+    digests = [_digest_of_path(word) for word in words]
+    return None if None in digests else "-".join(map(str, digests))
+
+
+def _digest_of_path(word: str) -> str | None:
+    name = os.path.expanduser(word)
+    if os.path.isfile(name):  # unlike Path.is_file, False for text that cannot be a path
+        return fingerprint_files([Path(name)])
+    is_model = os.path.isdir(name) and len(list(islice(Path(name).rglob("*"), _MOST + 1))) <= _MOST
+    return fingerprint(Path(name)) if is_model else None
+
+
+def binding(
+    saved: Mapping[str, Any], config: Config, contents: Mapping[str, str]
+) -> dict[str, str]:
+    """The digests that must be those of the saved run.
+
+    An option of a reward of the user's own may name a file that changes, such as a cache. Unless
+    the path is another one, its contents are not compared.
+    """
+    free, now = _free(config), dotted(asdict(config))
+    return {
+        key: digest
+        for key, digest in contents.items()
+        if not key.startswith(free) or saved.get(_knob(key)) != now.get(_knob(key))
+    }
+
+
+def changes(saved: Mapping[str, Any], config: Config, contents: Mapping[str, str]) -> Iterator[str]:
+    """A warning for every file of the user's own rewards that changed since the run was saved."""
+    free = _free(config)
+    for key, digest in contents.items():
+        if key.startswith(free) and saved.get(key, digest) != digest:
+            yield (
+                f"the contents of {_knob(key)} have changed since this run was saved; scores from "
+                "before and after may not be comparable"
+            )
+
+
+def _free(config: Config) -> tuple[str, ...]:
+    """Beginnings of the keys that only lead to a warning."""
+    own = [name for name, knobs in config.rewards.items() if knobs.kind not in KNOWN]
+    return tuple(f"{PREFIX}rewards.{name}.{what}" for name in own for what in ("code", "options."))
+
+
+def _knob(key: str) -> str:
+    return key.removeprefix(PREFIX)
