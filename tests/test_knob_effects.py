@@ -5,6 +5,7 @@ Every value is another one than the knob's default and than those of the other t
 
 from __future__ import annotations
 
+import json
 import pkgutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -98,6 +99,7 @@ def test_validations(calls):
     assert [r["iteration"] for r in records(folder) if "validation/redness" in r] == [0, 2, 3]
     for place in (folder / "pictures").iterdir():
         assert [path.name for path in place.glob("*.png")] == ["000.png"]
+        assert len(json.loads((place / "scores.json").read_text())["prompts"]) == 1
     assert {call.kwargs["seed"] for call in seen["noise"]} == {99}
     assert {tuple(call.kwargs["prompts"]) for call in seen["noise"]} == {(0, 1)}
     for _, noise, _, sigmas, size in (call.args for call in seen["sample"]):

@@ -39,12 +39,13 @@ from tiny_world import (
 
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.checks import BOUNDS
-from mixgrpo.config import RewardConfig, flatten
+from mixgrpo.config import Config, RewardConfig, RunConfig, flatten
 from mixgrpo.models.flux import Flux
 from mixgrpo.rewards import RewardError
 from mixgrpo.rollout import rollout
 from mixgrpo.run.contents import contents_of
 from mixgrpo.run.saving import resumed_checkpoint
+from mixgrpo.run.start import prepare_folder
 from mixgrpo.run.stopping import StopRequest, TrainingStopped
 from mixgrpo.trainer import Trainer
 
@@ -219,6 +220,32 @@ def test_a_run_without_a_checkpoint_begins_anew_and_loses_nothing(world, folder,
         assert f"are now in {folder / f'earlier_{number}'}" in capsys.readouterr().err
         for name, content in old.items():
             assert (folder / f"earlier_{number}" / name).read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        *(("metrics.jsonl", os.mkfifo), ("metrics.jsonl", os.mkdir), ("config.json", os.mkdir)),
+        *(("config.json", os.mkfifo), ("wandb_id", os.mkfifo), ("report.html", os.mkdir)),
+        *(("pictures", Path.touch), ("pictures", os.mkfifo), ("tensorboard", Path.touch)),
+        *(("model", Path.touch), ("rewards.png", lambda path: path.symlink_to("/dev/zero"))),
+    ],
+)
+def test_what_is_in_the_way_of_results_is_told_before_training(folder, name, make):
+    folder.mkdir()
+    make(folder / name)
+    engine = mock.Mock(rank=0, settings={})
+    config = Config(run=RunConfig(folder=str(folder)))
+    with pytest.raises(ValueError, match=rf"{name} is not a .*; move it away, or .*--run\.folder"):
+        prepare_folder(config, engine, mock.Mock(continues=True))
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_checkpoints_that_are_a_file_are_told_before_training(world, folder):
+    folder.mkdir()
+    (folder / "checkpoints").write_text("not a folder")
+    with pytest.raises(checkpoints.CheckpointError, match="checkpoints is not a folder; move it"):
+        train_here(world.config(folder, **QUICK))
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -25,6 +25,8 @@ def latest(root: Path) -> Path | None:
             checkpoints.
     """
     pointer = root / "latest"
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(f"{root} is not a folder; move it away, or use another --run.folder")
     try:
         name = read_regular(pointer, MIB).decode(errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):

@@ -95,6 +95,8 @@ def open_saved(path: Path) -> Saved:
     """
     try:
         content = json.loads(read_regular(path / MANIFEST, _MOST))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
         if content.get("version") != _VERSION:
             raise CheckpointError(
                 f"checkpoint {path} was written by another version of mixgrpo, and only that "

@@ -19,10 +19,10 @@ from mixgrpo.run.saving import Saving
 
 # What a run leaves beside its checkpoints and logs. If the results are missing, it did nothing.
 _RESULTS = ("metrics.jsonl", "pictures", "model")
-_OF_A_RUN = (
-    *_RESULTS,
-    *("config.json", "engine.json", "report.html", "before_after.png", "rewards.png"),
-    *("tensorboard", "wandb_id"),
+_FOLDERS = ("pictures", "model", "tensorboard")
+_FILES = (
+    *("metrics.jsonl", "config.json", "engine.json", "wandb_id"),
+    *("report.html", "before_after.png", "rewards.png"),
 )
 
 
@@ -32,12 +32,14 @@ def prepare_folder(config: Config, engine: Engine, saving: Saving) -> None:
     What another run left there is first moved to a folder of its own, unless this run continues it.
 
     Raises:
+        ValueError: something that is neither a file nor a folder, as it should be, is in the way.
         CheckpointError: a process does not see it, so that its host would write to a disk of its
             own.
     """
     folder = Path(config.run.folder)
     if engine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_kinds(folder)
         if not saving.continues:
             _set_aside(folder)
         _write_json(folder / "config.json", {"revision": git_revision(), "config": asdict(config)})
@@ -45,6 +47,16 @@ def prepare_folder(config: Config, engine: Engine, saving: Saving) -> None:
             _write_json(folder / "engine.json", engine.settings)
     engine.barrier()
     saving.check_shared(folder / "config.json")
+
+
+def _check_kinds(folder: Path) -> None:
+    """A run that has trained should not fail because it cannot write its results."""
+    for name in (*_FILES, *_FOLDERS):
+        path, kind = folder / name, "regular file" if name in _FILES else "folder"
+        if path.exists() and not (path.is_file() if name in _FILES else path.is_dir()):
+            raise ValueError(
+                f"{path} is not a {kind}; move it away, or train in another --run.folder"
+            )
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -62,7 +74,7 @@ def _set_aside(folder: Path) -> None:
         if not (place := folder / f"earlier_{number}").exists()
     )
     place.mkdir()
-    for name in _OF_A_RUN:
+    for name in (*_FILES, *_FOLDERS):
         if (folder / name).exists():
             (folder / name).rename(place / name)
     print(

@@ -202,10 +202,7 @@ def _keep_records(path: Path, done: int, total: int) -> None:
             return bool(record["iteration"] < done)
         return not (is_validation(record) and done in (0, total))
 
-    try:
-        found = read_records(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; move it away, or train in another --run.folder") from error
+    found = read_records(path)
     if found.damaged:
         copy = next(
             name
@@ -228,7 +225,7 @@ def _keep_pictures(folder: Path, done: int) -> None:
     for place in folder.glob("iteration_*"):
         number = place.name.removeprefix("iteration_")
         if number.isdecimal() and (int(number) > done or done == 0):
-            shutil.rmtree(place)
+            place.unlink() if place.is_symlink() else shutil.rmtree(place)
 
 
 def _start_tensorboard(config: Config, folder: Path, done: int) -> Any:
