@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -140,8 +141,6 @@ def test_a_reward_that_cannot_be_made(world, folder, complain, reward, words):
 
 
 def _json_items(values: dict[str, Any]) -> str:
-    import json
-
     return json.dumps(values)[1:-1]
 
 
@@ -205,6 +204,21 @@ def test_long_prompts_are_truncated_with_one_warning_that_counts_them(
     ]
     assert len(warnings) == 1, warnings
     assert "2 of 4 training and validation prompts" in warnings[0]
+
+
+def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    from mixgrpo.rewards.pickscore import _load_processor
+
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text("{}")
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with pytest.raises(ValueError, match="contains custom code"):
+        _load_processor(tmp_path)
+    assert not ran.exists()
 
 
 # ---- commands, recipes, knobs
@@ -397,6 +411,17 @@ def test_a_full_disk_while_saving(world, held, complain, monkeypatch):
     saved = checkpoints.open_saved(checkpoints.latest(held / "checkpoints"))
     assert saved.position.iteration == 2
     assert [r["iteration"] for r in training_records(held)] == [1, 2, 3]
+
+
+def test_a_full_disk_at_the_start(world, held, complain, monkeypatch):
+    before = (held / "metrics.jsonl").read_bytes()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=full))
+    line = complain(world.arguments(held, run__resume=True, run__iterations=3))
+    assert f"cannot write {held}" in line
+    assert "No space left on device" in line
+    assert "free some disk space" in line
+    assert (held / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_full_disk_while_exporting_is_one_error_and_keeps_the_checkpoint(

@@ -105,7 +105,9 @@ def _count_truncated(config: Config, prompts: Sequence[str]) -> int | None:
         return None
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError):  # the model's check reports it
             return None
         times = Counter(prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -64,6 +65,12 @@ def check_replaceable(path: Path) -> None:
         raise ValueError(f"{error}, so it is not replaced; name another path") from error
     if not above.is_dir():
         raise ValueError(f"{path} lies below {above}, which is not a folder; name another path")
+
+
+def first_free(folder: Path, pattern: str) -> Path:
+    """The first of the paths ``pattern.format(1)``, ``pattern.format(2)``, ... that is not taken."""
+    paths = (folder / pattern.format(number) for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def flush(path: Path) -> None:

@@ -190,8 +190,11 @@ def _load_processor(folder: Path, config: Any) -> tuple[Any, Any]:
 
     find_file(folder, _TOKENIZER_FILES, "pickscore", "processor")
     settings = find_file(folder, _PROCESSOR_FILES, "pickscore", "processor")
+    # Without trust_remote_code=False, transformers asks on the terminal whether to run code there.
     tokenizer = read_tokenizer(
-        partial(AutoTokenizer.from_pretrained, folder, local_files_only=True),
+        partial(
+            AutoTokenizer.from_pretrained, folder, local_files_only=True, trust_remote_code=False
+        ),
         folder,
         config.text_config.vocab_size,
         "pickscore",

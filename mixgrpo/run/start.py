@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -11,11 +10,12 @@ from pathlib import Path
 
 from mixgrpo.config import Config
 from mixgrpo.engines import Engine
-from mixgrpo.files.disk import write_text_whole
+from mixgrpo.files.disk import first_free
 from mixgrpo.files.revision import git_revision
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.models import Policy
 from mixgrpo.run.saving import Saving
+from mixgrpo.run.tracking import write_text
 
 # What a run leaves beside its checkpoints and logs. If the results are missing, it did nothing.
 _RESULTS = ("metrics.jsonl", "pictures", "model")
@@ -60,19 +60,14 @@ def _check_kinds(folder: Path) -> None:
 
 
 def _write_json(path: Path, content: object) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_text_whole(path, text)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _set_aside(folder: Path) -> None:
     """Moves the results of a run whose checkpoints are gone, or that had none, to ``earlier_1``."""
     if not any(map(_holds_something, (folder / name for name in _RESULTS))):
         return
-    place = next(
-        place
-        for number in itertools.count(1)
-        if not (place := folder / f"earlier_{number}").exists()
-    )
+    place = first_free(folder, "earlier_{}")
     place.mkdir()
     for name in (*_FILES, *_FOLDERS):
         if (folder / name).exists():

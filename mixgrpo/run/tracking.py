@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from mixgrpo.config import Config, flatten
 from mixgrpo.devices import Clock
-from mixgrpo.files.disk import write_text_whole, write_whole
+from mixgrpo.files.disk import first_free, write_text_whole
 from mixgrpo.files.json_lines import read_records
 from mixgrpo.files.regular import MIB, read_regular
 
@@ -95,6 +94,25 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return read_records(folder / "metrics.jsonl").records
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of the run's folder atomically.
+
+    Raises:
+        OSError: with the remedy.
+    """
+    try:
+        write_text_whole(path, text)
+    except OSError as error:
+        raise _cannot_write(str(path), error) from error
+
+
+def _cannot_write(name: str, error: OSError) -> OSError:
+    return OSError(
+        f"cannot write {name} ({error.strerror}); free some disk space, then continue from the "
+        "newest checkpoint with --run.resume true"
+    )
+
+
 def is_validation(record: dict[str, Any]) -> bool:
     """Whether a record is that of a validation."""
     return any(key.startswith("validation/") for key in record)
@@ -133,10 +151,7 @@ class Tracker:
         try:
             self.file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
         except OSError as error:
-            raise OSError(
-                f"cannot write {self.file.name} ({error.strerror}); free some disk space, "
-                "then continue from the newest checkpoint with --run.resume true"
-            ) from error
+            raise _cannot_write(self.file.name, error) from error
         known = {k: v for k, v in finite.items() if v is not None}
         if self.wandb:
             self.wandb.log(known, step=iteration)
@@ -204,20 +219,16 @@ def _keep_records(path: Path, done: int, total: int) -> None:
 
     found = read_records(path)
     if found.damaged:
-        copy = next(
-            name
-            for number in itertools.count(1)
-            if not (name := path.with_name(f"metrics_damaged_{number}.jsonl")).exists()
-        )
-        write_whole(copy, lambda partial: shutil.copyfile(path, partial))
+        copy = first_free(path.parent, "metrics_damaged_{}.jsonl")
+        shutil.copyfile(path, copy)
         print(
             f"warning: {len(found.damaged)} of {found.lines} lines of {path} are not whole "
             f"records, the first of them line {found.damaged[0]}; what can be read of them is "
             f"kept, and the file as it was is now {copy.name}",
             file=sys.stderr,
         )
-    text = "".join(json.dumps(record) + "\n" for record in found.records if is_kept(record))
-    write_text_whole(path, text)  # even on a full disk, the old records are kept
+    kept = (record for record in found.records if is_kept(record))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _keep_pictures(folder: Path, done: int) -> None:
@@ -265,7 +276,7 @@ def _start_wandb(config: Config, folder: Path) -> Any:
     # The id is stored in the run's folder, so that a resumed run continues the same curves.
     marker = folder / "wandb_id"
     if not marker.exists() or not marker.stat().st_size:
-        write_text_whole(marker, uuid.uuid4().hex[:12])
+        write_text(marker, uuid.uuid4().hex[:12])
     own = read_regular(marker, MIB).decode(errors="replace").strip()
     try:
         return wandb.init(
