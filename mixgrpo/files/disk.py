@@ -68,7 +68,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def first_free(folder: Path, pattern: str) -> Path:
-    """The first of the paths ``pattern.format(1)``, ``pattern.format(2)``, ... that is not taken."""
+    """The first of ``pattern.format(1)``, ``pattern.format(2)``, ... that is not taken."""
     paths = (folder / pattern.format(number) for number in itertools.count(1))
     return next(path for path in paths if not path.exists())
 
