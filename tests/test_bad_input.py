@@ -207,6 +207,8 @@ def test_long_prompts_are_truncated_with_one_warning_that_counts_them(
 
 
 def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    from transformers import CLIPConfig
+
     from mixgrpo.rewards.pickscore import _load_processor
 
     ran = tmp_path / "ran"
@@ -217,7 +219,7 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, monkey
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda prompt: "y")
     with pytest.raises(ValueError, match="contains custom code"):
-        _load_processor(tmp_path)
+        _load_processor(tmp_path, CLIPConfig())
     assert not ran.exists()
 
 

@@ -120,7 +120,7 @@ DAMAGE = {
     "metrics.jsonl cannot be read (is a FIFO, not a regular file): no curves": lambda run: fifo(
         run / "metrics.jsonl"
     ),
-    "metrics.jsonl cannot be read (is larger than 1024 MiB": lambda run: os.truncate(
+    "metrics.jsonl cannot be read (is larger than 256 MiB": lambda run: os.truncate(
         run / "metrics.jsonl", 2**40
     ),
     "1 of 7 lines of metrics.jsonl are not records and are ignored": deep_line,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -9,11 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixgrpo.files.regular import open_regular
+from mixgrpo.files.regular import MIB, read_regular
 
 _BEGIN = b'{"iteration"'
 _BOM = b"\xef\xbb\xbf"
 _LARGEST = sys.float_info.max
+MOST = 256 * MIB  # size of a file, with which some 100,000 records fit
 
 
 class Records(NamedTuple):
@@ -42,18 +44,17 @@ def read_records(path: Path) -> Records:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a regular file.
+        ValueError: it is not a regular file, or larger than ``MOST`` bytes.
     """
     found = Records([], [], 0, torn=False)
     if not path.exists():
         return found
     line, number = b"", 0
-    with open_regular(path) as file:
-        for number, line in enumerate(file, 1):
-            records, is_whole = _records_of(line.removeprefix(_BOM) if number == 1 else line)
-            found.records.extend(records)
-            if not is_whole:
-                found.damaged.append(number)
+    for number, line in enumerate(io.BytesIO(read_regular(path, MOST)), 1):
+        records, is_whole = _records_of(line.removeprefix(_BOM) if number == 1 else line)
+        found.records.extend(records)
+        if not is_whole:
+            found.damaged.append(number)
     torn = found.damaged[-1:] == [number] and _is_torn(line)
     return Records(found.records, found.damaged[: -1 if torn else None], number, torn)
 
