@@ -24,7 +24,8 @@ def set_wait_policy() -> None:
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    # Not parsed as a number: a wrong value is reported where the processes join.
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") not in ("", "0", "1"):
         os.environ["OMP_WAIT_POLICY"] = "passive"
     else:
         os.environ["GOMP_SPINCOUNT"] = "1000"

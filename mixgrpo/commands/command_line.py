@@ -205,6 +205,6 @@ def _interruptible() -> Iterator[None]:
 def complain(error: BaseException, exit_code: int = 1) -> int:
     """Prints an error in one line; returns ``exit_code``."""
     rank = os.environ.get("RANK", "0")
-    prefix = f"error (rank {rank})" if rank != "0" else "error"
+    prefix = f"error (rank {rank})" if rank not in ("", "0") else "error"
     print(f"{prefix}: {error}", file=sys.stderr)
     return exit_code

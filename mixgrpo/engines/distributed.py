@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from mixgrpo.engines.rendezvous import join_group, read_place
+
 T = TypeVar("T")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -47,26 +49,25 @@ def process_group(threads: int) -> Iterator[Process]:
             a host, an equal share of the cores.
 
     Raises:
-        ValueError: if there are more processes than GPUs, or torch cannot use the GPU.
+        ValueError: if torchrun's variables contradict each other, there are more processes than
+            GPUs, or torch cannot use the GPU.
+        OSError: the other processes have not come.
     """
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-    world_size, local_size = (
-        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    )
-    device = _device(local_rank, local_size)
-    if threads or local_size > 1:
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    if "RANK" not in os.environ:
+    place = read_place(os.environ)
+    device = _device(place.local_rank, place.local_size)
+    if threads or place.local_size > 1:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_size))
+    if place.is_alone:
         yield Process(0, 1, device)
         return
     # On a GPU, too, CPU tensors are communicated by gloo: flags and Python objects then wait for a
     # slow process, where NCCL times out after minutes, and a lost process is noticed at once.
     # For the same reason no device is named here: barriers would then go through NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    join_group(place, backend, PATIENCE)
     _keep(dist.group.WORLD)
     try:
-        yield Process(rank, world_size, device)
+        yield Process(place.rank, place.world_size, device)
     except BaseException:
         if device.type == "cpu":  # with NCCL this would wait for processes that wait for this one
             dist.destroy_process_group()
@@ -94,20 +95,26 @@ def _keep(group: object) -> None:
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not torch.cuda.is_available():
-        wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
-        if wanted and DRIVER.exists():
+        if visible not in ("", "-1") and DRIVER.exists():
+            choice = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
             raise ValueError(
-                "there is an NVIDIA driver, but torch cannot use it (it may be too old for CUDA "
-                f"{torch.version.cuda}); update it, run env_setup.sh with a TORCH_INDEX_URL for "
-                "an older CUDA, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+                f"there is an NVIDIA driver, but torch cannot use it{choice} (it may be too old "
+                f"for CUDA {torch.version.cuda}); update it, run env_setup.sh with a "
+                "TORCH_INDEX_URL for an older CUDA, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if local_size > count:
+    if max(local_size, local_rank + 1) > count:
+        wanted = (
+            f"there are {local_size} processes on this host"
+            if local_size > count
+            else f"LOCAL_RANK is {local_rank}"
+        )
         raise ValueError(
-            f"there are {local_size} processes on this host, but torch sees {count} GPUs; start "
-            f"{count} processes, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            f"{wanted}, but torch sees {count} GPUs; start {count} processes, or set "
+            "CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

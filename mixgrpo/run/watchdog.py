@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from mixgrpo.engines.distributed import Process
+from mixgrpo.engines.rendezvous import connect, read_place
 
 PERIOD = 2.0  # seconds between checks
 TELLING = 5.0  # seconds for the other processes to report where they are
@@ -101,14 +102,8 @@ def _store(process: Process) -> dist.Store | None:
     if process.world_size == 1:
         return None
     try:
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=60),
-        )
-    except (RuntimeError, KeyError):  # not started by torchrun
+        return connect(read_place(os.environ), timedelta(seconds=60))
+    except (RuntimeError, ValueError):  # not started by torchrun
         return None
 
 
