@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
+from types import FrameType
 
 from mixgrpo.commands import main
 from mixgrpo.commands.before_torch import prepare
+from mixgrpo.commands.output import make_lenient
 
 prepare()
 
@@ -24,9 +27,19 @@ def run() -> int:
         return 1
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    # As Ctrl-C. By default, SIGTERM would not end the first process of a container.
+    signal.signal(signal.SIGTERM, _interrupt)
+    make_lenient()
     code = run()
-    if "torch" in sys.modules and "RANK" in os.environ:
+    if code > 128:  # it ends; the same signal passed on by another process changes nothing
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "torch" in sys.modules:
         from mixgrpo.engines.distributed import leave
 
         leave(code)

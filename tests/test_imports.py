@@ -76,8 +76,11 @@ MAY_IMPORT = {
     "mixgrpo.run.pictures": ("mixgrpo.files",),
     "mixgrpo.run.metrics": (),
     "mixgrpo.run.hacking": (),
-    "mixgrpo.run.stopping": (),
-    "mixgrpo.run.watchdog": ("mixgrpo.engines.distributed", "mixgrpo.engines.rendezvous"),
+    "mixgrpo.run.guard": ("mixgrpo.hosts.job",),
+    "mixgrpo.run.stopping": ("mixgrpo.run.guard",),
+    "mixgrpo.run.watchdog": (
+        *("mixgrpo.engines.distributed", "mixgrpo.engines.rendezvous", "mixgrpo.run.guard"),
+    ),
     "mixgrpo.run.tracking": (*("mixgrpo.config", "mixgrpo.devices", "mixgrpo.files"),),
     "mixgrpo.evaluation.manifests": ("mixgrpo.files", "mixgrpo.types"),
     "mixgrpo.evaluation.pictures": ("mixgrpo.files",),

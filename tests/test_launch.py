@@ -16,6 +16,7 @@ from tiny_world import ROOT, environment
 from mixgrpo.__main__ import run as run_main
 from mixgrpo.commands import launch as launch_command
 from mixgrpo.commands import main
+from mixgrpo.commands.command_line import GRACE, grace_of
 from mixgrpo.commands.train import parse
 
 LAUNCH = [sys.executable, "-m", "mixgrpo", "launch", "--nproc_per_node", "2"]
@@ -92,8 +93,8 @@ def test_a_signal_that_comes_twice_ends_the_launcher_no_sooner():
 
 
 def test_the_time_to_save_is_the_runs():
-    assert launch_command.grace_of(parse(["--run.grace", "77"])) == 77
-    assert launch_command.grace_of(object()) == launch_command.GRACE
+    assert grace_of(parse(["--run.grace", "77"])) == 77
+    assert grace_of(object()) == GRACE
 
 
 def test_an_unforeseen_error_of_a_process_names_its_rank(monkeypatch, capfd):

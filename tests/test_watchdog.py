@@ -106,6 +106,8 @@ def test_every_process_tells_its_place(tmp_path, hasty, monkeypatch):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
 
     def waits() -> None:
         with Watchdog(600, Process(0, 2, CPU)) as dog:

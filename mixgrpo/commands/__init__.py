@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -39,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(f"mixgrpo.commands.{given[0]}").run(given[1:])
-    except KeyboardInterrupt:  # during imports; after that, the command says how to continue
+    except KeyboardInterrupt as stopped:  # during imports; later, the command says what is left
         print("error: interrupted before the command started", file=sys.stderr)
-        return 130
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "mixgrpo":
             raise

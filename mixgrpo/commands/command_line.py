@@ -17,7 +17,11 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
+from mixgrpo.config import Config
 from mixgrpo.files.home import expand_home
+from mixgrpo.run.guard import Guard, stops
+
+GRACE = 900  # seconds for saving and exiting, for commands without run.grace
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -159,7 +163,10 @@ def shortened(text: str) -> str:
 
 
 def carry_out(
-    action: Callable[[], object], expected: tuple[type[Exception], ...], how_to_continue: str
+    action: Callable[[], object],
+    expected: tuple[type[Exception], ...],
+    how_to_continue: str | Callable[[], str],
+    grace: float = GRACE,
 ) -> int:
     """Runs a command's action; returns the exit code. Expected errors are printed in one line.
 
@@ -167,14 +174,16 @@ def carry_out(
         expected: errors whose message suffices; their ``exit_code``, if they have one, is the
             command's.
         how_to_continue: printed after Ctrl-C or SIGTERM.
+        grace: seconds after a signal, after which the process is ended if it still runs.
     """
+    left = (lambda: how_to_continue) if isinstance(how_to_continue, str) else how_to_continue
     try:
-        with _interruptible():
+        with Guard(grace, left), _interruptible():
             action()
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
         name = signal.Signals(number).name
-        return complain(KeyboardInterrupt(f"stopped by {name}; {how_to_continue}"), 128 + number)
+        return complain(KeyboardInterrupt(f"stopped by {name}; {left()}"), 128 + number)
     except expected as error:
         if os.environ.get("MIXGRPO_TRACEBACK"):
             traceback.print_exc()
@@ -188,18 +197,29 @@ def carry_out(
     return 0
 
 
+def grace_of(config: object) -> int:
+    """Seconds that a command has for saving and exiting when it is stopped."""
+    return config.run.grace if isinstance(config, Config) else GRACE
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within the context, SIGTERM acts like Ctrl-C, so that files and processes are closed."""
+    """Within the context, SIGTERM and SIGHUP act like Ctrl-C, so that files and processes are
+    closed. Only the first signal takes effect, because another would interrupt the closing."""
+    is_heeded = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
+        nonlocal is_heeded
+        if not is_heeded:
+            is_heeded = True
+            raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in stops()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def complain(error: BaseException, exit_code: int = 1) -> int:

@@ -92,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     disable_progress_bar()
     expected = (ValueError, OSError, RewardError)
     kept = f"scores computed so far are kept in {request.store.path}, if it exists"
-    return carry_out(partial(_evaluate, request), expected, kept)
+    return carry_out(partial(_evaluate, request), expected, kept, request.config.run.grace)
 
 
 def _evaluate(request: Request) -> None:

@@ -16,7 +16,13 @@ from pathlib import Path
 from time import strftime
 
 from mixgrpo.commands import launch
-from mixgrpo.commands.command_line import OptionParser, complain, home_path, whole_number
+from mixgrpo.commands.command_line import (
+    OptionParser,
+    complain,
+    grace_of,
+    home_path,
+    whole_number,
+)
 from mixgrpo.config import Config, flatten
 from mixgrpo.files.regular import MIB, read_regular
 from mixgrpo.hosts.check import ask, complaints, data_paths, table
@@ -121,7 +127,7 @@ def _job(hosts: list[Host], given: argparse.Namespace, words: list[str], config:
     own = Path("logs") / strftime(f"{words[0]}-%Y%m%d-%H%M%S")
     has_progress, again = _restarts(words, config)
     return Job(
-        nodes=_nodes(hosts, given, "mixgrpo", words, launch.grace_of(config)),
+        nodes=_nodes(hosts, given, "mixgrpo", words, grace_of(config)),
         logs=Path(config.run.folder) / "logs" if isinstance(config, Config) else own,
         max_restarts=given.max_restarts,
         wait=given.wait,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from mixgrpo.checks import check_values
 from mixgrpo.commands.command_line import carry_out, complain, show_help
 from mixgrpo.commands.knobs import set_knobs
 from mixgrpo.config import RECIPES, Config
+from mixgrpo.files.regular import MIB, read_regular
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,7 +30,19 @@ def run(arguments: Sequence[str]) -> int:
 
     disable_progress_bar()  # for loading each part of the model; training has its own bar
     expected = (ValueError, OSError, CheckpointError, RewardError, TrainingStopped, OutOfMemory)
-    return carry_out(partial(train, config), expected, "continue with --run.resume true")
+    return carry_out(
+        partial(train, config), expected, partial(how_to_continue, config), config.run.grace
+    )
+
+
+def how_to_continue(config: Config) -> str:
+    """Says what has been saved of a run, and how to continue it."""
+    pointer = Path(config.run.folder) / "checkpoints" / "latest"
+    try:
+        newest = read_regular(pointer, MIB).decode(errors="replace").strip()
+    except (OSError, ValueError):
+        return "nothing has been saved; run the same command to begin again"
+    return f"the newest checkpoint is {pointer.with_name(newest)}; continue with --run.resume true"
 
 
 def parse(arguments: Sequence[str]) -> Config:

@@ -124,8 +124,9 @@ def _device(local_rank: int, local_size: int) -> torch.device:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """Ends this process; after a failure under torchrun, waits for no other process or thread."""
-    if exit_code and "RANK" in os.environ:
+    """Ends this process; after a failure under torchrun, or a signal, waits for no other process or
+    thread, such as that of a reward that hangs."""
+    if exit_code > 128 or (exit_code and "RANK" in os.environ):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

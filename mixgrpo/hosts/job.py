@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MARK = "MIXGRPO_NODE"  # set in the environment of every process that a node starts
+PARENT = "MIXGRPO_PARENT"  # number of the process without which the one that it starts must end
 
 
 @dataclass(frozen=True)

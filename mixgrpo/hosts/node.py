@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
-from mixgrpo.hosts.job import MARK, Node, take
+from mixgrpo.hosts.job import MARK, PARENT, Node, take
 from mixgrpo.hosts.link import HostEnded, HostLost, Link, NotMet, open_link
 
 LOST = 75  # exit code: another host no longer answers; "try again" in sysexits.h
 ECHO = 76  # exit code: another host has failed
-STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes that are not failures
+# Exit codes that are not failures.
+STOPPED = (0, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
 FAILED_PATIENCE = 5  # seconds for processes to notice that others have failed
 CONTROL = "::mixgrpo "  # prefix of the lines that are meant for the supervisor
 
@@ -146,7 +147,8 @@ def environment(node: Node, own: Mapping[str, str], interface: str | None) -> di
         "MASTER_PORT": str(node.port),
     }
     alone = place if node.program != "mixgrpo" else {}  # `launch` sets these for its processes
-    return {**own, **found, **node.environment, **alone, MARK: node.mark}
+    parent = str(os.getpid())
+    return {**own, **found, **node.environment, **alone, MARK: node.mark, PARENT: parent}
 
 
 def kill_marked(mark: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import select
 import signal
@@ -14,11 +15,13 @@ from time import monotonic
 from types import TracebackType
 from typing import NoReturn
 
-PARENT = "MIXGRPO_PARENT"  # number of the process without which the one it started must end
+from mixgrpo.hosts.job import PARENT
+
 TWICE = 1.0  # seconds; what comes sooner is the same request, passed on by a launcher or by SLURM
 PERIOD = 1.0  # seconds between looks at the parent
 LATE = 5.0  # seconds after which a process that cannot even run this thread is ended
 SPEAKING = 2.0  # seconds for a message, because a terminal may be stopped
+_stop_by = math.inf  # time by ``monotonic`` by which a process that was asked to stop is ended
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -37,6 +40,7 @@ class Guard:
     - After the first signal the process has ``grace`` seconds to save and exit. Then its stacks are
       printed, and it is ended.
     - A second SIGINT (Ctrl-C), more than a second after the first signal, ends it at once.
+    - Ctrl-Z suspends it.
     - If the process that started it has ended without a word, it gets SIGTERM: nobody waits for it.
     """
 
@@ -56,6 +60,9 @@ class Guard:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._suspend = signal.getsignal(signal.SIGTSTP)
+        if self._suspend == signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, lambda number, frame: None)  # heard by the thread
         self._thread.start()
         return self
 
@@ -68,7 +75,8 @@ class Guard:
         signal.set_wakeup_fd(self._before)
         os.write(self._write, b"\0")
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGTSTP, self._suspend)
+        _end_without_gil_by(math.inf)
         os.close(self._read)
         os.close(self._write)
 
@@ -90,14 +98,17 @@ class Guard:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _hear(self, number: int) -> None:
+        if number == signal.SIGTSTP:  # Ctrl-Z: the time until it continues does not count
+            faulthandler.cancel_dump_traceback_later()
+            os.kill(os.getpid(), signal.SIGSTOP)
         if number not in stops():
             return
         if self.asked is None:
             self.asked, self._asked_at = number, monotonic()
-            end_without_gil_after(self.grace + LATE)
+            _end_without_gil_by(self._asked_at + self.grace + LATE)
             self.first()
         elif number == signal.SIGINT and monotonic() - self._asked_at > TWICE:
-            end_without_gil_after(LATE)
+            _end_without_gil_by(monotonic() + LATE)
             self.second()
 
     def first(self) -> None:
@@ -115,8 +126,10 @@ class Guard:
         rank, name = os.environ.get("RANK", "0"), signal.Signals(self.asked).name
         speak(
             f"error (rank {rank}): still running {self.grace:.0f} s (run.grace) after {name}; its "
-            f"threads are at\n{indented(stacks())}\nerror (rank {rank}): ended; {self.left()}"
+            f"threads are at\n{indented(stacks())}"
         )
+        if rank == "0":
+            speak(f"error: ended; {self.left()}")
         os._exit(128 + self.asked)
 
 
@@ -132,10 +145,20 @@ def _parent() -> int | None:
 
 
 def end_without_gil_after(seconds: float) -> None:
-    """Prints all stacks and ends the process after so many seconds, even if a thread holds the GIL
-    all the time; replaces an earlier call."""
-    with suppress(OSError, ValueError):  # standard error is closed
-        faulthandler.dump_traceback_later(seconds, exit=True, file=_error_output())
+    """Prints all stacks and ends the process after so many seconds unless this is called again:
+    also if a thread, of C code that hangs for example, holds the GIL all the time."""
+    left = min(seconds, _stop_by - monotonic())
+    if left == math.inf:
+        faulthandler.cancel_dump_traceback_later()
+        return
+    with suppress(OSError, ValueError, OverflowError):  # standard error is closed, for example
+        faulthandler.dump_traceback_later(max(0.1, left), exit=True, file=_error_output())
+
+
+def _end_without_gil_by(deadline: float) -> None:
+    global _stop_by  # noqa: PLW0603 - there is one such timer per process
+    _stop_by = deadline
+    end_without_gil_after(math.inf)
 
 
 def _error_output() -> int:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from time import monotonic
 from types import FrameType
 
+from mixgrpo.run.guard import TWICE, stops
+
 
 class TrainingStopped(RuntimeError):
     """Training ended early and left a checkpoint to resume from; the message gives the reason."""
@@ -22,24 +24,25 @@ class SamplingStopped(Exception):
 
 
 class StopRequest:
-    """Whether SIGTERM or SIGINT (Ctrl-C) has requested a stop, and which of them."""
+    """Whether SIGTERM, SIGHUP or SIGINT (Ctrl-C) has requested a stop, and which of them."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     @contextlib.contextmanager
     def from_signals(self) -> Iterator[None]:
-        """Context in which a signal is a request; a second one raises KeyboardInterrupt."""
+        """Context in which a signal is a request; a second one that is SIGINT raises
+        KeyboardInterrupt."""
         asked_at = 0.0
 
         def ask(number: int, frame: FrameType | None) -> None:
             nonlocal asked_at
-            # One Ctrl-C arrives twice, from the terminal and from torchrun; it counts once.
-            if self.signal is not None and monotonic() - asked_at > 2:
+            if self.signal is None:
+                self.signal, asked_at = number, monotonic()
+            elif number == signal.SIGINT and monotonic() - asked_at > TWICE:
                 raise KeyboardInterrupt
-            self.signal, asked_at = number, monotonic()
 
-        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, ask) for number in stops()}
         try:
             yield
         finally:

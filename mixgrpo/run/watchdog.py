@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import faulthandler
+import math
 import os
 import sys
-import tempfile
 import threading
 from datetime import timedelta
-from time import monotonic
+from time import monotonic, perf_counter
 from types import TracebackType
 from typing import NoReturn
 
@@ -16,8 +15,10 @@ import torch.distributed as dist
 
 from mixgrpo.engines.distributed import Process
 from mixgrpo.engines.rendezvous import connect, read_place
+from mixgrpo.run.guard import end_without_gil_after, indented, stacks
 
 PERIOD = 2.0  # seconds between checks
+SUSPENDED = 10.0  # seconds between checks beyond which the process was suspended
 TELLING = 5.0  # seconds for the other processes to report where they are
 _KEY = "mixgrpo/stalled"
 
@@ -38,7 +39,7 @@ class Watchdog:
         self.patience = patience
         self.process = process
         self._place, self._since = "before loading", monotonic()
-        self._over = threading.Event()
+        self._over, self._arming = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def progress(self, place: str) -> None:
@@ -61,15 +62,28 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._over.set()
+        with self._arming:
+            self._over.set()
+            end_without_gil_after(math.inf)
 
     def _watch(self) -> None:
         store = _store(self.process)
-        while not self._over.wait(min(PERIOD, self.patience / 4)):
+        period = min(PERIOD, self.patience / 4)
+        looked = perf_counter()
+        while not self._over.wait(period):
+            with self._arming:
+                if not self._over.is_set():
+                    end_without_gil_after(self.patience + PERIOD + TELLING)
+            pause, looked = perf_counter() - looked, perf_counter()
+            if pause > SUSPENDED + period:  # Ctrl-Z, for example: no thread ran meanwhile
+                self._since += pause
             if monotonic() - self._since > self.patience:
                 _note(store, f"rank {self.process.rank}")
                 self._end(f"no progress for {self.patience:.0f} s (run.patience)")
-            stalled = _noted(store)
+            try:
+                stalled = _noted(store)
+            except RuntimeError:  # its host is gone
+                store, stalled = None, ""
             if stalled:
                 self._end(f"{stalled} makes no progress")
 
@@ -77,24 +91,12 @@ class Watchdog:
         rank, seconds = self.process.rank, monotonic() - self._since
         sys.stderr.write(
             f"error (rank {rank}): {why}; this process has been in phase {self._place!r} for "
-            f"{seconds:.0f} s; its threads are at\n{_indented(stacks())}\n"
+            f"{seconds:.0f} s; its threads are at\n{indented(stacks())}\n"
         )
         sys.stderr.flush()
         if self.process.world_size > 1:
             threading.Event().wait(TELLING)
         os._exit(1)  # any other way to exit would wait for the thread that hangs
-
-
-def stacks() -> str:
-    """The stack of every thread of this process, the innermost call first."""
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read().decode(errors="replace").strip()
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines() if line)
 
 
 def _store(process: Process) -> dist.Store | None:
@@ -116,7 +118,4 @@ def _note(store: dist.Store | None, who: str) -> None:
 
 
 def _noted(store: dist.Store | None) -> str:
-    try:
-        return store.get(_KEY).decode() if store is not None and store.check([_KEY]) else ""
-    except RuntimeError:
-        return ""
+    return store.get(_KEY).decode() if store is not None and store.check([_KEY]) else ""
