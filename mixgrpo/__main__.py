@@ -10,7 +10,7 @@ from types import FrameType
 
 from mixgrpo.commands import main
 from mixgrpo.commands.before_torch import prepare
-from mixgrpo.commands.output import make_lenient
+from mixgrpo.commands.output import make_lenient, what_is_lost
 
 prepare()
 
@@ -36,6 +36,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)
     make_lenient()
     code = run()
+    if (lost := what_is_lost()) and code == 0:
+        sys.stderr.write(f"error: standard output could not be written ({lost}); free some space\n")
+        code = 1
     if code > 128:  # it ends; the same signal passed on by another process changes nothing
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

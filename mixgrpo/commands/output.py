@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 
 def make_lenient() -> None:
@@ -17,32 +18,49 @@ def make_lenient() -> None:
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(handle, True)
     os.close(handle)
-    sys.stdout = _lenient(sys.stdout, 1)
-    sys.stderr = _lenient(sys.stderr, 2)
+    sys.stdout = Lenient(sys.stdout or _null())
+    sys.stderr = Lenient(sys.stderr or _null())
 
 
-def _lenient(stream: Any, handle: int) -> Any:
-    return _Lenient(stream or open(handle, "w", encoding="utf-8", closefd=False))
+def what_is_lost() -> str:
+    """Why not all of standard output could be written; empty if it was, or nobody reads it."""
+    sys.stdout.flush()
+    return getattr(sys.stdout, "lost", "")
 
 
-class _Lenient:
-    """A text stream that drops what cannot be written."""
+def _null() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
-    def __init__(self, stream: Any) -> None:
+
+class Lenient:
+    """A text stream that drops what cannot be written.
+
+    Attributes:
+        lost: why something was dropped, unless its reader has closed the stream.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.lost = ""
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except OSError:
+        except OSError as error:
+            self._note(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
+        except OSError as error:
+            self._note(error)
             # What is left in the buffer would be written again and again, and fail at the exit.
             self._drop()
+
+    def _note(self, error: OSError) -> None:
+        if error.errno != errno.EPIPE:
+            self.lost = error.strerror or str(error)
 
     def _drop(self) -> None:
         """Empties the stream's buffer into the null device."""
