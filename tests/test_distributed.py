@@ -31,6 +31,16 @@ def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     gpus.assert_not_called()
 
 
+def test_a_local_rank_beyond_the_gpus_is_refused(gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with (
+        pytest.raises(ValueError, match="LOCAL_RANK is 2, but torch sees 2 GPUs"),
+        process_group(1),
+    ):
+        pass
+    gpus.assert_not_called()
+
+
 def test_a_process_takes_its_gpu_without_rounded_convolutions(gpus, monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -42,7 +52,9 @@ def test_a_process_takes_its_gpu_without_rounded_convolutions(gpus, monkeypatch)
     assert torch.backends.cudnn.allow_tf32 is False
 
 
-@pytest.mark.parametrize(("visible", "refused"), [(None, True), ("0", True), ("", False)])
+@pytest.mark.parametrize(
+    ("visible", "refused"), [(None, True), ("0", True), ("junk", True), ("", False)]
+)
 def test_a_driver_that_torch_cannot_use_is_told_of(monkeypatch, tmp_path, visible, refused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(distributed, "DRIVER", tmp_path)
@@ -58,7 +70,8 @@ def test_a_driver_that_torch_cannot_use_is_told_of(monkeypatch, tmp_path, visibl
 
 
 @pytest.mark.parametrize(
-    ("code", "rank", "at_once"), [(1, "0", True), (0, "0", False), (1, None, False)]
+    ("code", "rank", "at_once"),
+    [(1, "0", True), (0, "0", False), (1, None, False), (143, None, True)],
 )
 def test_a_failed_process_of_several_waits_for_no_other(monkeypatch, code, rank, at_once):
     monkeypatch.delenv("RANK", raising=False)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +58,17 @@ def test_without_a_command_it_says_how_to_call_it():
         (["--nproc_per_node", "0", "train"], "--nproc_per_node is '0'"),
         (["--nproc_per_node", "2", "trian"], "did you mean 'train'?"),
         (["--nprocs", "2", "train"], "usage: python -m mixgrpo launch"),
+        (["--nproc_per_node", "1000", "train"], "--nproc_per_node is 1000, but this host has"),
+        (["--nproc_per_node", "\u00b2", "train"], "must be a positive whole number"),
+        (["--nnodes", "0", "train"], "--nnodes is '0'"),
+        (["--nnodes", "x", "train"], "--nnodes is 'x'"),
+        (["--nnodes", "2:1", "train"], "--nnodes is '2:1'"),
+        (["--nnodes", "2", "--node_rank", "2", "train"], "--node_rank is 2, but --nnodes is 2"),
+        (["--nnodes", "2", "--master_port", "99999", "train"], "--master_port is 99999"),
+        (["--nnodes", "2", "--standalone", "train"], "--standalone is for one host"),
+        (["--max_restarts", "-1", "train"], "max_restarts must be >= 0"),
+        (["--rdzv_conf", "x", "train"], "'x' must have a value"),
+        (["--nnodes", "2", "--rdzv_backend", "nope", "train"], "'nope' is not registered"),
     ],
 )
 def test_mistyped_options_are_one_line(capfd, words, said):
@@ -73,6 +87,7 @@ class Failure:
     [
         ([], 33),  # told to stop: it may save
         ([143], 33),  # another was told to, and has saved already
+        ([129], 33),
         ([1], launch_command.FAILED_PATIENCE),
         ([143, -9], launch_command.FAILED_PATIENCE),
     ],
@@ -144,7 +159,44 @@ def test_a_process_that_was_killed_is_told_of_and_takes_a_hung_one_along(tmp_pat
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_port_that_is_taken_is_told_in_a_sentence(capfd):
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        several = ["--nnodes", "2", "--master_port", port]
+        assert main(["launch", *several, "train", "--recipe", "shapes_mixgrpo"]) == 1
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error"))
+    assert f"port {port} of this host is in use" in line
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
+    folder = tmp_path / "run"
+    words = ["train", "--recipe", "shapes_mixgrpo", "--run.folder", str(folder)]
+    small = ["--validation.prompts", "2", "--batch.prompts", "2", "--log.progress", "false"]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [*LAUNCH, *words, *small], cwd=ROOT, env=environment(), stderr=said
+        )
+    deadline = time.monotonic() + 600
+    while not (folder / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait(60)
+    while "error: stopped by SIGTERM" not in (tmp_path / "said").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (folder / "checkpoints" / "latest").exists()
+    handle = os.open(folder, os.O_RDONLY)
+    while time.monotonic() < deadline:  # the folder is free again
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        time.sleep(0.1)
+    os.close(handle)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_all_processes(tmp_path, number):
     folder = tmp_path / "run"
     arguments = ["train", "--recipe", "shapes_mixgrpo", "--run.folder", str(folder)]
@@ -177,6 +229,8 @@ def test_a_signal_saves_and_ends_all_processes(tmp_path, number):
         ({"LOCAL_WORLD_SIZE": "2"}, "passive None"),
         ({"LOCAL_WORLD_SIZE": "2", "OMP_WAIT_POLICY": "active"}, "active None"),
         ({"GOMP_SPINCOUNT": "7"}, "None 7"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "None 1000"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "passive None"),  # reported later
     ],
 )
 def test_threads_sleep_where_processes_share_the_cores(given: dict[str, str], policy: str) -> None:
