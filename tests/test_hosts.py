@@ -170,6 +170,7 @@ def test_the_jobs_environment_counts_before_the_machines():
         "WANDB_API_KEY": CANARY,
         "GLOO_SOCKET_IFNAME": "eth7",
         "MIXGRPO_NODE": "0a1b/127.0.0.1",
+        "MIXGRPO_PARENT": str(os.getpid()),
     }
     chosen = part(environment={"GLOO_SOCKET_IFNAME": "ib0"})
     assert nodes.environment(chosen, {}, "eth7")["GLOO_SOCKET_IFNAME"] == "ib0"
