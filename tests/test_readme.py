@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -226,7 +226,7 @@ def nothing_done(place: Path) -> Iterator[list[tuple[str, Any]]]:
             module = importlib.import_module(f"mixgrpo.commands.{name}")
             if hasattr(module, "carry_out"):
                 patch.setattr(module, "carry_out", partial(begin, name))
-        patch.setattr(launch, "_start", lambda given, grace: main(given.training_script_args))
+        patch.setattr(launch, "_start", lambda given, grace, left: main(given.training_script_args))
         patch.setattr(hosts, "_check", compare)
         patch.setattr(doctor, "examine", examine)
         patch.setattr(download, "check_program", lambda: None)
@@ -383,7 +383,7 @@ def _as_a_rank(words: list[str], place: Path) -> None:
     raise SystemExit(main(words))
 
 
-def _launched(place: Path, given: argparse.Namespace, grace: int) -> int:
+def _launched(place: Path, given: argparse.Namespace, grace: int, left: Callable[[], str]) -> int:
     """In torchrun's place, which would import everything anew in each process."""
     count, words = int(given.nproc_per_node), given.training_script_args
     if count == 1:
