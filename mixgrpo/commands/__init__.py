@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Errors that a user can fix take one line."""
-    print_everything()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_usage())
@@ -52,16 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-
-
-def print_everything() -> None:
-    """Lets the terminal's encoding never stop a command: other characters are printed escaped.
-
-    Otherwise a prompt in Chinese or a file name that is not UTF-8 ends it with an error.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None without a terminal, or a test's own
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _usage() -> str:

@@ -1,4 +1,4 @@
-"""Standard output and error that cannot be written end no command."""
+"""What cannot be written to standard output and error ends no command."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ def make_lenient() -> None:
 
     A training must not be lost because the terminal or the ``tee`` behind it is gone. If standard
     input, output or error is closed, the null device takes its place: otherwise a file that is
-    opened later, a checkpoint for example, would, and would receive what is printed.
+    opened later, a checkpoint for example, would, and would receive what is printed. Characters
+    that the terminal's encoding lacks, as in a prompt in Chinese, are printed as escapes.
     """
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(handle, True)
     os.close(handle)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.stdout = Lenient(sys.stdout or _null())
     sys.stderr = Lenient(sys.stderr or _null())
 
