@@ -26,7 +26,7 @@ from gpu.models import SMALL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mixgrpo.files.json_lines import read_records
+from mixgrpo.files.json_lines import read_objects
 
 GIB = 2**30
 SCALE = replace(SMALL, steps=4, window=2, samples=2, optimizer_steps=1, start=1)
@@ -101,7 +101,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 def results(job: Job) -> dict[str, dict[str, Any]]:
     """They must all have worked."""
-    found = latest(read_records(job.results))[job.part]
+    found = latest(read_objects(job.results))[job.part]
     assert [result["error"] for result in found.values() if "error" in result] == []
     return found
 

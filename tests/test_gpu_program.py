@@ -27,7 +27,7 @@ from gpu.models import FULL, SMALL
 from gpu.parts import PARTS, Part
 
 from mixgrpo.config import ModelConfig
-from mixgrpo.files.json_lines import read_records
+from mixgrpo.files.json_lines import read_objects
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "benchmark" / "gpu.sh"
@@ -49,7 +49,7 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     log = tmp_path / "cpu.log"
     assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-4000:]
-    found = latest(read_records(tmp_path / "cpu.jsonl"))
+    found = latest(read_objects(tmp_path / "cpu.jsonl"))
     assert list(found) == names
     for part, results in found.items():
         assert results["ended"]["exit_code"] == 0, part
@@ -127,7 +127,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(
         works='job.report("last", seconds_per_iteration=2.0)',
     )
     assert code == 1
-    found = latest(read_records(path))
+    found = latest(read_objects(path))
     assert all("first" in results for results in found.values()), "what was there is kept"
     assert found["fails"]["ended"]["error"].endswith("ValueError: planted")
     assert found["crashes"]["ended"]["exit_code"] == -6
@@ -148,7 +148,7 @@ def test_a_part_without_time_is_told_and_keeps_its_earlier_results(
     append(path, record("shapes", "runs", done=3))
     monkeypatch.setattr(program, "PARTS", (replace(PARTS[-2], name="shapes", least=1e6),))
     assert program.main(["--small", "--out", str(tmp_path), "--parts", "shapes"]) == 0
-    found = latest(read_records(path))["shapes"]
+    found = latest(read_objects(path))["shapes"]
     assert found["runs"] == {"done": 3}
     assert found["not started"]["skipped"].endswith("s were left, it needs 1000000")
 
@@ -170,7 +170,7 @@ def test_a_program_that_is_stopped_ends_its_part_and_shows_what_it_has(tmp_path:
     )  # fmt: skip
     results = tmp_path / "cpu.jsonl"
     for _ in range(600):
-        if len(read_records(results)) == 2:  # began, first
+        if len(read_objects(results)) == 2:  # began, first
             break
         time.sleep(0.1)
     process.terminate()
@@ -190,7 +190,7 @@ def test_a_part_that_runs_again_replaces_its_results(tmp_path: Path) -> None:
         append(path, record("lora", name, value=value))
     append(path, record("full", "a", value=float("nan")))
     path.write_text(path.read_text() + '{"part": "lora", "na')  # the program was killed here
-    found = latest(read_records(path))
+    found = latest(read_objects(path))
     assert found["lora"] == {"began": {"value": 0}, "a": {"value": 3}}
     assert found["full"] == {"a": {"value": None}}
 
@@ -250,7 +250,7 @@ def test_the_tests_are_reported_one_by_one(tmp_path: Path, monkeypatch: pytest.M
                 longreprtext=text,
             )
             recorder.pytest_runtest_logreport(report)
-    found = latest(read_records(path))["right"]
+    found = latest(read_objects(path))["right"]
     assert found["test_passed"] == {"outcome": "passed", "seconds": 1.0}
     assert found["test_failed"]["error"].endswith("file.py:3: AssertionError")
     assert tables.failures({"right": found}) == [

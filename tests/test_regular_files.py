@@ -15,9 +15,10 @@ from environment import output_file
 
 import mixgrpo
 from mixgrpo.commands import main
+from mixgrpo.commands.output import make_lenient
 from mixgrpo.files.disk import check_replaceable, write_text_whole, write_whole
 from mixgrpo.files.json_files import DEEPEST, parse_json, read_json
-from mixgrpo.files.json_lines import read_records
+from mixgrpo.files.json_lines import read_objects
 from mixgrpo.files.named_paths import find_path, split_name
 from mixgrpo.files.regular import read_regular
 
@@ -153,17 +154,17 @@ def test_a_file_of_json_may_begin_with_a_mark(tmp_path):
     assert read_json(tmp_path / "a.json") == {}
 
 
-def test_lines_of_json_end_at_the_first_that_is_none(tmp_path):
+def test_lines_that_are_no_json_objects_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for bad in ("[" * NEST, "1" * 5000, "{", "\0"):
-        path.write_text('{"a": 1}\n' + bad + "\n")
-        assert read_records(path) == [{"a": 1}]
+        path.write_text('{"a": 1}\n' + bad + '\n{"a": "2"}\n')
+        assert read_objects(path) == [{"a": 1}, {"a": "2"}]
     path.write_bytes(b'{"a": "\xff"}\n')
-    assert read_records(path) == [{"a": "\ufffd"}]
+    assert read_objects(path) == []
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match="is a FIFO"):
-        read_records(path)
+        read_objects(path)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,7 @@ def test_printing_never_fails(monkeypatch):
         complained = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
         monkeypatch.setattr(sys, "stdout", said)
         monkeypatch.setattr(sys, "stderr", complained)
+        make_lenient()
         assert main(["\u6f22\udcff"]) == 2
         print("\u6f22\udcff \ud800")
         sys.stdout.write("\u6f22")
@@ -231,7 +233,7 @@ def lacking_an_encoding(tree: ast.AST) -> Iterator[int]:
             yield node.lineno
 
 
-MODES = ("rb", "wb", "ab", "r+b", "xb")
+MODES = ("rb", "wb", "ab", "r+b", "w+b", "xb")
 
 
 def test_text_files_have_an_encoding():

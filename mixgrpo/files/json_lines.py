@@ -18,8 +18,25 @@ _LARGEST = sys.float_info.max
 MOST = 256 * MIB  # size of a file, with which some 100,000 records fit
 
 
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file's lines; lines that are none are left out.
+
+    There are none if there is no file. Raises OSError and ValueError as ``read_records`` does.
+    """
+    lines = read_regular(path, MOST).splitlines() if path.exists() else []
+    return [found for found in map(_object, lines) if found is not None]
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    try:
+        given = json.loads(text.decode(), parse_constant=lambda name: None)  # NaN is null
+    except (ValueError, RecursionError):
+        return None
+    return given if isinstance(given, dict) else None
+
+
 class Records(NamedTuple):
-    """What a file of records holds.
+    """What a ``metrics.jsonl`` holds.
 
     Attributes:
         records: the records in the file's order. Each has an ``iteration``, an integer that is not
@@ -37,7 +54,7 @@ class Records(NamedTuple):
 
 
 def read_records(path: Path) -> Records:
-    """Reads the records of a file; there are none if there is no file.
+    """Reads the records of a ``metrics.jsonl``; there are none if there is no file.
 
     A line that is not a record is left out, and nothing else: a write that a power failure cut off
     may leave zeros, or half a record with the next one behind it on the same line.
@@ -74,11 +91,8 @@ def _records_of(line: bytes) -> tuple[list[dict[str, Any]], bool]:
 
 def _record(text: bytes) -> tuple[dict[str, Any] | None, bool]:
     """The record, or None if this is none; and whether the text holds nothing else."""
-    try:
-        given = json.loads(text.decode(), parse_constant=lambda name: None)  # NaN is null
-    except (ValueError, RecursionError):
-        return None, False
-    if not isinstance(given, dict):
+    given = _object(text)
+    if given is None:
         return None, False
     record = {key: value for key, value in given.items() if value is None or _is_number(value)}
     if not isinstance(record.get("iteration"), int) or record["iteration"] < 0:

@@ -15,7 +15,7 @@ from mixgrpo.files.revision import git_revision
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.models import Policy
 from mixgrpo.run.saving import Saving
-from mixgrpo.run.tracking import write_text
+from mixgrpo.run.tracking import write_file
 
 # What a run leaves beside its checkpoints and logs. If the results are missing, it did nothing.
 _RESULTS = ("metrics.jsonl", "pictures", "model")
@@ -60,7 +60,7 @@ def _check_kinds(folder: Path) -> None:
 
 
 def _write_json(path: Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def _set_aside(folder: Path) -> None:

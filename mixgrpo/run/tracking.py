@@ -94,7 +94,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return read_records(folder / "metrics.jsonl").records
 
 
-def write_text(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Writes a file of the run's folder atomically.
 
     Raises:
@@ -228,7 +228,7 @@ def _keep_records(path: Path, done: int, total: int) -> None:
             file=sys.stderr,
         )
     kept = (record for record in found.records if is_kept(record))
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    write_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _keep_pictures(folder: Path, done: int) -> None:
@@ -276,7 +276,7 @@ def _start_wandb(config: Config, folder: Path) -> Any:
     # The id is stored in the run's folder, so that a resumed run continues the same curves.
     marker = folder / "wandb_id"
     if not marker.exists() or not marker.stat().st_size:
-        write_text(marker, uuid.uuid4().hex[:12])
+        write_file(marker, uuid.uuid4().hex[:12])
     own = read_regular(marker, MIB).decode(errors="replace").strip()
     try:
         return wandb.init(

@@ -29,7 +29,7 @@ from gpu.job import append, latest
 from gpu.parts import PARTS, Part
 from gpu.tables import failures, tables, write_readme
 from mixgrpo.commands.before_torch import ALLOCATOR, prepare
-from mixgrpo.files.json_lines import read_records
+from mixgrpo.files.json_lines import read_objects
 
 ROOT = Path(__file__).resolve().parents[3]
 KEPT = ROOT / "scripts" / "benchmark" / "results" / "gpu"
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "_", card) or "cpu"
     results = folder / f"{name}.jsonl"
-    before = len(read_records(results))
+    before = len(read_objects(results))
     run = Run(
         device="cuda" if card else "cpu",
         small=chosen.small,
@@ -202,11 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run.perform(part)
     except KeyboardInterrupt:
         is_stopped = True
-    print(f"\n{tables(latest(read_records(results)))}\nresults: {results}", flush=True)
+    print(f"\n{tables(latest(read_objects(results)))}\nresults: {results}", flush=True)
     if is_stopped:
         print("stopped; the parts that had not ended can be run with --parts", flush=True)
         return 130
-    return 1 if failures(latest(read_records(results)[before:])) else 0
+    return 1 if failures(latest(read_objects(results)[before:])) else 0
 
 
 if __name__ == "__main__":

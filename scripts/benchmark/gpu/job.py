@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from mixgrpo.files.json_lines import read_records
+from mixgrpo.files.json_lines import read_objects
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Job:
 
     def earlier(self, part: str) -> dict[str, dict[str, Any]]:
         """The results of another part so far, by name."""
-        return latest(read_records(self.results)).get(part, {})
+        return latest(read_objects(self.results)).get(part, {})
 
     def attempt(self, name: str, work: Callable[[], Mapping[str, Any]]) -> bool:
         """Reports what ``work`` returns, or the last lines of its error; returns whether it worked.

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpu.job import latest
 from gpu.parts import PARTS
-from mixgrpo.files.json_lines import read_records
+from mixgrpo.files.json_lines import read_objects
 
 Record = Mapping[str, Any]
 Results = Mapping[str, Mapping[str, Record]]  # part -> name -> result
@@ -297,7 +297,7 @@ def share(tflops: float, top: float | None) -> str:
 
 def report(folder: Path) -> str:
     """The tables of every card whose results are kept in the folder."""
-    cards = [tables(latest(read_records(path))) for path in sorted(folder.glob("*.jsonl"))]
+    cards = [tables(latest(read_objects(path))) for path in sorted(folder.glob("*.jsonl"))]
     return "\n".join(cards).strip() or NOTHING
 
 
