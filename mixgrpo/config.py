@@ -40,8 +40,8 @@ class RunConfig:
     """seconds without progress after which every process prints where it hangs and exits; 0
     waits forever"""
     grace: int = 900
-    """seconds allowed for saving and exiting after SIGTERM or Ctrl-C; a process that still runs
-    then prints where it hangs and is ended"""
+    """seconds allowed for saving and exiting after SIGTERM, SIGHUP or Ctrl-C; a process that still
+    runs then prints where it hangs and is ended"""
 
 
 @dataclass

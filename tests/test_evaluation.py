@@ -671,8 +671,14 @@ def picture(**changes: Any) -> dict[str, Any]:
         ({"version": 1, "images": [picture(index=2**31)]}, ["from 0 to 2147483647", "2147483648"]),
         ({"version": 1, "images": [picture(sample=1.0)]}, ["`sample`", "got 1.0"]),
         ({"version": 1, "images": [picture(index=[0] * 9999)]}, ["`index`", "[0, 0, 0,", "...]"]),
-        ({"version": 1, "images": [picture(prompt="a \ud800")]}, ["half a character, '\\ud800'"]),
-        ({"version": 1, "images": [picture(prompt="\udcff")]}, ["half a character", "position 0"]),
+        (
+            {"version": 1, "images": [picture(prompt="a \ud800")]},
+            ["half of a surrogate pair, '\\ud800'"],
+        ),
+        (
+            {"version": 1, "images": [picture(prompt="\udcff")]},
+            ["half of a surrogate", "position 0"],
+        ),
         ({"version": 1, "images": {"a": 1}}, ["lists no images"]),
         ({"version": 1, "images": [[picture()]]}, ["`index` of images[0]", "got None"]),
         ({"version": "1" * 9999, "images": [picture()]}, ["version '1111", "only version 1"]),

@@ -103,8 +103,8 @@ def deep_line(run: Path) -> None:
 
 DAMAGE = {
     "the last line of metrics.jsonl is incomplete": half_a_line,
-    "2 of 6 lines of metrics.jsonl are not records and are ignored, the first of them": bad_lines,
-    "the last line of metrics.jsonl is incomplete or damaged, and": no_iteration,
+    "2 of 6 lines of metrics.jsonl are not whole records; what can be read": bad_lines,
+    "lines of metrics.jsonl are not whole records; what can be read of them is shown": no_iteration,
     "there is no metrics.jsonl: no curves": lambda run: (run / "metrics.jsonl").unlink(),
     "metrics.jsonl has no records yet": lambda run: (run / "metrics.jsonl").write_text(""),
     "there is no config.json: the configuration is unknown": lambda run: (
@@ -123,7 +123,7 @@ DAMAGE = {
     "metrics.jsonl cannot be read (is larger than 256 MiB": lambda run: os.truncate(
         run / "metrics.jsonl", 2**40
     ),
-    "1 of 7 lines of metrics.jsonl are not records and are ignored": deep_line,
+    "1 of 7 lines of metrics.jsonl are not whole records": deep_line,
     "001.png cannot be read as an image: it is a FIFO": lambda run: fifo(
         run / "pictures" / "iteration_00000004" / "001.png"
     ),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mixgrpo.checkpoint.folder import CheckpointError, is_plain_name, latest, newest_first
+from mixgrpo.checkpoint.folder import CheckpointError, latest, newest_first
 from mixgrpo.checkpoint.manifest import MANIFEST, Damaged, Saved, open_saved, verify
 from mixgrpo.engines.distributed import Process, gather_objects
+from mixgrpo.files.pointer import is_plain_name
 
 
 def choose(process: Process, root: Path, wanted: str) -> Saved | None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from mixgrpo.files.disk import PARTIAL, flush
-from mixgrpo.files.regular import MIB, read_regular
+from mixgrpo.files.pointer import is_plain_name, read_pointer
 
 _PREFIX = "iteration_"
 _NOT_OURS = (-1, 0)
@@ -28,7 +28,7 @@ def latest(root: Path) -> Path | None:
     if root.exists() and not root.is_dir():
         raise CheckpointError(f"{root} is not a folder; move it away, or use another --run.folder")
     try:
-        name = read_regular(pointer, MIB).decode(errors="replace").strip()
+        name = read_pointer(pointer)
     except (FileNotFoundError, NotADirectoryError):
         names = _names(root)
         if not names:
@@ -44,11 +44,6 @@ def latest(root: Path) -> Path | None:
         f"{fault}; continue from the newest undamaged checkpoint with --run.resume true "
         "--run.resume_from undamaged, or train in another --run.folder"
     )
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether this is the name of something in a folder, and not a path that leads elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"}
 
 
 def newest_first(root: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mixgrpo.checkpoint.folder import is_plain_name
+from mixgrpo.files.pointer import is_plain_name
 from mixgrpo.files.regular import MIB, read_regular
 
 INDEX = ".metadata"
@@ -200,7 +200,7 @@ def _size(size: Any) -> torch.Size:
     given = _of(size, "Size").given
     lengths = given[0] if len(given) == 1 else None
     if not isinstance(lengths, tuple) or len(lengths) > _DIMENSIONS:
-        raise ValueError("a size is not one")
+        raise ValueError("a size is not valid")
     return torch.Size(map(_count, lengths))
 
 

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mixgrpo.checkpoint.folder import CheckpointError, is_plain_name
+from mixgrpo.checkpoint.folder import CheckpointError
 from mixgrpo.files.disk import flush
+from mixgrpo.files.pointer import is_plain_name
 from mixgrpo.files.regular import MIB, check_regular, open_regular, read_regular
 
 MANIFEST = "state.json"

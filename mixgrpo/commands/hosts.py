@@ -24,7 +24,7 @@ from mixgrpo.commands.command_line import (
     whole_number,
 )
 from mixgrpo.config import Config, flatten
-from mixgrpo.files.regular import MIB, read_regular
+from mixgrpo.files.pointer import named_by
 from mixgrpo.hosts.check import ask, complaints, data_paths, table
 from mixgrpo.hosts.environment import forwarded, read_settings
 from mixgrpo.hosts.hostfile import Host, is_this_machine, read_hostfile
@@ -32,6 +32,7 @@ from mixgrpo.hosts.job import Node
 from mixgrpo.hosts.node import processes_here
 from mixgrpo.hosts.remote import ROOT, check_tools
 from mixgrpo.hosts.supervise import Job, Supervisor
+from mixgrpo.run.guard import stops
 
 JOIN_WITHIN = 120  # seconds
 
@@ -73,7 +74,7 @@ def _run_here(host: Host, given: argparse.Namespace, words: list[str], config: o
 
 def _supervise(job: Job) -> int:
     supervisor = Supervisor(job, lambda line: print(line, flush=True))
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = stops()
     before = [signal.signal(s, lambda asked, frame: supervisor.stop(asked)) for s in signals]
     try:
         return supervisor.run()
@@ -184,11 +185,9 @@ def _iteration(pointer: Path) -> str:
 
 
 def _content(pointer: Path) -> str:
-    """What the file names; empty if it cannot be read, which the run itself reports."""
-    try:
-        return read_regular(pointer, MIB).decode(errors="replace").strip()
-    except (OSError, ValueError):
-        return ""
+    """The name that the file holds; empty if it cannot be used, which the run itself reports."""
+    found = named_by(pointer)
+    return found.name if found else ""
 
 
 def _slots(host: Host) -> int | None:

@@ -10,7 +10,7 @@ from mixgrpo.checks import check_values
 from mixgrpo.commands.command_line import carry_out, complain, show_help
 from mixgrpo.commands.knobs import set_knobs
 from mixgrpo.config import RECIPES, Config
-from mixgrpo.files.regular import MIB, read_regular
+from mixgrpo.files.pointer import named_by
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -37,12 +37,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def how_to_continue(config: Config) -> str:
     """Says what has been saved of a run, and how to continue it."""
-    pointer = Path(config.run.folder) / "checkpoints" / "latest"
-    try:
-        newest = read_regular(pointer, MIB).decode(errors="replace").strip()
-    except (OSError, ValueError):
+    newest = named_by(Path(config.run.folder) / "checkpoints" / "latest")
+    if newest is None:
         return "nothing has been saved; run the same command to begin again"
-    return f"the newest checkpoint is {pointer.with_name(newest)}; continue with --run.resume true"
+    return f"the newest checkpoint is {newest}; continue with --run.resume true"
 
 
 def parse(arguments: Sequence[str]) -> Config:

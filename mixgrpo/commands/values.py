@@ -87,7 +87,7 @@ def _wrong(kind: Any, node: Node, knob: str, remedy: str = "") -> ValueError:
     value = "null" if is_null(node) else shown(node)
     if is_absent(node):
         return ValueError(
-            f"{knob} has no value; it must be {described(kind)}, or leave the line out{where(node)}"
+            f"{knob} has no value; write {described(kind)}, or remove the line{where(node)}"
         )
     return ValueError(f"{knob} is {value}; it must be {described(kind)}{remedy}{where(node)}")
 

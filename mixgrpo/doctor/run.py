@@ -15,6 +15,7 @@ from mixgrpo.doctor.lines import Line, error, ok, warning
 from mixgrpo.planning.coverage import iterations_by_step, never_trained, visits
 from mixgrpo.run.contents import contents_of
 from mixgrpo.run.saving import check_same_run, checkpoints_root
+from mixgrpo.run.start import holds_results
 
 _ANOTHER = "choose another --run.folder"
 
@@ -70,10 +71,10 @@ def _without_checkpoint(config: Config) -> Iterator[Line]:
     if not above.is_dir() or not os.access(above, os.W_OK):
         yield error("folder", f"{folder} cannot be created or written: {above} is not a folder "
                     "that this user can write to", _ANOTHER)  # fmt: skip
-    elif (folder / "metrics.jsonl").exists():
+    elif holds_results(folder):
         yield warning(
             "folder",
-            f"{folder} holds the records of a run without a checkpoint, which will be moved to a "
+            f"{folder} holds the results of a run without a checkpoint, which will be moved to a "
             "folder earlier_N in it",
             _ANOTHER,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mixgrpo.files.json_files import read_json
-from mixgrpo.files.named_paths import check_distinct_names, find_path, split_name
+from mixgrpo.files.named_paths import check_distinct_names, split_name
 from mixgrpo.types import Metadata
 
 VERSION = 1
@@ -90,9 +91,9 @@ def _check_same_prompts(manifests: Sequence[Manifest]) -> None:
 
 def _read(argument: str) -> Manifest:
     name, path = split_name(argument)
-    found = find_path(str(path))
-    file = path / "manifest.json" if found and found.is_dir() else path
-    if not find_path(str(file)):
+    # os.path, unlike Path, takes a name that is too long for one that does not exist.
+    file = path / "manifest.json" if os.path.isdir(path) else path
+    if not os.path.exists(file):
         raise FileNotFoundError(
             f"there is no manifest {str(file)!r}; give the folder that `python -m mixgrpo sample` "
             "has written, or its manifest.json"
@@ -162,8 +163,8 @@ def _check_prompt(file: Path, place: int, prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{file}: `prompt` of images[{place}] has half a character, "
-            f"{prompt[error.start]!a}, at position {error.start}; write the whole character"
+            f"{file}: `prompt` of images[{place}] has half of a surrogate pair, "
+            f"{prompt[error.start]!a}, at position {error.start}; remove it"
         ) from error
 
 

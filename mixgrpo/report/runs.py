@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from mixgrpo.config import ValidationConfig, dotted
 from mixgrpo.files.json_files import read_json
 from mixgrpo.files.json_lines import read_records
-from mixgrpo.files.named_paths import check_distinct_names, find_path, split_name
+from mixgrpo.files.named_paths import check_distinct_names, split_name
 from mixgrpo.text.prompts import read_prompts
 
 OF_A_RUN = ("config.json", "metrics.jsonl", "pictures")
@@ -117,8 +118,7 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     runs = []
     for argument in arguments:
         name, folder = split_name(argument)
-        found = find_path(str(folder))
-        if found is None or not found.is_dir():
+        if not os.path.isdir(folder):  # also for a name that is too long
             raise FileNotFoundError(
                 f"there is no folder {str(folder)!r}; give the --run.folder of a training run"
             )
@@ -188,12 +188,12 @@ def _read_records(path: Path, missing: list[str]) -> tuple[Record, ...]:
     if not path.exists():
         missing.append(f"there is no {path.name}: no curves")
         return ()
-    if found.torn or found.damaged == [found.lines]:
-        missing.append(f"the last line of {path.name} is incomplete or damaged, and is ignored")
-    elif found.damaged:
+    if found.torn:
+        missing.append(f"the last line of {path.name} is incomplete and is ignored")
+    if found.damaged:
         missing.append(
-            f"{len(found.damaged)} of {found.lines} lines of {path.name} are not records and are "
-            f"ignored, the first of them line {found.damaged[0]}"
+            f"{len(found.damaged)} of {found.lines} lines of {path.name} are not whole records; "
+            f"what can be read of them is shown, the first of them is line {found.damaged[0]}"
         )
     if not found.records:
         missing.append(f"{path.name} has no records yet: no curves")

@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,18 +81,6 @@ def find_reward(kind: str) -> Any:
     if kind not in KNOWN and ":" not in kind:
         raise ValueError(_unknown_name(kind))
     return _import(KNOWN.get(kind, kind), kind)
-
-
-def source_file(kind: str) -> Path | None:
-    """The file with the code of the reward that ``kind`` names; None if there is no such file."""
-    module = KNOWN.get(kind, kind).partition(":")[0]
-    try:
-        found = importlib.util.find_spec(module)
-    except Exception:  # its package is imported; building the reward raises the proper error
-        return None
-    if found is None or found.origin is None or not Path(found.origin).is_file():
-        return None
-    return Path(found.origin)
 
 
 def _unknown_name(kind: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 from mixgrpo.config import Config, dotted
 from mixgrpo.engines.distributed import Process, gather_objects
 from mixgrpo.files.fingerprint import fingerprint, fingerprint_files
+from mixgrpo.files.sources import identify
 from mixgrpo.models.registry import FAMILIES
-from mixgrpo.rewards.registry import KNOWN, source_file
+from mixgrpo.rewards.registry import KNOWN
 
 PREFIX = "contents."
 _MOST = 1000  # files in a folder; models have fewer, and data sets would take long
@@ -32,7 +33,7 @@ def read_contents(config: Config, process: Process) -> dict[str, str]:
         try:
             found = contents_of(config)
         except OSError as error:
-            fault = OSError(f"{error.filename} cannot be read ({error.strerror}); mend that")
+            fault = OSError(f"{error.filename} cannot be read ({error.strerror}); make it readable")
     found, fault = gather_objects(process, (found, fault))[0]
     if fault is not None:
         raise fault
@@ -43,7 +44,7 @@ def contents_of(config: Config) -> dict[str, str]:
     """``contents.`` and a knob -> digest of the files that the knob names.
 
     The knobs are those of the prompts, the model, and the rewards with the paths among their
-    options; ``contents.rewards.NAME.code`` is for the source file of a reward of the user's own.
+    options; ``contents.rewards.NAME.code`` is for the sources of a reward of the user's own.
     What does not exist is left out, since loading it reports that.
 
     Raises:
@@ -58,8 +59,11 @@ def contents_of(config: Config) -> dict[str, str]:
         for knob, value in dotted(asdict(knobs)).items():
             if knob.partition(".")[0] in ("model", "checkpoint", "options"):
                 found[f"rewards.{name}.{knob}"] = _digest_of_paths(value)
-        source = None if knobs.kind in KNOWN else source_file(knobs.kind)
-        found[f"rewards.{name}.code"] = fingerprint_files([source]) if source else None
+        if knobs.kind not in KNOWN:
+            sources = identify([knobs.kind.partition(":")[0]])
+            found[f"rewards.{name}.code"] = (
+                _digest_of_text(json.dumps(sources)) if sources else None
+            )
     return {f"{PREFIX}{key}": digest for key, digest in found.items() if digest is not None}
 
 
@@ -69,12 +73,16 @@ def _digest_of_prompts(file: str) -> str | None:
     return hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
 
 
+def _digest_of_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def _digest_of_model(config: Config) -> str | None:
     try:
         parts = FAMILIES[config.model.family].identify(config.model)
     except FileNotFoundError:
         return None
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return _digest_of_text(json.dumps(parts, sort_keys=True))
 
 
 def _digest_of_paths(value: Any) -> str | None:

@@ -100,7 +100,11 @@ class Guard:
     def _hear(self, number: int) -> None:
         if number == signal.SIGTSTP:  # Ctrl-Z: the time until it continues does not count
             faulthandler.cancel_dump_traceback_later()
+            suspended_at = monotonic()
             os.kill(os.getpid(), signal.SIGSTOP)
+            if self.asked is not None:
+                self._asked_at += monotonic() - suspended_at
+                _end_without_gil_by(self._asked_at + self.grace + LATE)
         if number not in stops():
             return
         if self.asked is None:

@@ -65,7 +65,7 @@ def _write_json(path: Path, content: object) -> None:
 
 def _set_aside(folder: Path) -> None:
     """Moves the results of a run whose checkpoints are gone, or that had none, to ``earlier_1``."""
-    if not any(map(_holds_something, (folder / name for name in _RESULTS))):
+    if not holds_results(folder):
         return
     place = first_free(folder, "earlier_{}")
     place.mkdir()
@@ -77,6 +77,11 @@ def _set_aside(folder: Path) -> None:
         f"are now in {place}",
         file=sys.stderr,
     )
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether a run without a checkpoint to continue from has left results in this folder."""
+    return any(map(_holds_something, (folder / name for name in _RESULTS)))
 
 
 def _holds_something(path: Path) -> bool:

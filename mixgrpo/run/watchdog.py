@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 from datetime import timedelta
 from time import monotonic, perf_counter
@@ -15,7 +14,7 @@ import torch.distributed as dist
 
 from mixgrpo.engines.distributed import Process
 from mixgrpo.engines.rendezvous import connect, read_place
-from mixgrpo.run.guard import end_without_gil_after, indented, stacks
+from mixgrpo.run.guard import end_without_gil_after, indented, speak, stacks
 
 PERIOD = 2.0  # seconds between checks
 SUSPENDED = 10.0  # seconds between checks beyond which the process was suspended
@@ -27,8 +26,8 @@ class Watchdog:
     """Ends a process that makes no progress, after every process has reported where it is.
 
     A process that waits for another one in a collective operation hangs just as that one does.
-    Therefore the first process that runs out of patience notifies all others through torchrun's
-    store, and each of them prints the stacks of all its threads and exits.
+    Therefore the first process that runs out of patience notifies all others through the store by
+    which they met, and each of them prints the stacks of all its threads and exits.
     """
 
     def __init__(self, patience: float, process: Process) -> None:
@@ -89,23 +88,22 @@ class Watchdog:
 
     def _end(self, why: str) -> NoReturn:
         rank, seconds = self.process.rank, monotonic() - self._since
-        sys.stderr.write(
+        speak(
             f"error (rank {rank}): {why}; this process has been in phase {self._place!r} for "
-            f"{seconds:.0f} s; its threads are at\n{indented(stacks())}\n"
+            f"{seconds:.0f} s; its threads are at\n{indented(stacks())}"
         )
-        sys.stderr.flush()
         if self.process.world_size > 1:
             threading.Event().wait(TELLING)
         os._exit(1)  # any other way to exit would wait for the thread that hangs
 
 
 def _store(process: Process) -> dist.Store | None:
-    """A separate connection to torchrun's store, because that of the process group may block."""
+    """A separate connection to the processes' store, because that of the group may block."""
     if process.world_size == 1:
         return None
     try:
         return connect(read_place(os.environ), timedelta(seconds=60))
-    except (RuntimeError, ValueError):  # not started by torchrun
+    except (RuntimeError, ValueError):  # nobody keeps one
         return None
 
 

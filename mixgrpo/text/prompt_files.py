@@ -109,7 +109,7 @@ def _check_length(number: int, prompt: str) -> None:
 # ---- JSONL
 
 # A line of JSON, or of Python's way to print a dict, that names a prompt, complete or not.
-_NAMES_PROMPT = re.compile(r"""(?:[\[{].*)?["']prompt["']\s*:""")
+_NAMES_PROMPT = re.compile(r"""[\[{].*["']prompt["']\s*:|["']prompt["']\s*:\s*["']""")
 
 
 def _is_jsonl(lines: Lines) -> bool:
