@@ -14,6 +14,7 @@ from mixgrpo.config import Config, RewardConfig
 from mixgrpo.doctor.devices import memory_of_a_process, processes_here
 from mixgrpo.doctor.lines import Line, error, ok, size, warning
 from mixgrpo.doctor.rewards import options_of
+from mixgrpo.files.disk import existing
 from mixgrpo.models.flux_files import find_weights
 from mixgrpo.models.registry import ENCODERS
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory
@@ -195,9 +196,3 @@ def missing_embedding_bytes(config: Config) -> int:
     prompts = {p for knob, path in files.items() for p in read_prompts(path, knob).texts}
     missing = len(begun) + len(prompts - listed)
     return missing * ENCODERS[config.model.family].bytes_per_prompt(config.model)
-
-
-def existing(path: Path) -> Path:
-    """The path, or its nearest parent folder that exists."""
-    whole = path.absolute()
-    return next(place for place in (whole, *whole.parents) if place.exists())

@@ -12,6 +12,7 @@ from mixgrpo.checks import check
 from mixgrpo.config import Config
 from mixgrpo.doctor.devices import processes_here
 from mixgrpo.doctor.lines import Line, error, ok, warning
+from mixgrpo.files.disk import existing
 from mixgrpo.planning.coverage import iterations_by_step, never_trained, visits
 from mixgrpo.run.contents import contents_of
 from mixgrpo.run.saving import check_same_run, checkpoints_root
@@ -66,8 +67,7 @@ def check_folder(config: Config, processes: int) -> Iterator[Line]:
 
 def _without_checkpoint(config: Config) -> Iterator[Line]:
     folder = Path(config.run.folder)
-    above = next(place for place in (folder.absolute(), *folder.absolute().parents)
-                 if place.exists())  # fmt: skip
+    above = existing(folder)
     if not above.is_dir() or not os.access(above, os.W_OK):
         yield error("folder", f"{folder} cannot be created or written: {above} is not a folder "
                     "that this user can write to", _ANOTHER)  # fmt: skip

@@ -58,13 +58,19 @@ def check_replaceable(path: Path) -> None:
         partial = path.with_name(PARTIAL + path.name)
         if partial.is_dir():
             check_regular(partial)
-        above = next(folder for folder in path.absolute().parents if folder.exists())
+        above = existing(path.absolute().parent)
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}); name another") from error
     except ValueError as error:
         raise ValueError(f"{error}, so it is not replaced; name another path") from error
     if not above.is_dir():
         raise ValueError(f"{path} lies below {above}, which is not a folder; name another path")
+
+
+def existing(path: Path) -> Path:
+    """The path, or its nearest parent that exists; absolute."""
+    whole = path.absolute()
+    return next(place for place in (whole, *whole.parents) if place.exists())
 
 
 def first_free(folder: Path, pattern: str) -> Path:

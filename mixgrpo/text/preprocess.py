@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mixgrpo.checks import ENCODING_BOUNDS, check_bounds
 from mixgrpo.config import ModelConfig, PreprocessConfig, flatten
 from mixgrpo.engines.distributed import Process, process_group
-from mixgrpo.files.disk import PARTIAL, own_folder
+from mixgrpo.files.disk import PARTIAL, existing, own_folder
 from mixgrpo.models import TextEncoder
 from mixgrpo.models.registry import ENCODERS
 from mixgrpo.text.embeddings import (
@@ -101,8 +101,7 @@ def _check_space(folder: Path, index: Index, bytes_per_prompt: int) -> None:
         if not shard_path(folder, number).exists()
     ]
     needed = sum(missing) * bytes_per_prompt
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing(folder)).free
     if needed > free:
         raise ValueError(
             f"output is {str(folder)!r}: the embeddings of {sum(missing)} prompts take "
