@@ -39,10 +39,10 @@ from mixgrpo.checks import check_resumable
 from mixgrpo.commands import launch, main
 from mixgrpo.config import EncoderConfig, ModelConfig, PreprocessConfig, flatten
 from mixgrpo.files import disk
-from mixgrpo.files.fingerprint import fingerprint
+from mixgrpo.files.fingerprint import digest_contents, fingerprint
 from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, require_parts
 from mixgrpo.text import embeddings
-from mixgrpo.text.embeddings import read_index, shard_path
+from mixgrpo.text.embeddings import Shard, read_index, shard_path, write_index
 from mixgrpo.text.preprocess import preprocess
 from mixgrpo.text.stored import StoredText
 
@@ -348,6 +348,21 @@ def test_killed_at_any_moment_and_run_again(world, stored, tmp_path, monkeypatch
         assert files_of(folder)[name] == whole[name], "a finished shard was made again"
 
 
+@pytest.mark.parametrize("content", [b"\0" * 40, b"{}", b"[]", b"", b'{"size": 1', None])
+def test_a_damaged_record_is_made_again(content, world, stored, tmp_path):
+    """It lies beside its shard, as if the process had been killed before it updated the index."""
+    folder = tmp_path / "out"
+    shutil.copytree(stored, folder)
+    index = read_index(folder)
+    record = dataclasses.asdict(index.shards[1].record)
+    index.shards[1] = Shard(index.shards[1].prompts)
+    write_index(folder, index)
+    text = json.dumps({**record, "digests": None}).encode() if content is None else content
+    (folder / "shard_00001.json").write_bytes(text)
+    preprocess_here(world, folder)
+    assert contents(folder) == contents(stored)
+
+
 def test_killed_in_the_middle_of_a_shard(world, stored, tmp_path, encoded):
     folder = tmp_path / "out"
     with (
@@ -629,6 +644,26 @@ def test_a_fingerprint_sees_names_sizes_and_contents(tmp_path):
     assert len(set(seen)) == 4
     shutil.copytree(folder, tmp_path / "copy")
     assert fingerprint(tmp_path / "copy") == seen[-1]
+
+
+def test_a_fingerprint_reads_what_the_digest_of_all_contents_does(tmp_path):
+    """Also behind links to folders, and where a name is not UTF-8."""
+    (tmp_path / "part").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "part" / "link").symlink_to(tmp_path / "elsewhere")
+    seen = []
+    for name, data in ((b"a", b"one"), (b"a", b"two"), (b"caf\xe9", b"")):
+        Path(tmp_path, "elsewhere", os.fsdecode(name)).write_bytes(data)
+        seen.append((fingerprint(tmp_path / "part"), digest_contents(tmp_path / "part")))
+    assert [len(set(each)) for each in zip(*seen, strict=True)] == [3, 3]
+
+
+def test_a_fingerprint_does_not_change_between_versions(tmp_path):
+    """Stored embeddings and checkpoints hold it."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for number, name in enumerate(("a/b/c", "a/b.d", "a-b", "B", "a/é")):
+        (tmp_path / name).write_bytes(bytes([number]) * (number + 1))
+    assert fingerprint(tmp_path) == "522dac27e56fb52b"
 
 
 def test_of_a_large_file_only_stretches_are_read(tmp_path):

@@ -14,18 +14,16 @@ _STRETCH, _STRETCHES = 4096, 512
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of the names, sizes and contents of a folder's files, without hidden ones.
+    """A digest of the names, sizes and contents of the files in ``files_in(folder)``.
 
     Files up to 2 MiB are read completely. Of larger files, 512 pieces of 4 KiB are read: one every
     20 MB in a file of 10 GB, so that each matrix of T5-XXL is sampled more than once. Different
     weights differ everywhere, but a few altered bytes may go undetected.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.is_file() and not hidden:
-            digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
-            _add(digest, file)
+    for file in files_in(folder):
+        digest.update(_as_bytes(f"{file.relative_to(folder)}\0{file.stat().st_size}\0"))
+        _add(digest, file)
     return digest.hexdigest()
 
 
@@ -50,7 +48,7 @@ def digest_contents(path: Path) -> str:
         digests = list(pool.map(_whole, files))
     whole = hashlib.sha256()
     for file, digest in zip(files, digests, strict=True):
-        whole.update(f"{file.relative_to(path)}\0{digest}\0".encode("utf-8", "surrogateescape"))
+        whole.update(_as_bytes(f"{file.relative_to(path)}\0{digest}\0"))
     return whole.hexdigest()
 
 
@@ -66,6 +64,10 @@ def files_in(folder: Path) -> list[Path]:
             found += [Path(place, name) for name in names if not name.startswith(".")]
         entered.add(here)
     return sorted(file for file in found if file.is_file())
+
+
+def _as_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")  # names of files need not be UTF-8
 
 
 def _whole(file: Path) -> str:

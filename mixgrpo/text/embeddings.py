@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,7 +126,7 @@ def write_shard(folder: Path, number: int, text: TextEmbedding, lengths: list[in
 def finished_record(folder: Path, number: int, shard: Shard) -> Record | None:
     """The record next to a shard, or else the index's; None if the file does not match it."""
     beside, path = _record_path(folder, number), shard_path(folder, number)
-    record = Record(**read_json(beside)) if beside.exists() else shard.record
+    record = _read_record(beside, shard) or shard.record
     whole = record is not None and path.exists() and path.stat().st_size == record.size
     return record if record and whole and _checksum(path) == record.checksum else None
 
@@ -135,18 +134,26 @@ def finished_record(folder: Path, number: int, shard: Shard) -> Record | None:
 def take_records(folder: Path, index: Index) -> Index:
     """Moves the records next to the shards into the index."""
     beside = {number: _record_path(folder, number) for number in range(len(index.shards))}
-    found = {number: path for number, path in beside.items() if path.exists()}
-    read = {number: Record(**read_json(path)) for number, path in found.items()}
     shards = [
-        Shard(shard.prompts, read.get(number, shard.record))
+        Shard(shard.prompts, _read_record(beside[number], shard) or shard.record)
         for number, shard in enumerate(index.shards)
     ]
     complete = Index(index.encoder, shards)
     if complete != index:
         write_index(folder, complete)
-    for path in found.values():
-        os.remove(path)
+    for path in beside.values():
+        path.unlink(missing_ok=True)
     return complete
+
+
+def _read_record(path: Path, shard: Shard) -> Record | None:
+    """The record in a file; None if there is none, or it is damaged, so that it is made again."""
+    try:
+        record = Record(**read_json(path))
+        count = len(record.digests), len(record.lengths)
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return record if count == (len(shard.prompts), len(shard.prompts)) else None
 
 
 def read_row(folder: Path, number: int, shard: Shard, row: int) -> TextEmbedding:
