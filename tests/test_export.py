@@ -27,7 +27,8 @@ from tiny_world import (
 
 from mixgrpo.checkpoint import Shards
 from mixgrpo.commands import main
-from mixgrpo.files.weight_files import NAME, write_streamed
+from mixgrpo.files.weight_files import write_streamed
+from mixgrpo.files.weight_sets import NAME
 from mixgrpo.models.flux import LORA_TARGETS, PARTS
 from mixgrpo.models.flux_export import export_flux
 from mixgrpo.models.flux_lora import attach_lora, lora_of_run

@@ -13,7 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from tiny_world import CPU
 
 from mixgrpo.config import ModelConfig
-from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes
+from mixgrpo.files.weight_files import check_fits, read_shapes
+from mixgrpo.files.weight_sets import NAME, find_shards
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig
 from mixgrpo.inference.memory import estimate, explain
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas

@@ -36,7 +36,7 @@ from mixgrpo.commands import main
 from mixgrpo.commands.sample import parse
 from mixgrpo.config import flatten
 from mixgrpo.files.fingerprint import fingerprint_files
-from mixgrpo.files.weight_files import NAME
+from mixgrpo.files.weight_sets import NAME
 from mixgrpo.inference import config as inference_config
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig, check, tuned_steps
 from mixgrpo.inference.folder import PictureFolder

@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from mixgrpo.files.weight_files import NAME, check_fits, find_shards, plain_names, read_shapes
+from mixgrpo.files.weight_files import check_fits, plain_names, read_shapes
+from mixgrpo.files.weight_sets import NAME, find_shards
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig
 from mixgrpo.inference.tuned import load_tuned
 from mixgrpo.models.flux_stored import empty_transformer
@@ -185,6 +186,11 @@ def test_other_floating_point_dtypes_load(state, load, tmp_path):
         save_file({name: weight.to(dtype) for name, weight in state.items()}, tmp_path / NAME)
         found = load(tmp_path)
         assert all(torch.equal(found[n], weight.to(dtype).float()) for n, weight in state.items())
+
+
+@pytest.mark.parametrize("stem", ["random_model", "scheduler", "sampler", "optimizer_free"])
+def test_a_numbered_file_is_found_by_any_name(stem, state, load, tmp_path):
+    load(in_shards(state, tmp_path, stem + "-{:05}-of-{:05}.safetensors")[1])
 
 
 def test_plain_names_only_removes_what_all_names_have() -> None:

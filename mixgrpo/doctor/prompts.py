@@ -12,7 +12,7 @@ import torch
 from mixgrpo.assembly import make_stored_text
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, warning
-from mixgrpo.models.flux_text import quiet
+from mixgrpo.models.flux_files import quiet
 from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.text.stored import preprocess_command

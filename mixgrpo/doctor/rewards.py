@@ -12,7 +12,7 @@ import httpx
 
 from mixgrpo.config import Config, RewardConfig
 from mixgrpo.doctor.lines import Line, error, fetching, ok, size, warning
-from mixgrpo.files.weight_files import find_shards
+from mixgrpo.files.weight_sets import find_shards
 from mixgrpo.rewards import chat
 from mixgrpo.rewards.completion import LARGEST, Failure, decoded
 from mixgrpo.rewards.registry import check_call

@@ -23,7 +23,8 @@ _INDEX = re.compile(
     rf"(?P<stem>.+?)\.(?P<suffix>safetensors|bin)\.index{_VARIANT.format('variant')}\.json"
 )
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # as libraries call them
-# What accelerate, the Trainer and DeepSpeed write beside the weights.
+# What accelerate, the Trainer and DeepSpeed write beside the weights. It is left out when a folder
+# is searched, not when such a file is named.
 _NO_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_).*|.*mp_rank_\d.*"
 )
@@ -113,6 +114,12 @@ def find_shards(path: Path) -> list[Path]:
     return [path]
 
 
+def without_variant(name: str) -> str:
+    """A weight file's name as it is where only one variant is stored."""
+    named = _WEIGHTS.fullmatch(name)
+    return f"{named['stem']}{named['shard'] or ''}.{named['suffix']}" if named else name
+
+
 def find_set(folder: Path) -> WeightSet:
     """The weights in a folder.
 
@@ -120,7 +127,8 @@ def find_set(folder: Path) -> WeightSet:
         NoWeights: there are none.
         ValueError: there are several, or they are in a form that cannot be read.
     """
-    ranked = sorted(_group(folder.iterdir()).values(), key=lambda each: each.rank)
+    weights = (path for path in folder.iterdir() if not _NO_WEIGHTS.fullmatch(path.name))
+    ranked = sorted(_group(weights).values(), key=lambda each: each.rank)
     if not ranked:
         form = form_of_folder(folder)
         if form is not None:
@@ -136,7 +144,7 @@ def _group(paths: Iterable[Path]) -> dict[tuple[str, str, str], WeightSet]:
     sets: dict[tuple[str, str, str], WeightSet] = {}
     for path in sorted(set(paths)):
         index, named = _INDEX.fullmatch(path.name), _WEIGHTS.fullmatch(path.name)
-        if path.is_dir() or _NO_WEIGHTS.fullmatch(path.name) or not (index or named):
+        if path.is_dir() or not (index or named):
             continue
         found = index or named
         assert found is not None

@@ -22,12 +22,11 @@ from mixgrpo.files.weight_files import (
     check_fits,
     check_plain,
     fill,
-    find_shards,
     plain_names,
     read_names,
     read_shapes,
 )
-from mixgrpo.files.weight_sets import NoWeights
+from mixgrpo.files.weight_sets import NoWeights, find_shards
 from mixgrpo.inference.config import InferenceConfig, tuned_steps
 from mixgrpo.models.flux_lora import attach_lora, lora_of_run
 from mixgrpo.models.lora import Lora

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.files.disk import write_text_whole, write_whole
-from mixgrpo.files.weight_files import NAME, check_fits, find_shards, read_shapes, write_streamed
+from mixgrpo.files.forms import SAFETENSORS
+from mixgrpo.files.weight_files import check_fits, read_shapes, write_streamed
+from mixgrpo.files.weight_sets import WeightSet, without_variant
 from mixgrpo.models.flux import LORA_TARGETS, PARTS
+from mixgrpo.models.flux_files import WEIGHTED, find_part
 from mixgrpo.models.flux_folder import check_folder
 from mixgrpo.models.flux_text import require_parts
 from mixgrpo.models.lora import fold
@@ -28,6 +31,8 @@ def export_flux(
     folder: Path, config: ModelConfig, shapes: Mapping[str, Tensor], read: Read
 ) -> None:
     """Writes a pipeline folder (full training), or ``pytorch_lora_weights.safetensors`` (LoRA).
+
+    The folder's weights have names without a variant, which readers would have to be told.
 
     Args:
         shapes: the shapes of the trained weights, by their names in training.
@@ -64,31 +69,52 @@ def _export_pipeline(
     folder: Path, config: ModelConfig, shapes: Mapping[str, Tensor], read: Read
 ) -> None:
     require_parts(config.path, PARTS)
-    source = Path(config.path)
-    files = find_shards(source / "transformer")
-    check_fits(read_shapes(files), shapes, source)
+    source, target = Path(config.path), folder / "transformer"
+    weights = find_part(source / "transformer")
+    check_fits(read_shapes(weights.files()), shapes, source)
     check_folder(source)  # its other parts are copied
-    (folder / "transformer").mkdir(parents=True, exist_ok=True)
-    for file in files:
-        inside = {name: shapes[name] for name in read_shapes([file])}
-        target = folder / "transformer" / file.name
-        write_whole(target, partial(write_streamed, shapes=inside, tensors=read(inside)))
-    _write_index(source / "transformer", folder / "transformer", shapes)
-    shutil.copy2(source / "transformer" / "config.json", folder / "transformer" / "config.json")
+    target.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for file, name in _names(weights).items():
+        written[name] = {key: shapes[key] for key in read_shapes([file])}
+        write = partial(write_streamed, shapes=written[name], tensors=read(written[name]))
+        write_whole(target / name, write)
+    _write_index(target, weights.stem, written)
+    shutil.copy2(source / "transformer" / "config.json", target / "config.json")
     shutil.copy2(source / "model_index.json", folder / "model_index.json")
     for part in PARTS:
         if part != "transformer":
-            # Copied, not linked: changes to the copy must not affect the base model.
-            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+            _copy_part(source / part, folder / part)
 
 
-def _write_index(source: Path, folder: Path, shapes: Mapping[str, Tensor]) -> None:
-    """Copies the index with a new total size: the dtype may differ from the base model's."""
-    index = source / f"{NAME}.index.json"
-    if not index.exists():
+def _copy_part(source: Path, target: Path) -> None:
+    """Copies a part instead of linking it: changes to it must not affect the base model."""
+    weights = find_part(source) if source.name in WEIGHTED else None
+    if weights is None or not weights.variant:
+        shutil.copytree(source, target, dirs_exist_ok=True)
         return
-    content = json.loads(index.read_text(encoding="utf-8"))
-    size = sum(shape.numel() * shape.element_size() for shape in shapes.values())
-    content["metadata"] = {**content.get("metadata", {}), "total_size": size}
-    text = json.dumps(content, indent=2)
-    write_text_whole(folder / index.name, text)
+    renamed = [file.name for file in (*weights.files(), weights.index) if file]
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=lambda *_: renamed)
+    for file, name in _names(weights).items():
+        shutil.copy2(file, target / name)
+    copied = {name: read_shapes([target / name]) for name in _names(weights).values()}
+    _write_index(target, weights.stem, copied)
+
+
+def _names(weights: WeightSet) -> dict[Path, str]:
+    """File -> its name in an export."""
+    files = weights.files()
+    if len(files) == 1:
+        return {files[0]: f"{weights.stem}.{weights.suffix}"}
+    return {file: without_variant(file.name) for file in files}
+
+
+def _write_index(folder: Path, stem: str, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Writes the index of several files, name -> the shapes of its tensors."""
+    if len(files) == 1:
+        return
+    shapes = [shape for inside in files.values() for shape in inside.values()]
+    size = sum(shape.numel() * shape.element_size() for shape in shapes)
+    places = {name: file for file, inside in files.items() for name in inside}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    write_text_whole(folder / f"{stem}.{SAFETENSORS}.index.json", json.dumps(index, indent=2))

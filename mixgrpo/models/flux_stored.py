@@ -11,7 +11,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from mixgrpo.files.weight_files import check_fits, find_shards, open_slices, read_shapes
+from mixgrpo.files.weight_files import check_fits, open_slices, read_shapes
+from mixgrpo.files.weight_sets import find_shards
 
 _BASE = ".base_layer."  # inserted by adapters into the names of the layers that they adapt
 
