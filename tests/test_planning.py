@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixgrpo.commands import main
 from mixgrpo.commands.plan import parse
 from mixgrpo.config import Config, RewardConfig
+from mixgrpo.files.weight_sets import NAME
+from mixgrpo.inference.config import InferenceConfig, SampledModelConfig
+from mixgrpo.inference.memory import estimate
 from mixgrpo.models.flux import LORA_TARGETS
 from mixgrpo.models.flux_lora import streamline
 from mixgrpo.planning.activations import Precision, double_block_bytes, kept_bytes
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory, device_memory
 from mixgrpo.planning.flux_size import FluxSize, Products
-from mixgrpo.planning.memory import training_memory
+from mixgrpo.planning.memory import trained_weights, training_memory
 from mixgrpo.planning.operations import operations_per_picture, seconds
 from mixgrpo.planning.parts import PUBLISHED
 from mixgrpo.planning.plan import (
@@ -234,7 +238,7 @@ def test_full_training_on_one_gpu_by_hand() -> None:
     assert found.optimizer == 8 * P
     assert found.whole == 2 * 2 * DEV.double_block  # autocast's casts, of the blocks at work
     assert found.stepping == 0
-    assert found.text == 2 * PUBLISHED["text_encoder*"]
+    assert found.text == 2 * (PUBLISHED["text_encoder"] + PUBLISHED["text_encoder_2"])
     assert found.vae == 2 * PUBLISHED["vae"]
     assert found.rewards == 4 * PUBLISHED["hpsv2"]
     assert found.states == 32 * 12 * (2 * 4 + 2) * 2025 * 64 * 4
@@ -328,6 +332,27 @@ def test_the_model_folder_is_counted_where_there_is_one(world: Any, tmp_path: Pa
     for part, module in counts.items():
         assert getattr(found, part) == 4 * sum(p.numel() for p in module.parameters())
     assert training_memory(config) == found  # what the doctor and an out-of-memory error tell
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_only_the_weights_that_are_read_are_counted(train: str, world: Any, tmp_path: Path) -> None:
+    """Not those of variants beside them."""
+    config = world.config(tmp_path, model__train=train)
+    sampled = InferenceConfig(model=SampledModelConfig(path=str(world.model)))
+    expected = training_memory(config), trained_weights(config), estimate(sampled)
+    config.model.path = sampled.model.path = str(tmp_path / "model")
+    shutil.copytree(world.model, tmp_path / "model")
+    for file in list((tmp_path / "model").rglob("*.safetensors")):
+        shutil.copy2(file, file.with_suffix(".fp16.safetensors"))
+    assert (training_memory(config), trained_weights(config), estimate(sampled)) == expected
+
+
+def test_a_part_without_weights_has_the_published_size(world: Any, tmp_path: Path) -> None:
+    config = world.config(tmp_path)
+    shutil.copytree(world.model, tmp_path / "model")
+    config.model.path = str(tmp_path / "model")
+    (tmp_path / "model" / "vae" / NAME).unlink()
+    assert training_memory(config).vae == 4 * PUBLISHED["vae"]
 
 
 # ---- the plan

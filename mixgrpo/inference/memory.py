@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from mixgrpo.inference.config import InferenceConfig
+from mixgrpo.models.flux_files import WEIGHTED
 from mixgrpo.planning.activations import decoding_bytes, evaluation_bytes
 from mixgrpo.planning.device_memory import first_width
 from mixgrpo.planning.flux_size import FluxSize
-from mixgrpo.planning.memory import count_parameters, gib
+from mixgrpo.planning.memory import gib
+from mixgrpo.planning.parts import count_parameters
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Memory:
 def estimate(config: InferenceConfig) -> Memory:
     """Computes the estimate from the files of the model folder, without loading it."""
     folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
-    parameters = count_parameters(folder, "*")
+    parameters = sum(count_parameters(folder / part) for part in WEIGHTED)
     pixels = config.model.height * config.model.width
     tokens = pixels // 256 + config.model.text_length
     decoded = min(config.decode_batch, config.micro_batch)

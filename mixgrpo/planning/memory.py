@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mixgrpo.config import Config
 from mixgrpo.files.weight_files import read_shapes
+from mixgrpo.files.weight_sets import find_shards
 from mixgrpo.planning.device_memory import DeviceMemory, device_memory
+from mixgrpo.planning.parts import count_parameters
 from mixgrpo.planning.spread import spread_of
 
 
@@ -37,14 +38,12 @@ def training_memory(config: Config, processes: int = 1, per_node: int = 1) -> De
 
 def trained_weights(config: Config) -> int:
     """Number of trained weights: the transformer's, or r*(in + out) for each adapted layer."""
-    folder, model = Path(config.model.path), config.model
+    folder, model = Path(config.model.path) / "transformer", config.model
     if model.train == "full":
-        return count_parameters(folder, "transformer")
+        return count_parameters(folder)
     from mixgrpo.models.flux import LORA_TARGETS  # imports diffusers, which takes seconds
 
-    shapes: dict[str, Tensor] = {}
-    for file in folder.glob("transformer/*.safetensors"):
-        shapes.update(read_shapes([file]))  # one by one: variants hold the same names
+    shapes = read_shapes(find_shards(folder))
     layers = re.compile(LORA_TARGETS[model.lora_targets] + r"\.weight")
     return sum(
         model.lora_rank * sum(w.shape) for name, w in shapes.items() if layers.fullmatch(name)
@@ -68,15 +67,6 @@ def explain_training(config: Config, total: int, processes: int = 1, per_node: i
         f"offload{less and ', '}{less}, --text.placement offload, shard over several GPUs with "
         "--engine.kind fsdp (--engine.gather evaluation --engine.reduce micro_batch need the "
         f"least memory), or {remedy}; `python -m mixgrpo plan` shows what each saves"
-    )
-
-
-def count_parameters(folder: Path, part: str) -> int:
-    """Number of parameters, read from the headers of a part's weight files."""
-    return sum(
-        weight.numel()
-        for file in folder.glob(f"{part}/*.safetensors")
-        for weight in read_shapes([file]).values()
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mixgrpo.config import Config, RewardConfig
+from mixgrpo.files.weight_sets import find_shards
 
-# Parameters of the published files: FLUX.1-dev's T5-XXL encoder and CLIP-L, its autoencoder, and
+# Parameters of the published files: FLUX.1-dev's CLIP-L, T5-XXL encoder and autoencoder, and
 # for the rewards ViT-H/14 (three times) and BLIP-L with BERT.
 PUBLISHED = {
-    "text_encoder*": 4_762_310_656 + 123_060_480,
+    "text_encoder": 123_060_480,
+    "text_encoder_2": 4_762_310_656,
     "vae": 83_819_683,
     "hpsv2": 986_109_441,
     "pickscore": 985_509_377,
@@ -24,28 +26,36 @@ def bytes_of(dtype: str) -> int:
     return _BYTES[dtype]
 
 
-def parameters_of(model: Path, part: str) -> int:
-    """Parameters of a part of a model folder, read from file headers, or else as published."""
-    files = sorted(model.glob(f"{part}/*.safetensors"))
-    if not files:
-        return PUBLISHED[part]
+def count_parameters(folder: Path) -> int:
+    """Parameters of the weights that loading the folder would read, from the headers of its files.
+
+    Raises:
+        OSError, ValueError: see ``find_shards`` and ``read_shapes``.
+    """
     from mixgrpo.files.weight_files import read_shapes
 
-    return sum(weight.numel() for file in files for weight in read_shapes([file]).values())
+    return sum(weight.numel() for weight in read_shapes(find_shards(folder)).values())
+
+
+def _parameters_of(config: Config, part: str) -> int:
+    """Parameters of a part of the model folder, or as published if they are not there."""
+    try:
+        return count_parameters(Path(config.model.path) / part)
+    except FileNotFoundError:
+        return PUBLISHED[part]
 
 
 def text_bytes(config: Config) -> int:
     """Bytes of the text encoders if they stay on the device."""
     if config.text.mode == "embeddings" or config.text.placement != "device":
         return 0
-    count = parameters_of(Path(config.model.path), "text_encoder*")
+    count = sum(_parameters_of(config, part) for part in ("text_encoder", "text_encoder_2"))
     return count * bytes_of(config.model.compute_dtype)
 
 
 def vae_bytes(config: Config) -> int:
     """Bytes of the autoencoder's weights."""
-    count = parameters_of(Path(config.model.path), "vae")
-    return count * bytes_of(config.model.compute_dtype)
+    return _parameters_of(config, "vae") * bytes_of(config.model.compute_dtype)
 
 
 def reward_bytes(config: Config) -> int:
@@ -66,6 +76,9 @@ def _one_reward(knobs: RewardConfig) -> int:
 
 def _reward_parameters(knobs: RewardConfig) -> int:
     folder = Path(knobs.model or "")
-    if knobs.model and folder.is_dir() and list(folder.glob("*.safetensors")):
-        return parameters_of(folder.parent, folder.name)
-    return PUBLISHED[knobs.kind]
+    if not (knobs.model and folder.is_dir()):
+        return PUBLISHED[knobs.kind]
+    try:
+        return count_parameters(folder)
+    except (FileNotFoundError, ValueError):  # the reward itself may read one file of several
+        return PUBLISHED[knobs.kind]
