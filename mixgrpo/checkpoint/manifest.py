@@ -17,6 +17,7 @@ from typing import Any
 
 from mixgrpo.checkpoint.folder import CheckpointError
 from mixgrpo.files.disk import flush
+from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.pointer import is_plain_name
 from mixgrpo.files.regular import MIB, check_regular, open_regular, read_regular
 
@@ -112,7 +113,7 @@ def open_saved(path: Path) -> Saved:
         raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} is missing") from error
     except (*(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),) as error:
         raise Damaged(
-            f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({_first_line(error)})"
+            f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({in_one_line(error)})"
         ) from error
     return Saved(path, position, files)
 
@@ -179,10 +180,6 @@ def _digest_of_file(file: Path) -> str:
     except (OSError, ValueError) as error:
         raise Damaged(
             f"checkpoint {file.parent} is damaged: {file.name} cannot be read "
-            f"({_first_line(error)})"
+            f"({in_one_line(error)})"
         ) from error
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

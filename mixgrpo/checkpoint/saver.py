@@ -29,6 +29,7 @@ from mixgrpo.checkpoint.folder import (
 from mixgrpo.checkpoint.manifest import Position
 from mixgrpo.checkpoint.shards import ShardWriter, first_failure
 from mixgrpo.engines.distributed import Process, gather_objects, new_group
+from mixgrpo.files.messages import in_one_line
 
 T = TypeVar("T")
 SEEN_WITHIN = 30.0  # seconds within which every host must see a new file on the shared disk
@@ -193,7 +194,7 @@ class Saver:
             try:
                 result = do()
             except OSError as error:
-                failure = str(error).splitlines()[0]
+                failure = in_one_line(error)
         result, failure = gather_objects(self.process, (result, failure))[0]
         if failure:
             self._give_up(partial, failure, None)

@@ -35,6 +35,7 @@ from torch.futures import Future
 from mixgrpo.checkpoint.folder import CheckpointError
 from mixgrpo.checkpoint.index import bytes_of, read_index
 from mixgrpo.checkpoint.manifest import FileDigest, Position, new_digest, write_manifest
+from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.regular import check_regular
 
 # Running a single process without torch.distributed is intended.
@@ -254,5 +255,5 @@ class _Planner(dcp.DefaultLoadPlanner):
 def first_failure(error: CheckpointException) -> str:
     """The first failure of DCP in one line, with its rank."""
     rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-    text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    text = in_one_line(cause)
     return text if len(error.failures) == 1 and rank == 0 else f"rank {rank}: {text}"

@@ -19,6 +19,7 @@ import jsonargparse
 
 from mixgrpo.config import Config
 from mixgrpo.files.home import expand_home
+from mixgrpo.files.messages import in_one_line
 from mixgrpo.run.guard import Guard, stops
 
 GRACE = 900  # seconds for saving and exiting, for commands without run.grace
@@ -192,8 +193,8 @@ def carry_out(
         # Communication fails when another process has exited, which has reported the reason.
         if not re.search(r"gloo|NCCL", str(error)):
             raise
-        first_line = str(error).splitlines()[0]
-        return complain(ConnectionError(f"lost another process of this run: {first_line}"))
+        lost = f"lost another process of this run: {in_one_line(error)}"
+        return complain(ConnectionError(lost))
     return 0
 
 

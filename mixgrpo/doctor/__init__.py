@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import SETUP, Line, error, warning
+from mixgrpo.files.messages import in_one_line
 
 Check = Callable[[Config, int], Iterable[Line]]
 
@@ -48,12 +49,13 @@ def guarded(subject: str, place: str, config: Config, processes: int) -> list[Li
         check: Check = getattr(importlib.import_module(module), function)
         return list(check(config, processes))
     except ImportError as caught:
-        return [error(subject, f"could not be checked: {_reason(caught)}", SETUP)]
+        return [
+            error(subject, f"could not be checked: {in_one_line(caught, with_kind=True)}", SETUP)
+        ]
     except Exception as caught:  # whatever happened, the other checks continue
         remedy = "the other checks are still valid; please report this failure"
-        return [warning(subject, f"the check itself failed: {_reason(caught)}", remedy)]
-
-
-def _reason(caught: Exception) -> str:
-    said = " ".join(str(caught).split())
-    return f"{type(caught).__name__}: {said}" if said else type(caught).__name__
+        return [
+            warning(
+                subject, f"the check itself failed: {in_one_line(caught, with_kind=True)}", remedy
+            )
+        ]

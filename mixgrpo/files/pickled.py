@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixgrpo.files.forms import TORCH, readable_form
+from mixgrpo.files.messages import in_one_line
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "ema", "ema_state_dict", "params")
 _DEEPEST = 4  # wrappers around a state dict
@@ -47,7 +48,7 @@ def read_pickled(file: Path, device: str = "cpu") -> dict[str, Any]:
         *(LookupError, AttributeError, TypeError),
     ) as error:
         raise ValueError(
-            f"{file} cannot be read as a PyTorch file ({first_line(error)}); download it again, "
+            f"{file} cannot be read as a PyTorch file ({in_one_line(error)}); download it again, "
             "or save the model's state_dict() with safetensors"
         ) from error
     return _unwrapped(content, file)
@@ -86,9 +87,3 @@ def _unwrapped(content: Any, file: Path) -> dict[str, Any]:
 def is_dense(value: Any) -> bool:
     """Whether this is a tensor with all its elements one after the other."""
     return isinstance(value, Tensor) and value.layout == torch.strided
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -19,23 +19,8 @@ from mixgrpo.files.forms import (
     form_of_names,
     readable_form,
 )
-from mixgrpo.files.pickled import first_line, read_pickled, read_state_dict
-from mixgrpo.files.weight_sets import NAME, find_shards
-
-__all__ = [
-    "NAME",
-    "check_finite",
-    "check_fits",
-    "check_plain",
-    "fill",
-    "find_shards",
-    "open_slices",
-    "plain_names",
-    "read_names",
-    "read_shapes",
-    "read_tensors",
-    "write_streamed",
-]
+from mixgrpo.files.messages import in_one_line
+from mixgrpo.files.pickled import read_pickled, read_state_dict
 
 T = TypeVar("T")
 _SHOWN = 3
@@ -107,7 +92,7 @@ def _open_safetensors(file: Path) -> dict[str, Any]:
         return {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{file} cannot be read as safetensors ({first_line(error)}); its header is damaged, "
+            f"{file} cannot be read as safetensors ({in_one_line(error)}); its header is damaged, "
             "so download it again"
         ) from error
 

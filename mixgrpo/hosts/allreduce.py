@@ -10,6 +10,8 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
+from mixgrpo.files.messages import in_one_line
+
 WITHIN = timedelta(seconds=60)
 ELEMENTS = 1 << 22  # float32: 16 MiB
 
@@ -31,7 +33,7 @@ def main() -> int:
             seconds = perf_counter() - start
         dist.destroy_process_group()
     except RuntimeError as error:  # the base class of torch.distributed's own errors
-        print(f"error: all-reduce with {backend} failed: {str(error).splitlines()[0]}", flush=True)
+        print(f"error: all-reduce with {backend} failed: {in_one_line(error)}", flush=True)
         return 1
     speed = ELEMENTS * 4 / 2**20 / seconds
     print(f"all-reduce with {backend}: {'correct' if is_right else 'WRONG'}, {speed:.0f} MiB/s")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.files.fingerprint import fingerprint
+from mixgrpo.files.messages import in_one_line
 from mixgrpo.models import Text
 from mixgrpo.models.compiled import compile_blocks
 from mixgrpo.models.flux_folder import open_pipeline
@@ -277,7 +278,7 @@ def speed_up(transformer: Any, config: ModelConfig) -> None:
         except (RuntimeError, ImportError, ValueError) as error:
             raise ValueError(
                 f"model.attention is {config.attention!r}, which cannot be used here "
-                f"({str(error).splitlines()[0]}); install its package, or set "
+                f"({in_one_line(error)}); install its package, or set "
                 "--model.attention native"
             ) from error
     if config.compile != "off":

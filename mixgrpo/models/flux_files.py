@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from mixgrpo.files.forms import SAFETENSORS
+from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.regular import MIB, check_regular, check_regular_files, read_regular
 from mixgrpo.files.weight_files import check_fits, read_shapes
 from mixgrpo.files.weight_sets import WeightSet, find_set
@@ -112,9 +113,9 @@ def _asked_for(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
             else:
                 module = kind(settings.from_pretrained(folder, local_files_only=True))
     except Exception as error:  # whatever a library raises for a wrong value
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"no model can be created from {folder / 'config.json'} ({reason}); fetch it again"
+            f"no model can be created from {folder / 'config.json'} ({in_one_line(error)}); fetch "
+            "it again"
         ) from error
     named = dict(module.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mixgrpo.files.messages import in_one_line
 from mixgrpo.rewards.protocol import Reward
 
 # Name -> class. The modules are imported on demand, so that a run imports only what it uses.
@@ -121,7 +122,7 @@ def _import(spec: str, kind: str) -> Any:
 def _told(error: Exception) -> str:
     """The error in one line, with the line of the reward's code that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+    said = in_one_line(error, with_kind=True)
     return said if isinstance(error, SyntaxError) else f"{said}, in {last.filename}:{last.lineno}"
 
 

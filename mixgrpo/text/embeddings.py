@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mixgrpo.files.disk import write_text_whole, write_whole
 from mixgrpo.files.json_files import read_json
+from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.regular import MIB
 from mixgrpo.types import TextEmbedding
 
@@ -170,7 +171,7 @@ def read_row(folder: Path, number: int, shard: Shard, row: int) -> TextEmbedding
                 opened.get_slice(name)[row : row + 1].clone() for name in ("tokens", "pooled")
             )
     except (SafetensorError, OSError, IndexError) as error:
-        raise ValueError(f"{path} is damaged ({_first_line(error)})") from error
+        raise ValueError(f"{path} is damaged ({in_one_line(error)})") from error
     if _digest(tokens[0], pooled[0]) != shard.record.digests[row]:
         raise ValueError(
             f"{path} is damaged: the embedding of {shard.prompts[row]!r} differs from what was "
@@ -193,7 +194,3 @@ def _new_digest(data: bytes = b"") -> hashlib.blake2b:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, _new_digest).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
