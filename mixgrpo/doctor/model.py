@@ -11,10 +11,9 @@ from mixgrpo.models.flux import PARTS
 from mixgrpo.models.flux_files import WEIGHTED, check_part
 from mixgrpo.models.flux_folder import (
     TOKENIZERS,
-    check_factors,
     check_index,
     check_scheduler,
-    check_sizes,
+    check_together,
     read_tokenizer,
 )
 
@@ -43,9 +42,8 @@ def check_model(config: Config, processes: int) -> Iterator[Line]:
         yield line
     if whole:
         try:
-            check_sizes(folder)
-            check_factors(folder)
-        except ValueError as caught:
+            check_together(folder)
+        except (OSError, ValueError) as caught:
             yield error("model", str(caught), remedy)
 
 

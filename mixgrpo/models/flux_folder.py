@@ -13,7 +13,8 @@ import transformers
 from diffusers import FluxPipeline
 from safetensors import SafetensorError
 
-from mixgrpo.files.regular import check_regular_files
+from mixgrpo.files.messages import in_one_line
+from mixgrpo.files.tokenizers import load_tokenizer
 from mixgrpo.files.weight_files import check_finite
 from mixgrpo.models.flux_files import (
     WEIGHTED,
@@ -64,10 +65,9 @@ def open_pipeline(
     except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"a part of the model in {path!r} (model.path) cannot be read ({reason}); fetch it "
-            "again"
+            f"a part of the model in {path!r} (model.path) cannot be read ({in_one_line(error)}); "
+            "fetch it again"
         ) from error
     for part in WEIGHTED:
         if part not in without and part not in given:
@@ -97,24 +97,35 @@ def check_folder(folder: Path, without: Sequence[str] = ()) -> Checked:
     Raises:
         FileNotFoundError, ValueError: see ``open_pipeline``.
     """
-    parts = [folder / part for part in WEIGHTED if part not in without]
     try:
         check_index(folder)
-        for part in parts:
-            check_part(part)
-        check_sizes(folder, without)
-        if "vae" not in without:
-            check_factors(folder)
+        for part in WEIGHTED:
+            if part not in without:
+                check_part(folder / part)
+        variant = check_together(folder, without)
         if "scheduler" not in without:
             check_scheduler(folder)
         tokenizers = [part for part in TOKENIZERS if part not in without]
-        return Checked(
-            _variant(parts), {part: read_tokenizer(folder / part) for part in tokenizers}
-        )
+        return Checked(variant, {part: read_tokenizer(folder / part) for part in tokenizers})
     except ValueError as error:
         raise ValueError(
             f"the model in {str(folder)!r} (model.path) cannot be used: {error}"
         ) from error
+
+
+def check_together(folder: Path, without: Sequence[str] = ()) -> str | None:
+    """Checks the parts against each other; ``check_part`` has found no fault in any of them.
+
+    Returns:
+        the variant of the weights; None for no variant.
+
+    Raises:
+        OSError, ValueError: the parts do not belong to one model, or are of several variants.
+    """
+    check_sizes(folder, without)
+    if "vae" not in without:
+        check_factors(folder)
+    return _variant([folder / part for part in WEIGHTED if part not in without])
 
 
 def _variant(parts: Sequence[Path]) -> str | None:
@@ -195,35 +206,26 @@ def read_tokenizer(folder: Path) -> Any:
         OSError, ValueError: a file cannot be read, the vocabulary is larger or much smaller than
             the encoder's embedding, or another token ends a text.
     """
-    check_regular_files(folder)
     entry = read_object(folder.parent / "model_index.json").get(folder.name)
-    try:
-        with quiet():
-            kind = getattr(transformers, entry[-1])  # type: ignore[index]
-            tokenizer = kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a library raises for a damaged file
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{folder} cannot be read as a tokenizer ({reason}); fetch it again"
-        ) from error
-    _check_tokenizer(folder, tokenizer)
-    return tokenizer
-
-
-def _check_tokenizer(folder: Path, tokenizer: Any) -> None:
     part = TOKENIZERS[folder.name]
     config = {**_DEFAULTS[part], **read_object(folder.parent / part / "config.json")}
     rows, ends = config["vocab_size"], config["eos_token_id"]
-    count, last = len(tokenizer), tokenizer.eos_token_id
-    if count > rows or count < 0.9 * rows:
-        raise ValueError(
-            f"{folder} has a vocabulary of {count} tokens, but {part} has {rows}; fetch the "
-            "tokenizer of this encoder"
-        )
+    remedy = f"fetch the tokenizer of {part}"
+
+    def load() -> Any:
+        with quiet():
+            kind = getattr(transformers, entry[-1])  # type: ignore[index]
+            return kind.from_pretrained(folder, local_files_only=True)
+
+    try:
+        tokenizer = load_tokenizer(load, folder, rows)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
     if part == "text_encoder" and ends == 2:  # in CLIP's older files, for the largest token
         ends = rows - 1
-    if last != ends:
+    if tokenizer.eos_token_id != ends:
         raise ValueError(
-            f"{folder} ends a text by token {last}, but {part} expects {ends}; fetch the "
-            "tokenizer of this encoder"
+            f"the tokenizer in {folder} ends a text by token {tokenizer.eos_token_id}, but {part} "
+            f"expects {ends}; {remedy}"
         )
+    return tokenizer

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from mixgrpo.files.forms import TORCH_OLD, readable_form
+from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.named_paths import find_path
-from mixgrpo.files.regular import MIB, check_regular, check_regular_files, read_regular
+from mixgrpo.files.regular import MIB, check_regular, read_regular
+from mixgrpo.files.tokenizers import load_tokenizer
 from mixgrpo.files.weight_files import (
     check_finite,
     check_fits,
-    find_shards,
     plain_names,
     read_shapes,
     read_tensors,
 )
+from mixgrpo.files.weight_sets import find_shards
 
 _LARGEST_JSON = 16 * MIB
-_FEWEST = 0.9  # tokens of a tokenizer per row of its model's embedding
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -152,31 +153,21 @@ def read_heads(path: Path) -> dict[str, Tensor]:
 def read_tokenizer(
     load: Callable[[], Any], folder: Path, rows: int, reward: str, option: str
 ) -> Any:
-    """Loads a tokenizer that transformers or open_clip reads from ``folder``.
+    """Loads a tokenizer by ``load_tokenizer``.
 
     Args:
-        rows: rows of the embedding of the model to which it belongs.
         option: the reward's option that sets the folder, for messages.
 
     Raises:
         ValueError: it cannot be read, or has more or far fewer tokens than the embedding.
     """
-    check_regular_files(folder)
-    remedy = f"set the reward's `{option}` to the folder of the model's own tokenizer"
     try:
-        tokenizer = load()
-    except Exception as error:  # whatever a library raises for a damaged file
-        reason = " ".join(str(error).split())[:200]
+        return load_tokenizer(load, folder, rows)
+    except ValueError as error:
         raise ValueError(
-            f"{reward}: the tokenizer in {folder} cannot be read ({reason}); {remedy}"
+            f"{reward}: {error}; set the reward's `{option}` to the folder of the model's own "
+            "tokenizer"
         ) from error
-    count = len(getattr(tokenizer, "tokenizer", tokenizer))
-    if not _FEWEST * rows <= count <= rows:
-        raise ValueError(
-            f"{reward}: the tokenizer in {folder} has {count} tokens, but the model's embedding "
-            f"has {rows}; {remedy}"
-        )
-    return tokenizer
 
 
 def check_pixels(
@@ -194,9 +185,9 @@ def check_pixels(
     try:
         found = tuple(pixels(torch.zeros(1, 3, 16, 16)).shape[-2:])
     except Exception as error:  # whatever wrong settings lead to
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{reward}: the settings in {path} cannot be used ({reason}); fetch the file again"
+            f"{reward}: the settings in {path} cannot be used ({in_one_line(error)}); fetch "
+            "the file again"
         ) from error
     if found != size:
         raise ValueError(
