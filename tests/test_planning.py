@@ -23,7 +23,7 @@ from mixgrpo.inference.memory import estimate
 from mixgrpo.models.flux import LORA_TARGETS
 from mixgrpo.models.flux_lora import streamline
 from mixgrpo.planning.activations import Precision, double_block_bytes, kept_bytes
-from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory, device_memory
+from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory, device_memory, first_width
 from mixgrpo.planning.flux_size import FluxSize, Products
 from mixgrpo.planning.memory import trained_weights, training_memory
 from mixgrpo.planning.operations import operations_per_picture, seconds
@@ -345,6 +345,28 @@ def test_only_the_weights_that_are_read_are_counted(train: str, world: Any, tmp_
     for file in list((tmp_path / "model").rglob("*.safetensors")):
         shutil.copy2(file, file.with_suffix(".fp16.safetensors"))
     assert (training_memory(config), trained_weights(config), estimate(sampled)) == expected
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "is not valid JSON"), ("[]", "holds a list"), (" " * (64 * 2**20 + 1), "is larger")],
+)
+def test_settings_that_cannot_be_read(part: str, content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / part / "config.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    read = FluxSize.of_folder if part == "transformer" else first_width
+    with pytest.raises(ValueError, match=rf"{path} {words}.*; fetch it again$"):
+        read(tmp_path)
+
+
+def test_a_width_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    for content in ("{}", '{"block_out_channels": []}', '{"block_out_channels": ["a"]}'):
+        (tmp_path / "vae" / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config.json has block_out_channels .* fetch it"):
+            first_width(tmp_path)
 
 
 def test_a_part_without_weights_has_the_published_size(world: Any, tmp_path: Path) -> None:

@@ -30,6 +30,18 @@ def read_json(path: Path, most: int = MOST) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
 
 
+def read_object(path: Path, most: int = MOST) -> dict[str, Any]:
+    """The object in a JSON file, such as one with settings.
+
+    Raises:
+        OSError, ValueError: see ``read_json``; also if the value is not an object.
+    """
+    content = read_json(path, most)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mixgrpo.files.forms import SAFETENSORS, form_of_folder, readable_form
-from mixgrpo.files.regular import MIB, read_regular
+from mixgrpo.files.json_files import read_json
+from mixgrpo.files.regular import MIB
 
 NAME = "diffusion_pytorch_model.safetensors"  # diffusers' name for a model's weights
 _LARGEST_INDEX = 64 * MIB
@@ -167,10 +167,10 @@ def _key(found: re.Match[str]) -> tuple[str, str, str]:
 
 def _of_index(index: Path) -> list[Path]:
     try:
-        content = json.loads(read_regular(index, _LARGEST_INDEX).decode("utf-8"))
+        content = read_json(index, _LARGEST_INDEX)
         names = sorted(set(content["weight_map"].values()))
         files = [index.parent / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if not index.name.endswith(".index.json"):
             readable_form(index)  # says what it is
         raise ValueError(f"{index} is not an index of weights; download it again") from error

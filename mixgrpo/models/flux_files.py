@@ -6,7 +6,6 @@ The libraries fill weights that a file lacks with random numbers, so they never 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from mixgrpo.files import json_files
 from mixgrpo.files.forms import SAFETENSORS
 from mixgrpo.files.messages import in_one_line
-from mixgrpo.files.regular import MIB, check_regular, check_regular_files, read_regular
+from mixgrpo.files.regular import MIB, check_regular_files
 from mixgrpo.files.weight_files import check_fits, read_shapes
 from mixgrpo.files.weight_sets import WeightSet, find_set
 
@@ -88,18 +88,11 @@ def find_part(folder: Path) -> WeightSet:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError, ValueError: it cannot be read."""
     try:
-        check_regular(path)
+        return json_files.read_object(path, _LARGEST_JSON)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing; fetch it again") from error
-    try:
-        content = json.loads(read_regular(path, _LARGEST_JSON).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}, not a JSON object; fetch it again"
-        )
-    return content
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch it again") from error
 
 
 def _asked_for(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.files.fingerprint import fingerprint
-from mixgrpo.models.flux_files import quiet
+from mixgrpo.models.flux_files import quiet, read_object
 from mixgrpo.models.flux_folder import open_pipeline
 from mixgrpo.types import TextEmbedding
 
@@ -118,7 +117,7 @@ class FluxText:
 def _read_size(config: ModelConfig, part: str, key: str) -> int:
     path = Path(config.path) / part / "config.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))[key])
+        return int(read_object(path)[key])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read as a text encoder's configuration; fetch it again"

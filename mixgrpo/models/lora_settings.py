@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,8 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from mixgrpo.files.regular import MIB, read_regular
+from mixgrpo.files.json_files import parse_json, read_object
+from mixgrpo.files.regular import MIB
 
 PEFT_NAME = "adapter_config.json"
 HEADER = "lora_adapter_metadata"  # diffusers' key in the header of a safetensors file
@@ -103,17 +103,19 @@ def of_folder(folder: Path) -> Settings | None:
     if not path.exists():
         return None
     try:
-        text = read_regular(path, _MOST).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON; save the adapters again") from error
-    return _checked(_parse(text, str(path)), str(path))
+        found = read_object(path, _MOST)
+    except ValueError as error:
+        raise ValueError(f"{error}; save the adapters again") from error
+    return _checked(found, str(path))
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not valid JSON; save the adapters again") from error
+        found = parse_json(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{source} is not valid JSON ({error}); save the adapters again"
+        ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{source} does not hold settings by their names; save the adapters again")
     return found

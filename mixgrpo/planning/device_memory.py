@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from mixgrpo.planning.activations import (
     evaluation_bytes,
     kept_bytes,
 )
-from mixgrpo.planning.flux_size import FluxSize
+from mixgrpo.planning.flux_size import FluxSize, read_settings
 from mixgrpo.planning.parts import bytes_of, reward_bytes, text_bytes, vae_bytes
 from mixgrpo.planning.spread import Spread
 
@@ -215,8 +214,9 @@ def _evaluating(config: Config, size: FluxSize, tokens: int, precision: Precisio
 def first_width(model: Path) -> int:
     """First width of a model folder's decoder; that of FLUX.1-dev if there is no folder."""
     path = model / "vae" / "config.json"
-    return (
-        json.loads(path.read_text(encoding="utf-8"))["block_out_channels"][0]
-        if path.is_file()
-        else _VAE_WIDTH
-    )
+    if not path.is_file():
+        return _VAE_WIDTH
+    widths = read_settings(path).get("block_out_channels")
+    if not (isinstance(widths, list) and widths and isinstance(widths[0], int)):
+        raise ValueError(f"{path} has block_out_channels {widths}, which cannot be; fetch it again")
+    return widths[0]

@@ -5,14 +5,25 @@ D is the width, N image tokens, L text tokens, S = N + L.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixgrpo.files.json_files import read_object
+from mixgrpo.files.regular import MIB
+
 _CLASS = "FluxTransformer2DModel"
+_LARGEST_JSON = 64 * MIB
 _TIME = 256  # size of the first embedding of sigma and guidance
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a part of a model folder. Raises OSError, ValueError: they cannot be read."""
+    try:
+        return read_object(path, _LARGEST_JSON)
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch it again") from error
 
 
 @dataclass(frozen=True)
@@ -47,11 +58,7 @@ class FluxSize:
     def of_folder(cls, model: Path) -> FluxSize:
         """From a model folder; FLUX.1-dev's values if the folder does not exist."""
         path = model / "transformer" / "config.json"
-        return (
-            cls.from_config(json.loads(path.read_text(encoding="utf-8")))
-            if path.is_file()
-            else cls()
-        )
+        return cls.from_config(read_settings(path)) if path.is_file() else cls()
 
     @property
     def width(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mixgrpo.files.forms import TORCH_OLD, readable_form
+from mixgrpo.files.json_files import read_object
 from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.named_paths import find_path
-from mixgrpo.files.regular import MIB, check_regular, read_regular
+from mixgrpo.files.regular import MIB, check_regular
 from mixgrpo.files.tokenizers import load_tokenizer
 from mixgrpo.files.weight_files import (
     check_finite,
@@ -103,14 +103,10 @@ def find_file(folder: Path, names: tuple[str, ...], reward: str, option: str) ->
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    check_regular(path)
     try:
-        content = json.loads(read_regular(path, _LARGEST_JSON).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+        return read_object(path, _LARGEST_JSON)
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch it again") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

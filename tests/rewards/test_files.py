@@ -364,7 +364,7 @@ def test_preprocessing_that_is_not_known(
         ("vision_config.json", '{"patch": 8}', r"unknown keys \['patch'\]; it accepts image_size"),
         ("vision_config.json", '{"patch_size": 9}', "patch_size 9 must divide image_size 224"),
         ("vision_config.json", '{"heads": 3}', "heads 3 must divide width 1024"),
-        ("vision_config.json", "[]", "must hold a JSON object, got list"),
+        ("vision_config.json", "[]", "holds a list, not a JSON object"),
         ("med_config.json", "{", "med_config.json is not valid JSON"),
         ("med_config.json", '{"hidden_size": 48}', "lacks vocab_size, intermediate_size"),
     ],
