@@ -26,23 +26,25 @@ def bytes_of(dtype: str) -> int:
     return _BYTES[dtype]
 
 
-def count_parameters(folder: Path) -> int:
+def count_parameters(folder: Path, missing: int = 0) -> int:
     """Parameters of the weights that loading the folder would read, from the headers of its files.
+
+    Args:
+        missing: the result if there are no weights, or not all of them.
 
     Raises:
         OSError, ValueError: see ``find_shards`` and ``read_shapes``.
     """
     from mixgrpo.files.weight_files import read_shapes
 
-    return sum(weight.numel() for weight in read_shapes(find_shards(folder)).values())
+    try:
+        return sum(weight.numel() for weight in read_shapes(find_shards(folder)).values())
+    except FileNotFoundError:
+        return missing
 
 
 def _parameters_of(config: Config, part: str) -> int:
-    """Parameters of a part of the model folder, or as published if they are not there."""
-    try:
-        return count_parameters(Path(config.model.path) / part)
-    except FileNotFoundError:
-        return PUBLISHED[part]
+    return count_parameters(Path(config.model.path) / part, PUBLISHED[part])
 
 
 def text_bytes(config: Config) -> int:
@@ -79,6 +81,6 @@ def _reward_parameters(knobs: RewardConfig) -> int:
     if not (knobs.model and folder.is_dir()):
         return PUBLISHED[knobs.kind]
     try:
-        return count_parameters(folder)
-    except (FileNotFoundError, ValueError):  # the reward itself may read one file of several
+        return count_parameters(folder, PUBLISHED[knobs.kind])
+    except ValueError:  # the reward itself may read one file of several
         return PUBLISHED[knobs.kind]
