@@ -28,6 +28,7 @@ from mixgrpo.checkpoint import (
     Saver,
     Shards,
     choose,
+    find,
     latest,
     manifest,
     open_saved,
@@ -630,3 +631,11 @@ def test_a_state_that_does_not_fit_is_an_error(tmp_path):
     shutil.rmtree(path)
     with pytest.raises(CheckpointError):
         Shards(path).shapes("model")
+
+
+def test_a_folder_that_is_a_link_to_nothing_is_not_an_empty_one(tmp_path):
+    """The file system of the checkpoints is not mounted, for example."""
+    (tmp_path / "checkpoints").symlink_to("not/mounted")
+    for wanted in ("latest", "undamaged"):
+        with pytest.raises(CheckpointError, match="mount what it leads to"):
+            find(tmp_path / "checkpoints", wanted)

@@ -278,3 +278,13 @@ def test_a_tensor_that_names_code_does_not_run_it(tmp_path, mark):
     with pytest.raises(CheckpointError, match="cannot be read"):
         Shards(path).whole("model")
     assert not mark.exists()
+
+
+def test_keys_that_take_for_ever_to_hash_are_refused(tmp_path):
+    """A tuple that holds another one twice, on 60 levels: its hash takes 2^60 steps."""
+    levels = [pickle.MEMOIZE + pickle.BINGET + bytes([i]) + pickle.TUPLE2 for i in range(60)]
+    key = pickle.EMPTY_TUPLE + b"".join(levels)
+    text = b"\x80\x04" + pickle.EMPTY_DICT + key + pickle.NONE + pickle.SETITEM + pickle.STOP
+    (tmp_path / ".metadata").write_bytes(text)
+    with pytest.raises(ValueError, match="a key that is neither"):
+        read_index(tmp_path)

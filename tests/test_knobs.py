@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -765,3 +766,9 @@ def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, code, words):
     with pytest.raises(ValueError, match=words) as caught:
         find_reward("broken_reward:f")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "\x07", "a\u2028b", "k" * 101, ".".join("a" * 30)])
+def test_a_key_of_an_option_that_no_recipe_could_hold(key):
+    words = ["--rewards.a.kind", "jpeg_size", f"{OF_A}.{key}", "1"]
+    assert re.search(r"a key of more than 20 levels|not printable", refused_words(*words))

@@ -25,8 +25,11 @@ def latest(root: Path) -> Path | None:
             checkpoints.
     """
     pointer = root / "latest"
-    if root.exists() and not root.is_dir():
-        raise CheckpointError(f"{root} is not a folder; move it away, or use another --run.folder")
+    if os.path.lexists(root) and not root.is_dir():  # a link, too, whose file system is missing
+        raise CheckpointError(
+            f"{root} is not a folder that exists; mount what it leads to, move it away, or use "
+            "another --run.folder"
+        )
     try:
         name = read_pointer(pointer)
     except (FileNotFoundError, NotADirectoryError):
@@ -55,6 +58,8 @@ def newest_first(root: Path) -> list[Path]:
     try:
         newest = latest(root)
     except CheckpointError:
+        if not paths:
+            raise
         return paths
     return [path for path in paths if not newest or _order(path.name) <= _order(newest.name)]
 

@@ -105,6 +105,24 @@ class _Unpickler(pickle._Unpickler):
         code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPERATIONS
     }
 
+    def load_setitem(self) -> None:
+        self._check_keys([self.stack[-2]])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])  # type: ignore[attr-defined]
+        super().load_setitems()  # type: ignore[misc]
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    @staticmethod
+    def _check_keys(keys: list[Any]) -> None:
+        """The time to hash nested tuples doubles with each level that holds the last one twice."""
+        if not all(isinstance(key, (str, _StandIn)) for key in keys):
+            raise ValueError("a dictionary has a key that is neither text nor an index")
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _STAND_INS:
             return _STAND_INS[module, name]

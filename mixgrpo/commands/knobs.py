@@ -11,10 +11,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from mixgrpo.commands.command_line import no_such_knob
+from mixgrpo.commands.command_line import no_such_knob, shortened
 from mixgrpo.commands.recipes import read_recipe
 from mixgrpo.commands.values import convert, free, is_text
-from mixgrpo.commands.yaml_nodes import compose, dump, is_absent, kind_of, where
+from mixgrpo.commands.yaml_nodes import (
+    MOST_KEY,
+    MOST_LEVELS,
+    compose,
+    dump,
+    is_absent,
+    kind_of,
+    where,
+)
 
 REWARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PRINT = "--print_config"
@@ -92,7 +100,7 @@ def read_options(words: Sequence[str], several: Iterable[str] = ()) -> Iterator[
 def _option_name(word: str) -> str:
     if re.match(r"--[^-=]", word):
         return word[2:]
-    short = word if len(word) <= 40 else f"{word[:37]}..."
+    short = shortened(word)
     if word and word[0] in _DASHES:
         raise ValueError(
             f"{short!r} begins with a dash that is not '-'; write --{short.lstrip(_DASHES + '-')}"
@@ -261,15 +269,24 @@ def _names(section: Any) -> Iterator[str]:
 
 def _check_name(section: str, name: str, at: Node) -> None:
     if not REWARD_NAME.fullmatch(name):
-        short = name if len(name) <= 40 else f"{name[:37]}..."
         raise ValueError(
-            f"{short!r} in {section} names metrics and files; use 1 to 64 of the characters A-Z, "
-            f"a-z, 0-9, _ and -{where(at)}"
+            f"{shortened(name)!r} in {section} names metrics and files; use 1 to 64 of the "
+            f"characters A-Z, a-z, 0-9, _ and -{where(at)}"
         )
 
 
 def _put_inside(values: dict[str, Any], name: str, keys: list[str], node: Node) -> None:
     """Sets a value in nested dicts, which are made if needed."""
+    if len(keys) > MOST_LEVELS:
+        raise ValueError(
+            f"{shortened(name)} has a key of more than {MOST_LEVELS} levels; a reward needs few"
+        )
+    for key in keys:
+        if not key.isprintable() or len(key) > MOST_KEY:
+            raise ValueError(
+                f"a key in {name} has more than {MOST_KEY} characters, or one that is not "
+                "printable; write a shorter one in plain characters"
+            )
     for place, key in enumerate(keys[:-1]):
         values = values.setdefault(key, {})
         if not isinstance(values, dict):

@@ -112,6 +112,7 @@ def decode(content: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_size(*image.size)
+            _scale_transparency(image)
             image.load()
             return _turned(image, as_seen(image))
     except Unreadable:
@@ -125,6 +126,13 @@ def decode(content: bytes) -> Image.Image:
     except Exception as error:  # decoders raise many kinds of errors on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unreadable(f"it cannot be read ({reason}); make it again") from error
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """In grey of 2 or 4 bits, the decoder scales all values to 8 bits but the transparent one."""
+    for _, _, _, mode in getattr(image, "tile", ()):
+        if mode in ("L;2", "L;4") and isinstance(image.info.get("transparency"), int):
+            image.info["transparency"] *= 255 // (2 ** int(mode[2:]) - 1)
 
 
 _TOO_LARGE = (

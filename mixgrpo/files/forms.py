@@ -155,15 +155,15 @@ def _form_of_text(head: bytes) -> Form | None:
     text = head.decode("utf-8", "ignore").lstrip("\ufeff \r\n\t")
     if len(text.encode()) < 0.9 * len(head.strip()) or "\0" in text:
         return None
-    shown = " ".join(text.split())[:60]
+    # What it says is not shown, because the file may be another than intended, with a secret in it.
     if text[:1] == "<":
         return Form(
-            f"a web page ({shown} ...), saved in place of the weights",
+            "a web page, saved in place of the weights",
             f"{_AGAIN}, with a login if the site requires one",
         )
     if text[:1] == "{" or text[:1] == "[":
-        return Form(f"JSON text ({shown} ...), not weights", "give a weight file or download it")
-    return Form(f"text ({shown} ...), not weights", "give a weight file or download it again")
+        return Form("JSON text, not weights", "give a weight file or download it")
+    return Form("text, not weights", "give a weight file or download it again")
 
 
 def _form_of_binary(path: Path, head: bytes, size: int) -> Form:

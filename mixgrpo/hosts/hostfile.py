@@ -76,7 +76,7 @@ def _hosts(path: Path) -> Iterator[Host]:
         )
         if not _NAME.fullmatch(name) or len(settings) > 1 or not is_counted:
             raise ValueError(
-                f"{path}, line {number}: {line.strip()!r} is not a host; write NAME, or NAME "
-                "slots=N with N at least 1 (user names and ports belong in ~/.ssh/config)"
+                f"{path}, line {number} is not a host; write NAME, or NAME slots=N with N at "
+                "least 1 (user names and ports belong in ~/.ssh/config)"
             )
         yield Host(name, int(slots[0]) if slots else None)

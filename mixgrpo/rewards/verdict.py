@@ -20,14 +20,14 @@ _NUMBER = r"(?: [0-9]++ (?: \.[0-9]++ )?+ | \.[0-9]++ )"
 # follow; so a range, fraction, percentage or list (4-5, 4 1/2, 80%, 4,5) is no score. Where a
 # number begins that does not fit, the group is empty, and so the reply is unclear.
 PATTERN = rf"""(?ix)
-    (?<! [^\W_] ) final [\s_]+ score (?! [^\W_] ) (?: \s* [(\[] [^()\[\]\n]* [)\]] )?
+    (?<! [^\W_] ) final [\s_]+ score (?! [^\W_] ) (?: \s* [(\[] (?P<scale> [^()\[\]\n]* ) [)\]] )?
     (?: {_MARK} | \s )*+ [:=：＝]++ (?: {_MARK} | \s )*+
     (?= [-+−±~≈<>≤≥]{{0,2}} [^\S\r\n]? \.? \d )
     (?:
         (?P<score> [-+]? {_NUMBER} )
-        (?: {_MARK}*+ (?: \s* [/／] | out \s of \b | of \b ) {_MARK}*+ (?P<of> {_NUMBER} ) )?+
+        (?: {_MARK}*+ \s* (?: [/／] | out \s+ of \b | of \b ) {_MARK}*+ (?P<of> {_NUMBER} ) )?+
         {_MARK}*+
-        (?: (?= [\r\n] | \Z )
+        (?= [\r\n] | \Z
           | (?: , [^\S\r\n]* | (?<=\s) ) (?: because | since | due \s to ) \b
           | , \s* "[a-z_][^"\n]*" \s* :
           | [.!] {_MARK}*+ (?: (?= [\r\n] | \Z ) | (?<=\s) (?-i: [^\W\d_a-z] ) )
@@ -40,7 +40,8 @@ PATTERN = rf"""(?ix)
 # of gpt-oss.
 _REASONING = re.compile(
     r"""(?ix)
-    (?: [<◁] \|? | \[ (?= /? think ) ) \s* (?P<close> / | end_of_ )? \s* (?: begin_of_ | \w+: )?
+    (?: [<◁] \|? | \[ (?= /? think ) ) \s{0,8} (?P<close> / | end_of_ )? \s{0,8}
+    (?: begin_of_ | \w+: )?
     (?P<name> think(?:ing)? | thoughts? | reason(?:ing)? | reflection | analysis | scratchpad ) \b
     [^<>\[\]◁▷]* (?<! / ) [>▷\]]
     | <\|channel\|> \s* (?: analysis | commentary | (?P<final> final ) ) \b
@@ -49,6 +50,8 @@ _REASONING = re.compile(
 # A number as a pattern may capture it; float() also takes "nan", "1_0", "5e-1" and digits of other
 # scripts.
 _CAPTURED = re.compile(r"\s*(?P<number>[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*")
+# The last number of a range in the label, as in "Final Score (1-5)".
+_UPPER = re.compile(r"([0-9]+(?:\.[0-9]+)?)[^0-9]*\Z")
 _GOES_ON = re.compile(r"[.,]?\d|e[-+]?\d|\s?[¼-¾⅐-⅞]", re.IGNORECASE)
 _WENT_BEFORE = re.compile(r"\d[.,]?\Z")
 
@@ -67,6 +70,10 @@ def read_score(reply: str, pattern: re.Pattern[str], low: float, high: float) ->
         number, of = _number(match, "score"), _number(match, "of")
         if number is None or (of is None and match.groupdict().get("of") is not None):
             return Failure("unclear score in the reply")
+        scale = _UPPER.search(match.groupdict().get("scale") or "")
+        if scale is not None and float(scale[1]) != high:
+            told = f"its label names a scale up to {scale[1]}, not to {high:g}"
+            return Failure("score out of range", told)
         if not low <= number <= high or (of is not None and of != high):
             found = f"{number:g}" if of is None else f"{number:g}/{of:g}"
             return Failure("score out of range", f"{found} is not in {low:g}..{high:g}")

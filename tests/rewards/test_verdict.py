@@ -144,6 +144,14 @@ about 4
 """.strip().splitlines()  # noqa: RUF001
 WHOLE_REPLIES = {
     "Final Score：4": 4,  # noqa: RUF001
+    "Final Score [1 to 5]: 4": 4,
+    "Final Score (out of 10): 4": "out of range",
+    "Final Score (0-10): 4": "out of range",
+    "Final Score: 4. Final Score: 5": "several scores",
+    "Final Score: 4! Final Score: 2": "several scores",
+    '{"final_score": 4, "final_score": 5}': "several scores",
+    "Final Score: 4\nout of 10": "out of range",
+    "Final Score: 4\n of 10": "out of range",
     "final score:4.": 4,
     "Final Score：4。": 4,  # noqa: RUF001
     "FINAL SCORE = 4": 4,
@@ -288,6 +296,7 @@ def test_a_pattern_of_ones_own_must_hold_a_complete_number(
             "</think>",
         ),
         *("Final Score: <a ", "[think ", "< ", "4", ".", " ", "*", "<|channel|>", "final_"),
+        f"<{' ' * 8000}",
     ],
 )
 def test_a_long_reply_takes_no_longer_than_it_is(part: str) -> None:
