@@ -84,6 +84,18 @@ def settings(file: str, **values: Any) -> Change:
     return run
 
 
+def changed_axes(*axes: Any) -> Change:
+    """Another value of the transformer's axes_dims_rope, or none."""
+
+    def run(model: Path) -> None:
+        content = json.loads((model / FLUX / "config.json").read_text())
+        del content["axes_dims_rope"]
+        content.update(dict(zip(["axes_dims_rope"], axes, strict=False)))
+        put(model / FLUX / "config.json", json.dumps(content))
+
+    return run
+
+
 def containing(file: str, content: bytes | str) -> Change:
     return lambda model: put(model / file, content)
 
@@ -136,6 +148,7 @@ def with_an_index(model: Path) -> None:
 
 
 NORM = "encoder.block.1.layer.1.layer_norm.weight"
+TOKENIZER = "tokenizer/tokenizer_config.json"
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 BROKEN: dict[str, tuple[Change, list[str]]] = {
     "clip_for_t5": (exchanged(CLIP, T5), [T5, "missing: shared.weight", "a CLIP text encoder"]),
@@ -189,6 +202,28 @@ BROKEN: dict[str, tuple[Change, list[str]]] = {
     "empty_tokenizer_2": (emptied("tokenizer_2"), ["tokenizer_2 has ", "embedding has", "fetch"]),
     "tokenizer_cut": (containing("tokenizer/tokenizer.json", "{"),
                       ["cannot be read (", "; fetch the tokenizer of text_encoder"]),
+    "no_tokenizer_config": (lambda m: (m / TOKENIZER).unlink(), ["tokenizer", "; fetch the tok"]),
+    **{
+        f"length_{length}": (settings(TOKENIZER, model_max_length=length),
+                             [f"model_max_length {int(1e30) if length is None else length!r} ",
+                              "of at most", "; fetch the tokenizer of text_encoder"])
+        for length in ("x", -1, 0, 8.0, True, None, 10**30, 10**4)
+    },
+    "length_of_t5": (settings("tokenizer_2/tokenizer_config.json", model_max_length="x"),
+                     ["model_max_length 'x'", "; fetch the tokenizer of text_encoder_2"]),
+    "no_padding": (settings(TOKENIZER, pad_token=None), ["no padding token; fetch the tokenizer"]),
+    **{
+        f"quantised_{part}": (settings(f"{part}/config.json", quantization_config={
+                                  "quant_method": "bitsandbytes", "load_in_4bit": True}),
+                              [part, "quantization_config", "; give the weights before"])
+        for part in (FLUX, VAE, CLIP, T5)
+    },
+    "no_axes": (changed_axes(), ["axes_dims_rope [16, 56, 56]", "; fetch it again"]),
+    **{
+        f"axes_{axes}": (changed_axes(axes), [FLUX, "axes_dims_rope", "; fetch it again"])
+        for axes in (None, "x", [2, 2, 2], [4, 6, 7], [9, 11, 12], [32], [-8, 20, 20], [0, 16, 16],
+                     [8.0, 12, 12], [[8], 12, 12], {}, 32)
+    },
     "web_page": (containing(f"{FLUX}/diffusion_pytorch_model.safetensors", "<html>Login</html>"),
                  ["a web page"]),
     "lfs": (containing(f"{T5}/model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),

@@ -99,6 +99,11 @@ def _asked_for(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The state dict of the part's module (meta device), and for shared tensors the other name."""
     kind, settings = map(_any, WEIGHTED[folder.name])
     content = read_object(folder / "config.json")
+    if content.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder / 'config.json'} has a quantization_config, but quantised weights cannot be "
+            "used; give the weights before quantisation"
+        )
     try:
         with quiet(), torch.device("meta"):
             if settings is None:

@@ -24,10 +24,14 @@ from mixgrpo.models.flux_files import (
     read_object,
 )
 
+# What the libraries raise for files that they cannot load.
+_UNREADABLE = (
+    *(SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError),
+)
 _OTHER_FOLDER = "set --model.path to a diffusers FLUX pipeline folder"
 # What transformers assumes if a configuration lacks these values.
 _DEFAULTS = {
-    "text_encoder": {"vocab_size": 49408, "eos_token_id": 49407},
+    "text_encoder": {"vocab_size": 49408, "eos_token_id": 49407, "max_position_embeddings": 77},
     "text_encoder_2": {"vocab_size": 32128, "eos_token_id": 1},
 }
 _UNUSED = ("image_encoder", "feature_extractor")  # parts of a pipeline for images as prompts
@@ -62,7 +66,7 @@ def open_pipeline(
                 **found.tokenizers,
                 **given,
             )
-    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
@@ -123,6 +127,8 @@ def check_together(folder: Path, without: Sequence[str] = ()) -> str | None:
         OSError, ValueError: the parts do not belong to one model, or are of several variants.
     """
     check_sizes(folder, without)
+    if "transformer" not in without:
+        check_axes(folder)
     if "vae" not in without:
         check_factors(folder)
     return _variant([folder / part for part in WEIGHTED if part not in without])
@@ -189,6 +195,20 @@ def check_sizes(folder: Path, without: Sequence[str] = ()) -> None:
             )
 
 
+def check_axes(folder: Path) -> None:
+    """Raises OSError, ValueError: the transformer's rotary positions do not fill its heads."""
+    path = folder / "transformer" / "config.json"
+    config = {"axes_dims_rope": [16, 56, 56], "attention_head_dim": 128, **read_object(path)}
+    axes, width = config["axes_dims_rope"], config["attention_head_dim"]
+    # One axis for each column of the positions: an unused one, rows and columns.
+    whole = isinstance(axes, list) and len(axes) == 3 and all(type(size) is int for size in axes)
+    if not whole or sum(axes) != width or any(size < 1 or size % 2 for size in axes):
+        raise ValueError(
+            f"{path} has axes_dims_rope {axes!r}, but it must be three even positive numbers whose "
+            f"sum is attention_head_dim, {width}; fetch it again"
+        )
+
+
 def check_factors(folder: Path) -> None:
     """Raises OSError, ValueError: the VAE's configuration lacks what turns latents into images."""
     path = folder / "vae" / "config.json"
@@ -204,7 +224,8 @@ def read_tokenizer(folder: Path) -> Any:
 
     Raises:
         OSError, ValueError: a file cannot be read, the vocabulary is larger or much smaller than
-            the encoder's embedding, or another token ends a text.
+            the encoder's embedding, another token ends a text, there is no padding token, or
+            model_max_length is not a length of texts that the encoder can read.
     """
     entry = read_object(folder.parent / "model_index.json").get(folder.name)
     part = TOKENIZERS[folder.name]
@@ -228,4 +249,17 @@ def read_tokenizer(folder: Path) -> Any:
             f"the tokenizer in {folder} ends a text by token {tokenizer.eos_token_id}, but {part} "
             f"expects {ends}; {remedy}"
         )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer in {folder} has no padding token; {remedy}")
+    _check_length(tokenizer.model_max_length, config.get("max_position_embeddings"), folder, remedy)
     return tokenizer
+
+
+def _check_length(length: Any, most: int | None, folder: Path, remedy: str) -> None:
+    """Checks model_max_length, to which texts for CLIP are padded; T5 has no longest text."""
+    if type(length) is not int or length < 1 or (most is not None and length > most):
+        upto = "" if most is None else f" of at most {most}"
+        raise ValueError(
+            f"the tokenizer in {folder} has model_max_length {length!r} (tokenizer_config.json), "
+            f"but it must be a positive whole number{upto}; {remedy}"
+        )
