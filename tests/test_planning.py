@@ -430,6 +430,15 @@ def test_the_readmes_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| full | 32 | fsdp |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", ["foo", "[1]", "4", "null"])
+def test_a_rewards_dtype_that_cannot_be(dtype: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--recipe", "flux_mixgrpo", "--model.path", "no"]
+    assert main([*words, "--rewards.hpsv2.options.dtype", dtype]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "rewards.hpsv2.options.dtype is" in line
+    assert line.endswith("; set it to one of float32, bfloat16, float16")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -64,16 +64,25 @@ def reward_bytes(config: Config) -> int:
     """Bytes of the reward models that are on the device, always or only while they score.
 
     Held-out rewards are included, since they are loaded for validations together with the others.
+
+    Raises:
+        OSError, ValueError: a reward's option dtype is none of those allowed; see also
+            ``count_parameters``.
     """
     if config.scoring.placement == "cpu":
         return 0
-    return sum(_one_reward(knobs) for knobs in config.rewards.values())
+    return sum(_one_reward(name, knobs) for name, knobs in config.rewards.items())
 
 
-def _one_reward(knobs: RewardConfig) -> int:
+def _one_reward(name: str, knobs: RewardConfig) -> int:
     if knobs.kind not in PUBLISHED:
         return 0  # small, on a server, or the user's own
-    return _reward_parameters(knobs) * bytes_of(knobs.options.get("dtype", "float32"))
+    dtype = knobs.options.get("dtype", "float32")
+    if dtype not in tuple(_BYTES):  # a tuple, since an option may be a list
+        raise ValueError(
+            f"rewards.{name}.options.dtype is {dtype!r}; set it to one of {', '.join(_BYTES)}"
+        )
+    return _reward_parameters(knobs) * bytes_of(dtype)
 
 
 def _reward_parameters(knobs: RewardConfig) -> int:
