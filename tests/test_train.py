@@ -244,7 +244,9 @@ def test_what_is_in_the_way_of_results_is_told_before_training(folder, name, mak
 def test_checkpoints_that_are_a_file_are_told_before_training(world, folder):
     folder.mkdir()
     (folder / "checkpoints").write_text("not a folder")
-    with pytest.raises(checkpoints.CheckpointError, match="checkpoints is not a folder that exists"):
+    with pytest.raises(
+        checkpoints.CheckpointError, match="checkpoints is not a folder that exists"
+    ):
         train_here(world.config(folder, **QUICK))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from mixgrpo.commands.command_line import shortened
+
 MOST_LEVELS = 20  # of nesting
 MOST_NODES = 20_000  # with every alias replaced by what it stands for
 MOST_KEY = 100  # characters
@@ -200,8 +202,7 @@ def is_absent(node: Node) -> bool:
 def shown(node: Node) -> str:
     """A node for a message: the beginning of a scalar's text, a short list, or what it is."""
     if isinstance(node, ScalarNode):
-        text = node.value if len(node.value) <= 60 else f"{node.value[:57]}..."
-        return repr(text)
+        return repr(shortened(node.value))
     if isinstance(node, SequenceNode) and len(node.value) <= 6:
         return f"[{', '.join(shown(item).strip(chr(39)) for item in node.value)}]"
     return kind_of(node)

@@ -62,7 +62,7 @@ def contents_of(config: Config) -> dict[str, str]:
         if knobs.kind not in KNOWN:
             sources = identify([knobs.kind.partition(":")[0]])
             found[f"rewards.{name}.code"] = (
-                _digest_of_text(json.dumps(sources)) if sources else None
+                _digest(json.dumps(sources).encode()) if sources else None
             )
     return {f"{PREFIX}{key}": digest for key, digest in found.items() if digest is not None}
 
@@ -70,11 +70,11 @@ def contents_of(config: Config) -> dict[str, str]:
 def _digest_of_prompts(file: str) -> str | None:
     if not os.path.isfile(file):
         return None
-    return hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
+    return _digest(Path(file).read_bytes())
 
 
-def _digest_of_text(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _digest_of_model(config: Config) -> str | None:
@@ -82,7 +82,7 @@ def _digest_of_model(config: Config) -> str | None:
         parts = FAMILIES[config.model.family].identify(config.model)
     except FileNotFoundError:
         return None
-    return _digest_of_text(json.dumps(parts, sort_keys=True))
+    return _digest(json.dumps(parts, sort_keys=True).encode())
 
 
 def _digest_of_paths(value: Any) -> str | None:
