@@ -19,12 +19,14 @@ from mixgrpo.engines.optimizer import make_optimizer
 from mixgrpo.engines.zero import Zero
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.objective import make_kl
-from mixgrpo.maths.schedule import compressed_steps, dynamic_shift, flash_sigmas
+from mixgrpo.maths.schedule import Spacing, compressed_steps, flash_sigmas
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.methods.grpo import Objective
 from mixgrpo.models import Policy, Text
-from mixgrpo.models.registry import ENCODERS, FAMILIES
+from mixgrpo.models.folder import spacing_of
+from mixgrpo.models.policy import DiffusersPolicy
+from mixgrpo.models.text import TextEncoders
 from mixgrpo.noise import Noise
 from mixgrpo.rewards import Reward, ScoreStream, build_reward
 from mixgrpo.rollout import SamplingPlan
@@ -129,9 +131,15 @@ def assemble(
         velocity=watched(policy.velocity(engine.module), beat),
         ema=make_ema(config, engine),
         rewards=trained_rewards,
-        validator=Validator(config, policy, rewards, prompts.validation, shift_for(config)),
+        validator=Validator(
+            config,
+            policy,
+            rewards,
+            prompts.validation,
+            spacing_for(config, config.validation.steps),
+        ),
         objective=make_objective(config, reference),
-        plan=partial(make_plan, config),
+        plan=partial(make_plan, config, spacing=spacing_for(config, config.sampling.steps)),
         noise=partial(make_noise, config, policy.latent_shape, process.device),
         score_stream=partial(
             ScoreStream,
@@ -154,7 +162,7 @@ def make_policy(
     """
     kind, knobs = engine_kind(config, world_size), config.engine
     empty = kind == "fsdp" or (kind == "deepspeed" and knobs.zero_stage == 3)
-    return FAMILIES[config.model.family].load(
+    return DiffusersPolicy.load(
         config.model, device, config.run.seed, config.text.placement, stored, empty
     )
 
@@ -218,7 +226,7 @@ def make_stored_text(config: Config, prompts: list[str], device: torch.device) -
     """
     if config.text.mode == "online":
         return None
-    encoder = ENCODERS[config.model.family].identify(config.model)
+    encoder = TextEncoders.identify(config.model)
     return open_stored(config, encoder, prompts, device)
 
 
@@ -232,10 +240,15 @@ def make_windows(config: Config) -> WindowSchedule:
     return WindowSchedule(steps=config.sampling.steps, **knobs)
 
 
-def make_plan(config: Config, window: Window) -> SamplingPlan:
-    """The sampling plan of an iteration whose window is ``window``."""
+def make_plan(config: Config, window: Window, spacing: Spacing | None = None) -> SamplingPlan:
+    """The sampling plan of an iteration whose window is ``window``.
+
+    Args:
+        spacing: of the steps, where it is known already.
+    """
     sampling, prefix, tail = config.sampling, config.prefix, config.tail
-    sigmas = flash_sigmas(sampling.steps, shift_for(config), window, tail.ratio, prefix.ratio)
+    spacing = spacing or spacing_for(config, sampling.steps)
+    sigmas = flash_sigmas(sampling.steps, spacing, window, tail.ratio, prefix.ratio)
     start = compressed_steps(window.start, prefix.ratio)
     return SamplingPlan(
         sigmas=sigmas,
@@ -246,10 +259,9 @@ def make_plan(config: Config, window: Window) -> SamplingPlan:
     )
 
 
-def shift_for(config: Config) -> float:
-    """The time shift; if the knob is 0, FLUX's own, which depends on the image size."""
-    tokens = (config.model.height // 16) * (config.model.width // 16)
-    return config.sampling.shift or dynamic_shift(tokens)
+def spacing_for(config: Config, steps: int) -> Spacing:
+    """The spacing of this number of steps; see ``spacing_of``."""
+    return spacing_of(config.model, config.sampling.shift, steps)
 
 
 def make_rewards(config: Config, device: torch.device) -> dict[str, Reward]:

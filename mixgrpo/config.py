@@ -48,10 +48,11 @@ class RunConfig:
 class ModelConfig:
     """The policy: which diffusers pipeline folder it comes from and how it is trained."""
 
-    family: Literal["flux"] = "flux"
-    """model family"""
+    family: str = "auto"
+    """model family: auto, the one whose pipeline model_index.json names, or its name in
+    mixgrpo/models/registry.py"""
     path: FilePath = "data/models/FLUX.1-dev"
-    """diffusers pipeline folder with transformer, vae, two text encoders and tokenizers"""
+    """diffusers pipeline folder"""
     train: Literal["full", "lora"] = "full"
     """train all transformer weights, or only low-rank adapters added to them"""
     lora_rank: int = 64
@@ -120,7 +121,8 @@ class SamplingConfig:
     steps: int = 25
     """number of denoising steps T"""
     shift: float = 3.0
-    """time shift; 0 uses the resolution-dependent shift of FLUX's own inference"""
+    """time shift; 0 uses the schedule of the family's own inference, which depends on the image
+    size"""
     transition: Literal["flow_sde", "dance_sde", "cps", "precise"] = "flow_sde"
     """stochastic step used inside the window"""
     eta: float = 0.7
@@ -419,8 +421,9 @@ class Config:
 class EncoderConfig:
     """The model whose text encoders encode the prompts."""
 
-    family: Literal["flux"] = "flux"
-    """model family"""
+    family: str = "auto"
+    """model family: auto, the one whose pipeline model_index.json names, or its name in
+    mixgrpo/models/registry.py"""
     path: FilePath = "data/models/FLUX.1-dev"
     """diffusers pipeline folder with two text encoders and tokenizers"""
     text_length: int = 512

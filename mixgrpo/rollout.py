@@ -79,11 +79,10 @@ def rollout(
 
     x, v = x.repeat_interleave(spread, 0), v.repeat_interleave(spread, 0)  # [B, S, C]
     group = torch.arange(len(text)).repeat_interleave(noise.samples)
-    prompt = group.to(x.device, non_blocking=True)
     branches = []
     for rows in in_batches_of(micro_batch, range(len(x))):
         part = slice(rows.start, rows.stop)
-        branches.append(_branch(velocity, x[part], v[part], text[prompt[part]], plan, noise, rows))
+        branches.append(_branch(velocity, x[part], v[part], text[group[part]], plan, noise, rows))
         if finished:
             finished(branches[-1][-1], rows)
     evaluations += len(x) * (plan.steps - plan.window.start - 1)

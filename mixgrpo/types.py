@@ -7,12 +7,13 @@ tokens. Sigma is 1 at pure noise and 0 at data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -43,27 +44,61 @@ class Window:
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """Encoded prompts: ``tokens`` [N, L, C_text] and ``pooled`` [N, C_pooled]."""
+    """Encoded prompts.
+
+    Attributes:
+        tokens: [N, L, C_text].
+        pooled: [N, C_pooled]; None if the model's text encoders make no such vector.
+        lengths: [N] int64 on the CPU, the tokens of each prompt, behind which zeros are padding
+            that the model must not see; None if nothing is padding.
+    """
 
     tokens: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def __getitem__(self, index: Tensor | slice) -> TextEmbedding:
-        return TextEmbedding(self.tokens[index], self.pooled[index])
+    def __getitem__(self, rows: Tensor | slice) -> TextEmbedding:
+        """The prompts at these positions, a slice or int64 on the CPU."""
+        there = rows if isinstance(rows, slice) else rows.to(self.tokens.device, non_blocking=True)
+        return TextEmbedding(
+            self.tokens[there],
+            None if self.pooled is None else self.pooled[there],
+            None if self.lengths is None else self.lengths[rows],
+        )
 
     def repeat_each(self, times: int) -> TextEmbedding:
         """[N] -> [N*times], the copies of each prompt next to each other."""
         if times == 1:
             return self
-        return TextEmbedding(
-            self.tokens.repeat_interleave(times, 0), self.pooled.repeat_interleave(times, 0)
-        )
+        return self[torch.arange(len(self)).repeat_interleave(times)]
 
     def to(self, device: torch.device) -> TextEmbedding:
-        return TextEmbedding(self.tokens.to(device), self.pooled.to(device))
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return TextEmbedding(self.tokens.to(device), pooled, self.lengths)
+
+    @staticmethod
+    def join(parts: Sequence[TextEmbedding]) -> TextEmbedding:
+        """All prompts of several embeddings; the shorter ones are padded with zeros."""
+        longest = max(part.tokens.shape[1] for part in parts)
+        lengths = torch.cat([part.true_lengths for part in parts])
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        missing = [longest - part.tokens.shape[1] for part in parts]
+        padded = [pad(part.tokens, (0, 0, 0, n)) for part, n in zip(parts, missing, strict=True)]
+        return TextEmbedding(
+            torch.cat(padded),
+            torch.cat(pooled) if pooled else None,
+            None if bool((lengths == longest).all()) else lengths,
+        )
+
+    @property
+    def true_lengths(self) -> Tensor:
+        """[N] int64 on the CPU, the tokens of each prompt."""
+        if self.lengths is not None:
+            return self.lengths
+        return torch.full((len(self),), self.tokens.shape[1])
 
 
 class Velocity(Protocol):

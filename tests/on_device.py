@@ -31,7 +31,7 @@ from mixgrpo.engines.fsdp import FullySharded
 from mixgrpo.engines.optimizer import make_optimizer
 from mixgrpo.maths.transitions import log_ratio
 from mixgrpo.methods.grpo import Objective, update
-from mixgrpo.models.flux import Flux, recompute
+from mixgrpo.models.policy import DiffusersPolicy, recompute
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import SamplingPlan, rollout
 from mixgrpo.shapes.architecture import TEXT_LENGTH
@@ -57,9 +57,9 @@ def shapes_config(**knobs: Any) -> ModelConfig:
     )
 
 
-def shapes_policy(device: torch.device, empty: bool = False, **knobs: Any) -> Flux:
+def shapes_policy(device: torch.device, empty: bool = False, **knobs: Any) -> DiffusersPolicy:
     """The Shapes model. Its adapters are not zero, so that nothing of them is left out."""
-    policy = Flux.load(shapes_config(**knobs), device, seed=7, empty=empty)
+    policy = DiffusersPolicy.load(shapes_config(**knobs), device, seed=7, empty=empty)
     if not empty and knobs.get("train") == "lora":
         perturbed(adapters_of(policy.module), 0.02)
     return policy
@@ -70,7 +70,7 @@ def adapters_of(module: nn.Module) -> nn.ParameterList:
 
 
 @contextlib.contextmanager
-def recomputing(policy: Flux, wanted: bool) -> Iterator[None]:
+def recomputing(policy: DiffusersPolicy, wanted: bool) -> Iterator[None]:
     """Context with or without gradient checkpointing, on one policy: compiling it takes long."""
     transformer: Any = policy.module
     if wanted:
@@ -142,7 +142,7 @@ class Course:
     gradient: Tensor
 
 
-def course_of(policy: Flux, task: Task) -> Course:
+def course_of(policy: DiffusersPolicy, task: Task) -> Course:
     text = policy.encode(CAPTIONS[: task.prompts])
     trajectory = task.rollout(policy.velocity(policy.module), text)
     images = policy.decode(trajectory.final)
@@ -160,11 +160,11 @@ def course_of(policy: Flux, task: Task) -> Course:
     return Course(trajectory, images.cpu(), torch.cat(seen).detach().cpu(), gradient.cpu())
 
 
-def in_half_precision(device: torch.device, train: str, **knobs: Any) -> Flux:
+def in_half_precision(device: torch.device, train: str, **knobs: Any) -> DiffusersPolicy:
     return shapes_policy(device, train=train, compute_dtype="bfloat16", **knobs)
 
 
-def on_policy(policy: Flux, task: Task) -> dict[str, float]:
+def on_policy(policy: DiffusersPolicy, task: Task) -> dict[str, float]:
     """The metrics of an update that changes the weights, on what they have just sampled."""
     velocity = policy.velocity(policy.module)
     trajectory = task.rollout(velocity, policy.encode(CAPTIONS[: task.prompts]))
@@ -182,7 +182,7 @@ def assert_ratio_is_one(found: dict[str, float]) -> None:
 # ---- engines and optimizers
 
 
-def make_engine(kind: str, dtype: str, device: torch.device) -> tuple[Engine, Flux]:
+def make_engine(kind: str, dtype: str, device: torch.device) -> tuple[Engine, DiffusersPolicy]:
     """The engine of a run, also where a run of one process would take ``single``."""
     config = Config()
     config.update.learning_rate = 1e-3

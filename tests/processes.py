@@ -19,7 +19,7 @@ from mixgrpo.engines.distributed import Process
 
 ALONE = Process(0, 1, torch.device("cpu"))
 PRELOADED = [
-    *("processes", "mixgrpo.trainer", "mixgrpo.report.summary", "mixgrpo.models.flux_export"),
+    *("processes", "mixgrpo.trainer", "mixgrpo.report.summary", "mixgrpo.models.export_files"),
     *("torch.distributed.fsdp", "mixgrpo.engines.zero"),
 ]
 ENVIRONMENT = environment()  # before a test changes something

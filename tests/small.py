@@ -16,7 +16,8 @@ from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import flash_sigmas
 from mixgrpo.maths.transitions import make_transition
-from mixgrpo.models.flux import Flux
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import SamplingPlan
 from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
@@ -98,7 +99,7 @@ def perturbed(module: nn.Module, scale: float, seed: int = 1) -> nn.Module:
 
 
 @functools.cache
-def tiny_flux() -> Flux:
+def tiny_flux() -> DiffusersPolicy:
     """The real FLUX classes, untrained, 64x64 pictures: 16 latent tokens. Treat as read-only."""
     config = ModelConfig(
         height=64,
@@ -107,7 +108,7 @@ def tiny_flux() -> Flux:
         compute_dtype="float32",
         gradient_checkpointing=False,
     )
-    return Flux(flux_pipeline(), config, CPU)
+    return DiffusersPolicy(FLUX, flux_pipeline(), config, CPU)
 
 
 def small_text(prompts: int, seed: int = 2) -> TextEmbedding:

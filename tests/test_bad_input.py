@@ -18,7 +18,6 @@ from tiny_world import QUICK, REWARDS, World, copy_run, files_of, training_recor
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.commands import main
 from mixgrpo.config import RewardConfig
-from mixgrpo.models.export import EXPORTERS
 from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import PromptBatches, read_prompts
 
@@ -431,7 +430,7 @@ def test_a_full_disk_while_exporting_is_one_error_and_keeps_the_checkpoint(
 ):
     full = OSError(errno.ENOSPC, "No space left on device", str(folder / "model"))
     with monkeypatch.context() as patch:
-        patch.setitem(EXPORTERS, "flux", mock.Mock(side_effect=full))
+        patch.setattr("mixgrpo.models.export.export_weights", mock.Mock(side_effect=full))
         line = complain(quick(world, folder))
     newest = checkpoints.latest(folder / "checkpoints")
     assert "No space left on device" in line

@@ -15,7 +15,8 @@ from mixgrpo.config import ModelConfig, UpdateConfig
 from mixgrpo.maths.transitions import log_ratio
 from mixgrpo.methods.grpo import Objective, update
 from mixgrpo.models.compiled import compile_blocks, repeated_blocks
-from mixgrpo.models.flux import Flux, speed_up
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy, speed_up
 from mixgrpo.rollout import rollout
 from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
 from mixgrpo.types import TextEmbedding
@@ -37,14 +38,14 @@ class Compiler:
         return aot_eager(graph, inputs)
 
 
-def make_policy(**knobs: Any) -> Flux:
+def make_policy(**knobs: Any) -> DiffusersPolicy:
     config = ModelConfig(
         height=64,
         width=64,
         text_length=TEXT_LENGTH,
         **{"compute_dtype": "float32", "gradient_checkpointing": False, **knobs},
     )
-    policy = Flux(flux_pipeline(), config, CPU)
+    policy = DiffusersPolicy(FLUX, flux_pipeline(), config, CPU)
     policy._make_trainable(seed=0)
     return policy
 
@@ -57,7 +58,7 @@ def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, TextEmbedding]:
     return x, torch.linspace(0.3, 0.9, batch), text
 
 
-def evaluate(policy: Flux, batch: int = 2) -> torch.Tensor:
+def evaluate(policy: DiffusersPolicy, batch: int = 2) -> torch.Tensor:
     return policy.velocity(policy.module)(*inputs(batch))
 
 

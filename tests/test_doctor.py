@@ -546,7 +546,7 @@ def test_lengths_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_embeddings(tmp_path: Path) -> None:
-    from mixgrpo.models.flux_text import FluxText
+    from mixgrpo.models.text import TextEncoders
 
     assert only(check_text(shapes(tmp_path), 1), "ok")
     config = shapes(tmp_path, text__mode="embeddings", text__embeddings=str(tmp_path / "stored"))
@@ -557,7 +557,7 @@ def test_embeddings(tmp_path: Path) -> None:
     (tmp_path / "stored").mkdir()
     (tmp_path / "stored" / "shard_00000.safetensors").write_bytes(b"1234")
     shard = Shard(["a small pond"], Record(4, "", [""], [8]))
-    encoder = FluxText.identify(config.model)
+    encoder = TextEncoders.identify(config.model)
     write_index(tmp_path / "stored", Index(encoder, [shard]))
     assert "holds all 1 prompts" in only(check_text(config, 1), "ok").text
     write_index(tmp_path / "stored", Index({**encoder, "text_length": 8}, [shard]))
@@ -599,11 +599,11 @@ def test_memory_is_that_of_the_runs_engine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_trained_weights_are_the_models(targets: str, tmp_path: Path) -> None:
-    from mixgrpo.models.flux import Flux
+    from mixgrpo.models.policy import DiffusersPolicy
 
     knobs = {"model__train": "lora", "model__lora_rank": 3, "model__lora_targets": targets}
     config = shapes(tmp_path, **knobs)
-    policy = Flux.load(config.model, torch.device("cpu"), seed=1)
+    policy = DiffusersPolicy.load(config.model, torch.device("cpu"), seed=1)
     trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     assert trained_weights(config) == trained
 

@@ -38,8 +38,8 @@ from mixgrpo.checks import check
 from mixgrpo.config import Config, ModelConfig
 from mixgrpo.engines.shards import copy_part
 from mixgrpo.engines.zero_setup import settings
-from mixgrpo.models.flux import Flux
-from mixgrpo.models.flux_stored import StoredFlux, draw_adapter
+from mixgrpo.models.policy import DiffusersPolicy
+from mixgrpo.models.stored import StoredWeights, draw_adapter
 
 LORA = {"model__train": "lora", "model__lora_rank": 2, "model__lora_alpha": 4}
 SHORT: dict[str, Any] = {
@@ -238,8 +238,8 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 def test_exports_are_those_of_the_last_checkpoint(two, world):
     """A pipeline folder; adapters that fit."""
-    model = Flux.load(ModelConfig(path=str(two[1] / "fsdp" / "model"), compute_dtype="float32"),
-                      torch.device("cpu"), 0).module  # fmt: skip
+    config = ModelConfig(path=str(two[1] / "fsdp" / "model"), compute_dtype="float32")
+    model = DiffusersPolicy.load(config, torch.device("cpu"), 0).module
     weights = saved_tensors(checkpoint_folder(two[1] / "fsdp", 2))
     assert same(weights, {n: p.detach() for n, p in model.named_parameters()})
     for name in ("fsdp lora", "zero3 lora"):
@@ -270,7 +270,7 @@ def test_stored_weights_are_those_that_are_loaded(world):
     for knobs in ({}, LORA):
         loaded = world.policy(**knobs).module
         model = world.config(world.root, **knobs).model
-        empty = Flux.load(model, torch.device("cpu"), seed=7, empty=True)
+        empty = DiffusersPolicy.load(model, torch.device("cpu"), seed=7, empty=True)
         assert all(parameter.is_meta for parameter in empty.module.parameters())
         assert empty.stored is not None
         for name, parameter in loaded.named_parameters():
@@ -281,7 +281,7 @@ def test_stored_weights_are_those_that_are_loaded(world):
 def test_weights_of_another_model_are_refused(world):
     other = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"does not fit the model: missing: weight, bias"):
-        StoredFlux(world.model / "transformer", other, 0)
+        StoredWeights(world.model / "transformer", other, 0)
 
 
 def test_adapters_are_drawn_within_their_bound():
@@ -316,7 +316,7 @@ def test_every_second_block_is_recomputed(world, monkeypatch):
         recomputed.append(function)
         return plain(function, *inputs, **knobs)
 
-    monkeypatch.setattr("mixgrpo.models.flux.checkpoint", counted)
+    monkeypatch.setattr("mixgrpo.models.policy.checkpoint", counted)
     knobs = {"model__gradient_checkpointing": True, "model__checkpoint_every": 2}
     policy = world.policy(**knobs)
     text = policy.encode(["a red circle"])

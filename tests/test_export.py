@@ -29,9 +29,9 @@ from mixgrpo.checkpoint import Shards
 from mixgrpo.commands import main
 from mixgrpo.files.weight_files import write_streamed
 from mixgrpo.files.weight_sets import NAME
-from mixgrpo.models.flux import LORA_TARGETS, PARTS
-from mixgrpo.models.flux_export import export_flux
-from mixgrpo.models.flux_lora import attach_lora, lora_of_run
+from mixgrpo.models.adapters import attach_lora, lora_of_run
+from mixgrpo.models.export_files import export_weights
+from mixgrpo.models.flux import FLUX
 from mixgrpo.models.lora_files import read_lora
 
 
@@ -76,7 +76,7 @@ def test_any_checkpoint_and_the_average_load_in_diffusers(straight, world, tmp_p
         assert main(["export", str(source), "--output", str(output), *words]) == 0
         module = FluxTransformer2DModel.from_pretrained(output / "transformer")
         assert same(dict(module.state_dict()), saved_tensors(source, part))
-        for other in PARTS:
+        for other in FLUX.parts:
             if other != "transformer":
                 assert contents(output / other) == contents(world.model / other)
     assert not same(saved_tensors(source, "model"), saved_tensors(source, "ema"))
@@ -134,7 +134,7 @@ def by_peft(file: Path, rank: int) -> dict[str, torch.Tensor]:
     """By PEFT alone, which is told the rank and, as it then assumes, the same alpha."""
     state = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
     module = small_flux()
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS["all"])
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=FLUX.lora_targets["all"])
     inject_adapter_in_model(config, module, "tuned")
     assert not set_peft_model_state_dict(module, state, "tuned").unexpected_keys
     return deltas(module)
@@ -142,7 +142,7 @@ def by_peft(file: Path, rank: int) -> dict[str, torch.Tensor]:
 
 def by_us(file: Path) -> dict[str, torch.Tensor]:
     module = small_flux()
-    attach_lora(module, read_lora(file), 1.0)
+    attach_lora(FLUX, module, read_lora(file), 1.0)
     return deltas(module)
 
 
@@ -168,7 +168,7 @@ def test_every_reader_applies_an_exported_lora_in_the_strength_of_its_training(
         for name, parameter in policy.module.named_parameters()
         if parameter.requires_grad
     }
-    export_flux(tmp_path, config, trained, lambda names: [trained[name] for name in names])
+    export_weights(tmp_path, config, trained, lambda names: [trained[name] for name in names])
     (file,) = tmp_path.iterdir()
     expected = {
         name.removesuffix(".lora_A.default.weight"): alpha
@@ -179,7 +179,7 @@ def test_every_reader_applies_an_exported_lora_in_the_strength_of_its_training(
     }
     flat = {"model.lora_rank": rank, "model.lora_alpha": alpha}
     module = small_flux()
-    attach_lora(module, lora_of_run(trained, flat, tmp_path), 1.0)
+    attach_lora(FLUX, module, lora_of_run(trained, flat, tmp_path), 1.0)
     for found in (by_kohya(file), by_diffusers(file, world), by_peft(file, rank), by_us(file),
                   deltas(module)):  # fmt: skip
         assert found.keys() == expected.keys()
@@ -197,7 +197,7 @@ def test_a_lora_that_an_earlier_version_exported(tmp_path):
         tmp_path,
         transformer_lora_layers={f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up},
         transformer_lora_adapter_metadata={
-            "r": 2, "lora_alpha": 5, "target_modules": LORA_TARGETS["all"]
+            "r": 2, "lora_alpha": 5, "target_modules": FLUX.lora_targets["all"]
         },
     )  # fmt: skip
     (file,) = tmp_path.iterdir()
@@ -294,7 +294,7 @@ def test_a_lora_is_written_whole_or_not_at_all(lora_run, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("mixgrpo.models.flux_export.save_file", half)
+    monkeypatch.setattr("mixgrpo.models.export_files.save_file", half)
     output = tmp_path / "output"
     assert main(["export", str(lora_run), "--output", str(output)]) == 1
     assert not list(output.rglob("*"))

@@ -13,7 +13,8 @@ from tiny_world import CPU, QUICK, ROOT, checkpoint_folder, saved_tensors, train
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.config import ModelConfig
 from mixgrpo.maths.schedule import make_sigmas
-from mixgrpo.models.flux import LORA_TARGETS, PARTS, Flux
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import sample_ode
 
@@ -25,11 +26,11 @@ STEPS = 6
 GUIDANCE = 3.5
 
 
-def noise_for(policy: Flux) -> torch.Tensor:
+def noise_for(policy: DiffusersPolicy) -> torch.Tensor:
     return Noise(11, 0, [0, 1], 1, policy.latent_shape, True, CPU).initial()
 
 
-def our_pictures(policy: Flux) -> torch.Tensor:
+def our_pictures(policy: DiffusersPolicy) -> torch.Tensor:
     latents = sample_ode(
         policy.velocity(policy.module),
         noise_for(policy),
@@ -40,7 +41,7 @@ def our_pictures(policy: Flux) -> torch.Tensor:
     return policy.decode(latents)
 
 
-def diffusers_pictures(pipeline: FluxPipeline, policy: Flux) -> torch.Tensor:
+def diffusers_pictures(pipeline: FluxPipeline, policy: DiffusersPolicy) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt=TEXTS,
@@ -55,7 +56,7 @@ def diffusers_pictures(pipeline: FluxPipeline, policy: Flux) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def base(world) -> Flux:
+def base(world) -> DiffusersPolicy:
     """Not to be changed."""
     return world.policy()
 
@@ -66,7 +67,7 @@ def base_pictures(base) -> torch.Tensor:
 
 
 @pytest.fixture
-def fresh(world) -> Flux:
+def fresh(world) -> DiffusersPolicy:
     return world.policy()
 
 
@@ -84,7 +85,9 @@ def test_a_full_run_loads_in_plain_diffusers_and_draws_the_same(straight, fresh,
 
 
 def test_an_exported_folder_is_a_model_folder(straight, world):
-    again = Flux.load(world.config(straight, model__path=str(straight / "model")).model, CPU, 7)
+    again = DiffusersPolicy.load(
+        world.config(straight, model__path=str(straight / "model")).model, CPU, 7
+    )
     saved = saved_tensors(checkpoint_folder(straight, 4))
     for name, weight in again.module.named_parameters():
         assert torch.equal(weight, saved[name])
@@ -164,7 +167,9 @@ def flux_dev() -> FluxTransformer2DModel:
 def test_the_targets_fit_flux_1_dev(flux_dev, kind, count):
     assert sum(p.numel() for p in flux_dev.parameters()) == 11_901_408_320
     matched = {
-        name for name, module in flux_dev.named_modules() if re.fullmatch(LORA_TARGETS[kind], name)
+        name
+        for name, module in flux_dev.named_modules()
+        if re.fullmatch(FLUX.lora_targets[kind], name)
     }
     assert matched == wanted_targets(kind, double=19, single=38)
     assert len(matched) == count
@@ -228,7 +233,7 @@ def test_prompts_are_embedded_each_for_itself(base):
 
 def test_720_pixels_are_2025_tokens(base):
     config = ModelConfig(path="unused", compute_dtype="float32", height=720, width=720)
-    assert Flux(base.pipeline, config, CPU).latent_shape == (2025, 64)
+    assert DiffusersPolicy(FLUX, base.pipeline, config, CPU).latent_shape == (2025, 64)
 
 
 def test_truncated_prompts_are_counted(base):
@@ -240,7 +245,7 @@ def test_truncated_prompts_are_counted(base):
 # ---- folders that lack something
 
 
-@pytest.mark.parametrize("part", ["model_index.json", *PARTS])
+@pytest.mark.parametrize("part", ["model_index.json", *FLUX.parts])
 def test_a_missing_part_is_named(world, tmp_path, part):
     for entry in world.model.iterdir():
         if entry.name != part:
@@ -248,16 +253,16 @@ def test_a_missing_part_is_named(world, tmp_path, part):
     config = ModelConfig(path=str(tmp_path), compute_dtype="float32", height=64, width=64)
     missing = re.escape(str(tmp_path / part))
     with pytest.raises(FileNotFoundError, match=rf"{missing}.*--model\.path"):
-        Flux.load(config, CPU, seed=0)
+        DiffusersPolicy.load(config, CPU, seed=0)
 
 
 def test_a_missing_folder_is_named():
     config = ModelConfig(path="no/such/folder")
     with pytest.raises(FileNotFoundError, match=r"'no/such/folder'.*--model\.path"):
-        Flux.load(config, CPU, seed=0)
+        DiffusersPolicy.load(config, CPU, seed=0)
 
 
 def test_the_shipped_model_has_every_part():
     folder = ROOT / "data" / "shapes" / "flux"
-    assert all((folder / part).exists() for part in PARTS)
+    assert all((folder / part).exists() for part in FLUX.parts)
     assert Path(folder / "model_index.json").is_file()

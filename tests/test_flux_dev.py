@@ -18,7 +18,8 @@ from mixgrpo.files.weight_sets import NAME, find_shards
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig
 from mixgrpo.inference.memory import estimate, explain
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
-from mixgrpo.models.flux import Flux
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.rollout import sample_ode
 from mixgrpo.types import TextEmbedding
 
@@ -74,19 +75,19 @@ def names() -> Iterator[str]:
     yield from (f"{name}.{end}" for name in outer for end in both)
 
 
-def flux_dev(world: Any, **knobs: Any) -> Flux:
+def flux_dev(world: Any, **knobs: Any) -> DiffusersPolicy:
     """The policy with FLUX.1-dev's transformer, on the meta device, made trainable."""
     pipeline = world.policy().pipeline
     config = ModelConfig(**{"path": "unused", "height": 1024, "width": 1024, **knobs})
     with META:
         dtype = torch.float32 if config.train == "full" else torch.bfloat16
         pipeline.transformer = FluxTransformer2DModel(**TRANSFORMER).to(dtype)
-        policy = Flux(pipeline, config, META)
+        policy = DiffusersPolicy(FLUX, pipeline, config, META)
         policy._make_trainable(seed=0)
     return policy
 
 
-def trained(policy: Flux) -> dict[str, torch.Tensor]:
+def trained(policy: DiffusersPolicy) -> dict[str, torch.Tensor]:
     return {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
 
 
@@ -230,7 +231,7 @@ def test_sampling_1024_pixels_with_the_dynamic_shift_is_the_pipelines(world):
         max_sequence_length=16, output_type="latent", **size,
     ).images  # fmt: skip
     config = ModelConfig(path="unused", compute_dtype="float32", text_length=16, **size)
-    policy = Flux(pipeline, config, CPU)
+    policy = DiffusersPolicy(FLUX, pipeline, config, CPU)
     assert policy.latent_shape == (4096, 64)
     sigmas = make_sigmas(steps, dynamic_shift(4096))
     ours = sample_ode(policy.velocity(policy.module), noise, policy.encode(TEXTS[:1]), sigmas, 1)

@@ -42,8 +42,9 @@ from torch import Tensor, nn
 
 from mixgrpo.engines.adamw import decode, round_stochastically
 from mixgrpo.methods import grpo
-from mixgrpo.models.flux import Flux
-from mixgrpo.models.flux_text import FluxText
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy
+from mixgrpo.models.text import TextEncoders
 from mixgrpo.planning.memory import OutOfMemory
 from mixgrpo.rewards import ScoreStream, build_reward, resident, score
 
@@ -101,7 +102,7 @@ def test_an_iteration_computes_what_the_cpu_computes(
 
 
 @pytest.fixture(scope="module", params=["lora", "full"])
-def eager(request: pytest.FixtureRequest, device: torch.device) -> Flux:
+def eager(request: pytest.FixtureRequest, device: torch.device) -> DiffusersPolicy:
     return in_half_precision(device, request.param)
 
 
@@ -111,12 +112,12 @@ TWELVES = Task(small_plan(steps=5, start=1, size=3), prompts=12, samples=2, opti
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_ratio_is_one_in_bfloat16(eager: Flux, checkpointing: bool) -> None:
+def test_the_ratio_is_one_in_bfloat16(eager: DiffusersPolicy, checkpointing: bool) -> None:
     with recomputing(eager, checkpointing):
         assert_ratio_is_one(on_policy(eager, TWELVES))
 
 
-def test_the_ratio_of_other_batches_is_nearly_one_in_bfloat16(eager: Flux) -> None:
+def test_the_ratio_of_other_batches_is_nearly_one_in_bfloat16(eager: DiffusersPolicy) -> None:
     """Four prompts: the first window step is evaluated for 4 samples, and again among 12.
 
     Against float32, where all of bfloat16's rounding shows, the error is 7e-4.
@@ -160,7 +161,9 @@ def test_four_iterations_equal_two_and_two_resumed(
 # ---- nothing waits
 
 
-def test_a_rollout_and_its_decoding_only_queue_work(device: torch.device, eager: Flux) -> None:
+def test_a_rollout_and_its_decoding_only_queue_work(
+    device: torch.device, eager: DiffusersPolicy
+) -> None:
     """As on the fake GPU of test_no_waiting."""
     images: list[Tensor] = []
     task = Task(flash_plan(), micro_batch=4)
@@ -180,7 +183,7 @@ def test_a_rollout_and_its_decoding_only_queue_work(device: torch.device, eager:
 
 
 def test_an_update_only_queues_work_between_its_checks(
-    device: torch.device, eager: Flux, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, eager: DiffusersPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Backward passes included; the checks, one in each optimizer step, are left out."""
     task = Task(euler_plan(), optimizer_steps=2, max_grad_norm=1.0)
@@ -285,7 +288,7 @@ def test_text_encoders_off_loaded_leave_nothing_on_the_device(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = shapes_policy(CPU)
-    resting = FluxText(policy.pipeline, 16, device, "offload")
+    resting = TextEncoders(FLUX, policy.pipeline, 16, device, "offload")
     own = policy.pipeline.text_encoder_2
     copies: list[weakref.ref[nn.Module]] = []
     encode_one = resting._encode_one
@@ -306,7 +309,7 @@ def test_text_encoders_off_loaded_leave_nothing_on_the_device(
     assert len(copies) == 4
     assert policy.pipeline.text_encoder_2 is own
     assert {p.device for p in own.parameters()} == {CPU}
-    expected = FluxText(policy.pipeline, 16, device, "cpu").encode(CAPTIONS[:2]).to(CPU)
+    expected = TextEncoders(FLUX, policy.pipeline, 16, device, "cpu").encode(CAPTIONS[:2]).to(CPU)
     assert relative_error(found.tokens, expected.tokens) < 1e-4
     assert relative_error(found.pooled, expected.pooled) < 1e-4
 
@@ -358,7 +361,7 @@ def test_out_of_memory_is_told_with_advice(
 
 
 @pytest.fixture(scope="module", params=["lora", "full"])
-def compiled(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Flux]:
+def compiled(request: pytest.FixtureRequest, device: torch.device) -> Iterator[DiffusersPolicy]:
     torch._dynamo.reset()
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     yield in_half_precision(device, request.param, compile=backend)
@@ -367,7 +370,7 @@ def compiled(request: pytest.FixtureRequest, device: torch.device) -> Iterator[F
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_ratio_is_one_compiled(
-    compiled: Flux, device: torch.device, checkpointing: bool
+    compiled: DiffusersPolicy, device: torch.device, checkpointing: bool
 ) -> None:
     assert all("forward" in vars(block) for block in compiled.blocks(compiled.module))
     with recomputing(compiled, checkpointing):

@@ -22,7 +22,8 @@ from mixgrpo.config import ModelConfig
 from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import flash_sigmas
 from mixgrpo.maths.transitions import make_transition
-from mixgrpo.models.flux import Flux
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import SamplingPlan, rollout, sample_ode
 from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
@@ -56,7 +57,7 @@ def make_velocity(device: torch.device) -> Velocity:
     """A small FLUX, with and without values."""
     pipeline = flux_pipeline()
     config = ModelConfig(height=64, width=64, text_length=TEXT_LENGTH, compute_dtype="float32")
-    policy = Flux(pipeline, config, device, text=NoText())
+    policy = DiffusersPolicy(FLUX, pipeline, config, device, text=NoText())
     if device == META:
         policy.device = CPU  # the one whose autocast is left off; there is none for meta
     return policy.velocity(policy.module)

@@ -43,9 +43,10 @@ from mixgrpo.inference.folder import PictureFolder
 from mixgrpo.inference.memory import estimate, explain
 from mixgrpo.inference.sample import OutOfMemory, sample, settings_of
 from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
-from mixgrpo.models.flux import Flux
-from mixgrpo.models.flux_lora import attach_lora
+from mixgrpo.models.adapters import attach_lora
+from mixgrpo.models.flux import FLUX
 from mixgrpo.models.lora_files import read_lora
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import sample_ode
 from mixgrpo.run.pictures import to_bytes
@@ -106,7 +107,7 @@ def read(folder: Path) -> Tensor:
 
 
 @torch.no_grad()
-def by_hand(prompts: Sequence[str], *parts: tuple[Flux, int]) -> Tensor:
+def by_hand(prompts: Sequence[str], *parts: tuple[DiffusersPolicy, int]) -> Tensor:
     """Pictures [N, H, W, 3] by these models, each up to its step."""
     policy, sigmas, start = parts[0][0], make_sigmas(STEPS, SHIFT), 0
     x = Noise(617, 0, range(len(prompts)), 1, policy.latent_shape, True, CPU).initial()
@@ -128,7 +129,7 @@ def prompts(world) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def base(world) -> Flux:
+def base(world) -> DiffusersPolicy:
     return world.policy()
 
 
@@ -138,7 +139,7 @@ def base_pictures(base, prompts) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def trained(world, straight) -> Flux:
+def trained(world, straight) -> DiffusersPolicy:
     policy = world.policy()
     policy.module.load_state_dict(saved_tensors(checkpoint_folder(straight, 4)))
     return policy
@@ -158,7 +159,7 @@ def lora_run(world, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def with_lora(world, lora_run) -> Flux:
+def with_lora(world, lora_run) -> DiffusersPolicy:
     """The policy as training left it."""
     policy = world.policy(**LORA)
     saved = saved_tensors(checkpoint_folder(lora_run, 1))
@@ -329,14 +330,14 @@ def test_hybrid_in_bfloat16(knobs, draw, straight, lora_run, base_pictures, kind
 
 
 def test_adapters_stay_float32_beside_weights_in_bfloat16(knobs, lora_run):
-    policy = Flux.frozen(
+    policy = DiffusersPolicy.frozen(
         inference_config.model_config(
             knobs(model=replace(knobs().model, compute_dtype="bfloat16"))
         ),
         CPU,
     )
     file = next((lora_run / "model").glob("*.safetensors"))
-    attach_lora(policy.module, read_lora(file), 1.0)
+    attach_lora(FLUX, policy.module, read_lora(file), 1.0)
     for name, parameter in policy.module.named_parameters():
         assert parameter.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
         assert ".lora_" in name or not parameter.requires_grad
@@ -436,7 +437,9 @@ def test_settings_are_saved(knobs, world):
 def test_a_finished_folder_is_left_as_it_is(knobs):
     folder = sample(knobs())
     before = {k: v for k, v in files_of(folder).items() if k.endswith(".png")}
-    with mock.patch.object(Flux, "frozen", side_effect=AssertionError("loaded for nothing")):
+    with mock.patch.object(
+        DiffusersPolicy, "frozen", side_effect=AssertionError("loaded for nothing")
+    ):
         sample(knobs(micro_batch=2, decode_batch=3, progress=True))
     assert {k: v for k, v in files_of(folder).items() if k.endswith(".png")} == before
 

@@ -20,7 +20,7 @@ from mixgrpo import assembly
 from mixgrpo.checkpoint import open_saved
 from mixgrpo.config import Config
 from mixgrpo.engines.optimizer import make_optimizer
-from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
+from mixgrpo.maths.schedule import Spacing, dynamic_shift, make_sigmas
 from mixgrpo.types import Window
 
 KNOBS = {
@@ -58,7 +58,7 @@ WATCHED = {
     "sample": "mixgrpo.run.validation.sample_ode",
     "hacking": "mixgrpo.run.validation.hacking_warning",
     "saver": "mixgrpo.run.saving.Saver",
-    "decode": "mixgrpo.models.flux.Flux.decode",
+    "decode": "mixgrpo.models.policy.DiffusersPolicy.decode",
 }
 Calls = dict[str, list[Any]]
 
@@ -175,7 +175,7 @@ def test_the_plan_of_an_iteration():
         plan.solver()
         plan.prefix()
     transition.assert_called_once_with("cps", 0.9)
-    sigmas.assert_called_once_with(20, 2.5, window, 0.5, 0.25)
+    sigmas.assert_called_once_with(20, Spacing(2.5), window, 0.5, 0.25)
     tail, prefix = (call.args for call in solver.call_args_list)
     assert (tail[0], *tail[2:]) == ("dpm", 3, "heun")
     assert (prefix[0], *prefix[2:]) == ("dpm", 1, "heun")
@@ -184,7 +184,7 @@ def test_the_plan_of_an_iteration():
 
 def test_the_shift_depends_on_the_image_if_the_knob_is_zero():
     config = made(sampling__shift=0.0, model__height=512, model__width=256)
-    assert assembly.shift_for(config) == dynamic_shift(32 * 16)
+    assert assembly.spacing_for(config, 4) == Spacing(dynamic_shift(32 * 16))
 
 
 def test_the_objective():

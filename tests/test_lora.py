@@ -28,7 +28,8 @@ from small import relative_error
 from torch import Tensor
 
 from mixgrpo.files.weight_files import read_names
-from mixgrpo.models.flux_lora import attach_lora, fitted
+from mixgrpo.models.adapters import attach_lora, fitted
+from mixgrpo.models.flux import FLUX
 from mixgrpo.models.flux_names import layers_of
 from mixgrpo.models.lora_files import is_lora, read_lora
 
@@ -46,7 +47,7 @@ def changes(module: torch.nn.Module) -> dict[str, Tensor]:
 
 def loaded(path: Path, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, Tensor]:
     module = small_flux(dtype)
-    attach_lora(module, read_lora(path), scale)
+    attach_lora(FLUX, module, read_lora(path), scale)
     return changes(module)
 
 
@@ -213,7 +214,7 @@ def test_diffusers_converts_to_the_same_at_the_size_of_flux_1_dev(name, flux_dev
         ones = {k.removeprefix("base_model.model.")[: -len(".lora_A.weight")]: 1 for k in of_rank_1}
         one.update(rank_pattern=ones, alpha_pattern=ones)
     path = Form({}, state, beside=one if name == "fal" else {}).write(tmp_path)
-    ours = fitted(read_lora(path), flux_dev)
+    ours = fitted(FLUX, read_lora(path), flux_dev)
     theirs = FluxPipeline.lora_state_dict(dict(state))
     layers = {key.rpartition(".lora_")[0].removeprefix("transformer."): key for key in theirs}
     assert ours.keys() == layers.keys()

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixgrpo.files.weight_files import read_names
-from mixgrpo.models.flux_lora import attach_lora
+from mixgrpo.models.adapters import attach_lora
+from mixgrpo.models.flux import FLUX
 from mixgrpo.models.lora import Lora
 from mixgrpo.models.lora_files import is_lora, read_lora
 
@@ -30,7 +31,7 @@ def load(path: Path) -> Lora:
     """As ``sample`` does: recognised, read, attached."""
     assert is_lora(read_names(path))
     lora = read_lora(path)
-    attach_lora(small_flux(), lora, 1.0)
+    attach_lora(FLUX, small_flux(), lora, 1.0)
     return lora
 
 

@@ -18,12 +18,13 @@ from tiny_world import CPU, World
 from mixgrpo.commands import main
 from mixgrpo.config import Config, ModelConfig
 from mixgrpo.doctor.model import check_model
-from mixgrpo.models.flux import Flux
-from mixgrpo.models.flux_export import export_flux
-from mixgrpo.models.flux_folder import check_folder
-from mixgrpo.models.flux_text import FluxText
+from mixgrpo.models.export_files import export_weights
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.folder import check_folder
+from mixgrpo.models.policy import DiffusersPolicy
+from mixgrpo.models.text import TextEncoders
 
-T5, CLIP, FLUX, VAE = "text_encoder_2", "text_encoder", "transformer", "vae"
+T5, CLIP, NET, VAE = "text_encoder_2", "text_encoder", "transformer", "vae"
 Change = Callable[[Path], None]
 
 
@@ -88,10 +89,10 @@ def changed_axes(*axes: Any) -> Change:
     """Another value of the transformer's axes_dims_rope, or none."""
 
     def run(model: Path) -> None:
-        content = json.loads((model / FLUX / "config.json").read_text())
+        content = json.loads((model / NET / "config.json").read_text())
         del content["axes_dims_rope"]
         content.update(dict(zip(["axes_dims_rope"], axes, strict=False)))
-        put(model / FLUX / "config.json", json.dumps(content))
+        put(model / NET / "config.json", json.dumps(content))
 
     return run
 
@@ -144,7 +145,7 @@ def as_pytorch(model: Path) -> None:
 
 
 def with_an_index(model: Path) -> None:
-    put(model / FLUX / "diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {}}')
+    put(model / NET / "diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {}}')
 
 
 NORM = "encoder.block.1.layer.1.layer_norm.weight"
@@ -153,22 +154,22 @@ INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 BROKEN: dict[str, tuple[Change, list[str]]] = {
     "clip_for_t5": (exchanged(CLIP, T5), [T5, "missing: shared.weight", "a CLIP text encoder"]),
     "t5_for_clip": (exchanged(T5, CLIP), [CLIP, "missing", "a T5 text encoder"]),
-    "vae_for_transformer": (exchanged(VAE, FLUX), [FLUX, "missing", "a VAE"]),
+    "vae_for_transformer": (exchanged(VAE, NET), [NET, "missing", "a VAE"]),
     "t5_lacks_one": (without_one(T5, NORM), [T5, f"missing: {NORM};", "complete weights"]),
-    "transformer_lacks_one": (without_one(FLUX, "proj_out.bias"), ["missing: proj_out.bias;"]),
+    "transformer_lacks_one": (without_one(NET, "proj_out.bias"), ["missing: proj_out.bias;"]),
     "vae_lacks_one": (without_one(VAE, "decoder.conv_in.bias"), ["missing: decoder.conv_in.bias"]),
     "clip_lacks_one": (without_one(CLIP, "final_layer_norm.bias"), ["missing: final_layer_norm"]),
-    "no_weights": (change_weights(FLUX, lambda s: {}), ["missing:", "and 137 more"]),
+    "no_weights": (change_weights(NET, lambda s: {}), ["missing:", "and 137 more"]),
     "prefixed": (change_weights(T5, lambda s: {f"module.{k}": v for k, v in s.items()}),
                  ["missing: shared.weight", "unexpected: module."]),
     "integers": (as_dtype(T5, torch.int8), ["not floating-point: shared.weight (int8)"]),
-    "narrower_transformer": (settings(f"{FLUX}/config.json", attention_head_dim=16),
-                             [FLUX, "of another size", "instead of"]),
+    "narrower_transformer": (settings(f"{NET}/config.json", attention_head_dim=16),
+                             [NET, "of another size", "instead of"]),
     "narrower_t5": (settings(f"{T5}/config.json", d_model=64), [T5, "of another size"]),
     "more_layers": (settings(f"{T5}/config.json", num_layers=3), ["missing: encoder.block.2."]),
     "fewer_layers": (settings(f"{T5}/config.json", num_layers=1), ["unexpected: encoder.block.1."]),
-    "words_for_numbers": (settings(f"{FLUX}/config.json", num_layers="two"), ["no model can be"]),
-    "negative": (settings(f"{FLUX}/config.json", num_attention_heads=-1), ["no model can be"]),
+    "words_for_numbers": (settings(f"{NET}/config.json", num_layers="two"), ["no model can be"]),
+    "negative": (settings(f"{NET}/config.json", num_attention_heads=-1), ["no model can be"]),
     "no_heads": (settings(f"{CLIP}/config.json", num_attention_heads=7), ["no model can be"]),
     "null": (settings(f"{CLIP}/config.json", hidden_size=None), ["no model can be"]),
     "config_is_a_list": (containing(f"{VAE}/config.json", "[]"), ["holds a list"]),
@@ -216,15 +217,15 @@ BROKEN: dict[str, tuple[Change, list[str]]] = {
         f"quantised_{part}": (settings(f"{part}/config.json", quantization_config={
                                   "quant_method": "bitsandbytes", "load_in_4bit": True}),
                               [part, "quantization_config", "; give the weights before"])
-        for part in (FLUX, VAE, CLIP, T5)
+        for part in (NET, VAE, CLIP, T5)
     },
     "no_axes": (changed_axes(), ["axes_dims_rope [16, 56, 56]", "; fetch it again"]),
     **{
-        f"axes_{axes}": (changed_axes(axes), [FLUX, "axes_dims_rope", "; fetch it again"])
+        f"axes_{axes}": (changed_axes(axes), [NET, "axes_dims_rope", "; fetch it again"])
         for axes in (None, "x", [2, 2, 2], [4, 6, 7], [9, 11, 12], [32], [-8, 20, 20], [0, 16, 16],
                      [8.0, 12, 12], [[8], 12, 12], {}, 32)
     },
-    "web_page": (containing(f"{FLUX}/diffusion_pytorch_model.safetensors", "<html>Login</html>"),
+    "web_page": (containing(f"{NET}/diffusion_pytorch_model.safetensors", "<html>Login</html>"),
                  ["a web page"]),
     "lfs": (containing(f"{T5}/model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
             ["git-LFS"]),
@@ -236,7 +237,7 @@ BROKEN: dict[str, tuple[Change, list[str]]] = {
     "whole_and_index": (with_an_index, ["holds both"]),
     "pytorch": (as_pytorch, ["pytorch_model.bin", "safe_serialization=True"]),
     "fifo_config": (as_fifo(f"{T5}/config.json"), ["a FIFO"]),
-    "fifo_weights": (as_fifo(f"{FLUX}/diffusion_pytorch_model.safetensors"), ["a FIFO"]),
+    "fifo_weights": (as_fifo(f"{NET}/diffusion_pytorch_model.safetensors"), ["a FIFO"]),
     "fifo_index": (as_fifo(INDEX), ["a FIFO"]),
     "fifo_tokenizer": (as_fifo("tokenizer_2/tokenizer.json"), ["a FIFO"]),
     "fifo_scheduler": (as_fifo(SCHEDULER), ["a FIFO"]),
@@ -249,7 +250,7 @@ def test_a_broken_folder(fault: str, model: Path) -> None:
     change, words = BROKEN[fault]
     change(model)
     with pytest.raises((ValueError, OSError)) as caught:
-        check_folder(model)
+        check_folder(FLUX, model)
     message = str(caught.value)
     assert "\n" not in message
     assert str(model) in message
@@ -280,17 +281,17 @@ def small(model: Path) -> ModelConfig:
 
 
 def export(config: ModelConfig) -> None:
-    state = load_file(weights(Path(config.path), FLUX))
+    state = load_file(weights(Path(config.path), NET))
     folder = Path(config.path).parent / "exported"
-    export_flux(folder, config, state, lambda names: [state[name] for name in names])
+    export_weights(folder, config, state, lambda names: [state[name] for name in names])
 
 
 LOADINGS: dict[str, Callable[[ModelConfig], object]] = {
-    "training": lambda c: Flux.load(c, CPU, 0),
-    "offloaded": lambda c: Flux.load(c, CPU, 0, text_placement="offload"),
-    "sharded": lambda c: Flux.load(c, CPU, 0, empty=True),
-    "sampling": lambda c: Flux.frozen(c, CPU),
-    "preprocessing": lambda c: FluxText.load(c, CPU),
+    "training": lambda c: DiffusersPolicy.load(c, CPU, 0),
+    "offloaded": lambda c: DiffusersPolicy.load(c, CPU, 0, text_placement="offload"),
+    "sharded": lambda c: DiffusersPolicy.load(c, CPU, 0, empty=True),
+    "sampling": lambda c: DiffusersPolicy.frozen(c, CPU),
+    "preprocessing": lambda c: TextEncoders.load(c, CPU),
     "exporting": export,
 }
 
@@ -304,15 +305,15 @@ def test_every_loading_checks_the_folder(loading: str, model: Path) -> None:
 
 
 def test_text_encoders_alone_are_enough_to_encode(model: Path) -> None:
-    for part in (FLUX, VAE, "scheduler"):
+    for part in (NET, VAE, "scheduler"):
         shutil.rmtree(model / part)
-    assert FluxText.load(small(model), CPU).count_truncated(["red"]) == 0
+    assert TextEncoders.load(small(model), CPU).count_truncated(["red"]) == 0
 
 
 EXPORTED: dict[str, Change] = {
-    "variant": called(FLUX, "diffusion_pytorch_model.fp16.safetensors"),
+    "variant": called(NET, "diffusion_pytorch_model.fp16.safetensors"),
     "shards_of_a_variant": in_shards(
-        FLUX,
+        NET,
         "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors",
         "diffusion_pytorch_model.safetensors.index.fp16.json",
     ),
@@ -326,13 +327,13 @@ EXPORTED: dict[str, Change] = {
 @pytest.mark.parametrize("form", EXPORTED)
 def test_an_export_needs_no_variant_to_be_named(form: str, model: Path, world: World) -> None:
     EXPORTED[form](model)
-    state = load_file(weights(world.model, FLUX))
+    state = load_file(weights(world.model, NET))
     folder = model.parent / "exported"
-    export_flux(folder, small(model), state, lambda names: [state[name] for name in names])
+    export_weights(folder, small(model), state, lambda names: [state[name] for name in names])
     assert not [path for path in folder.rglob("*") if "16" in path.name]
     found = FluxPipeline.from_pretrained(folder, local_files_only=True)
     expected = FluxPipeline.from_pretrained(world.model, local_files_only=True)
-    for part in (FLUX, VAE, CLIP, T5):
+    for part in (NET, VAE, CLIP, T5):
         own = getattr(found, part).state_dict()
         for name, value in getattr(expected, part).state_dict().items():
             assert torch.equal(own[name], value)
@@ -341,10 +342,10 @@ def test_an_export_needs_no_variant_to_be_named(form: str, model: Path, world: W
 def test_stored_embeddings_need_no_text_encoder(model: Path) -> None:
     exchanged(CLIP, T5)(model)
     text: Any = object()
-    assert Flux.load(small(model), CPU, 0, stored=text).text is text
+    assert DiffusersPolicy.load(small(model), CPU, 0, stored=text).text is text
 
 
-@pytest.mark.parametrize("part", [FLUX, VAE, CLIP, T5])
+@pytest.mark.parametrize("part", [NET, VAE, CLIP, T5])
 def test_weights_that_are_not_finite(part: str, model: Path) -> None:
     def one_infinite(state: dict[str, Any]) -> dict[str, Any]:
         last = sorted(state)[-1]
@@ -353,13 +354,13 @@ def test_weights_that_are_not_finite(part: str, model: Path) -> None:
 
     change_weights(part, one_infinite)(model)
     with pytest.raises(ValueError, match=rf"{part} holds weights that are not finite, such as"):
-        Flux.frozen(small(model), CPU)
+        DiffusersPolicy.frozen(small(model), CPU)
 
 
 WHOLE: dict[str, Change] = {
-    "variant": called(FLUX, "diffusion_pytorch_model.fp16.safetensors"),
+    "variant": called(NET, "diffusion_pytorch_model.fp16.safetensors"),
     "variant_of_t5": called(T5, "model.bf16.safetensors"),
-    "float64": as_dtype(FLUX, torch.float64),
+    "float64": as_dtype(NET, torch.float64),
     "clip_as_once": change_weights(CLIP, lambda s: {f"text_model.{k}": v for k, v in s.items()}),
     "kontext": settings(INDEX, _class_name="FluxKontextPipeline",
                         image_encoder=["transformers", "CLIPVisionModelWithProjection"]),
@@ -369,8 +370,11 @@ WHOLE: dict[str, Change] = {
 @pytest.mark.parametrize("form", WHOLE)
 def test_a_folder_that_loads(form: str, model: Path, world: World) -> None:
     WHOLE[form](model)
-    found, expected = Flux.frozen(small(model), CPU), Flux.frozen(small(world.model), CPU)
-    for part in (FLUX, VAE, CLIP, T5):
+    found, expected = (
+        DiffusersPolicy.frozen(small(model), CPU),
+        DiffusersPolicy.frozen(small(world.model), CPU),
+    )
+    for part in (NET, VAE, CLIP, T5):
         own = getattr(found.pipeline, part).state_dict()
         for name, value in getattr(expected.pipeline, part).state_dict().items():
             assert torch.equal(own[name], value)

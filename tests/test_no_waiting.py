@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.methods import grpo
-from mixgrpo.models.flux import Flux
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity
 
@@ -85,7 +86,7 @@ def test_what_only_queues_is_let_through(gpu: FakeGpu) -> None:
 # ---- the product
 
 
-def make_policy(gpu: FakeGpu, train: str, checkpointing: bool = False) -> Flux:
+def make_policy(gpu: FakeGpu, train: str, checkpointing: bool = False) -> DiffusersPolicy:
     """A small FLUX as ``Flux.load`` would make it, on the fake GPU."""
     config = ModelConfig(
         train=train,
@@ -99,7 +100,7 @@ def make_policy(gpu: FakeGpu, train: str, checkpointing: bool = False) -> Flux:
     pipeline.vae.to(torch.bfloat16)
     if train == "lora":
         pipeline.transformer.to(torch.bfloat16)
-    policy = Flux(pipeline, config, CPU, text=mock.sentinel.text)
+    policy = DiffusersPolicy(FLUX, pipeline, config, CPU, text=mock.sentinel.text)
     policy._make_trainable(seed=0)
     for module in (policy.module, pipeline.vae):
         gpu.place(module)
@@ -113,7 +114,9 @@ def make_text(prompts: int) -> TextEmbedding:
     return TextEmbedding(tokens, torch.zeros(prompts, 64, device=GPU, dtype=torch.bfloat16))
 
 
-def sampled(policy: Flux, velocity: Velocity, task: Task, decode: bool = False) -> Trajectory:
+def sampled(
+    policy: DiffusersPolicy, velocity: Velocity, task: Task, decode: bool = False
+) -> Trajectory:
     """A rollout in two micro-batches, which may decode what it has sampled."""
     images = []
 
@@ -166,7 +169,11 @@ def test_an_updates_losses_are_only_queued(gpu: FakeGpu, train: str, checkpointi
 
 
 def losses(
-    policy: Flux, velocity: Velocity, trajectory: Trajectory, task: Task, reference: Velocity
+    policy: DiffusersPolicy,
+    velocity: Velocity,
+    trajectory: Trajectory,
+    task: Task,
+    reference: Velocity,
 ) -> dict[str, Tensor]:
     """The update's forward half: two optimizer steps, without backward passes and steps.
 

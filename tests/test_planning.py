@@ -20,8 +20,8 @@ from mixgrpo.config import Config, RewardConfig
 from mixgrpo.files.weight_sets import NAME
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig
 from mixgrpo.inference.memory import estimate
-from mixgrpo.models.flux import LORA_TARGETS
-from mixgrpo.models.flux_lora import streamline
+from mixgrpo.models.adapters import streamline
+from mixgrpo.models.flux import FLUX
 from mixgrpo.planning.activations import Precision, double_block_bytes, kept_bytes
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory, device_memory, first_width
 from mixgrpo.planning.flux_size import FluxSize, Products
@@ -186,7 +186,7 @@ def test_what_a_forward_pass_keeps_is_measured(train: str, dtype: torch.dtype) -
     model, size = FluxTransformer2DModel(**SMALL), FluxSize.from_config(SMALL)
     if train == "lora":
         model.to(dtype).requires_grad_(False)
-        model.add_adapter(LoraConfig(r=1, target_modules=LORA_TARGETS["all"]))
+        model.add_adapter(LoraConfig(r=1, target_modules=FLUX.lora_targets["all"]))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixgrpo.config import ModelConfig
-from mixgrpo.models.flux import Flux
-from mixgrpo.models.flux_lora import streamline, switched_off
+from mixgrpo.models.adapters import streamline, switched_off
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
 from mixgrpo.types import TextEmbedding
 
@@ -26,7 +27,7 @@ BLOCKS = (2, 4)  # double and single ones of the small transformer
 HOOKED = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def make_policy(train: str, dtype: str) -> Flux:
+def make_policy(train: str, dtype: str) -> DiffusersPolicy:
     config = ModelConfig(
         height=64,
         width=64,
@@ -38,7 +39,7 @@ def make_policy(train: str, dtype: str) -> Flux:
     pipeline = flux_pipeline()
     if train == "lora":
         nn.Module.to(pipeline.transformer, getattr(torch, dtype))
-    policy = Flux(pipeline, config, CPU)
+    policy = DiffusersPolicy(FLUX, pipeline, config, CPU)
     policy._make_trainable(seed=0)
     adapters = [p for n, p in policy.module.named_parameters() if ".lora_" in n]
     perturbed(nn.ParameterList(adapters), 0.02)
@@ -58,7 +59,7 @@ def as_in_the_libraries(module: nn.Module) -> nn.Module:
     return plain
 
 
-def evaluate(policy: Flux, module: nn.Module) -> Tensor:
+def evaluate(policy: DiffusersPolicy, module: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, 16, 64), (2, TEXT_LENGTH, 128), (2, 64))
     drawn = (torch.randn(shape, generator=generator) for shape in shapes)

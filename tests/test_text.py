@@ -40,7 +40,9 @@ from mixgrpo.commands import launch, main
 from mixgrpo.config import EncoderConfig, ModelConfig, PreprocessConfig, flatten
 from mixgrpo.files import disk
 from mixgrpo.files.fingerprint import digest_contents, fingerprint
-from mixgrpo.models.flux_text import TEXT_PARTS, FluxText, require_parts
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.folder import require_parts
+from mixgrpo.models.text import TextEncoders
 from mixgrpo.text import embeddings
 from mixgrpo.text.embeddings import Shard, read_index, shard_path, write_index
 from mixgrpo.text.preprocess import preprocess
@@ -94,13 +96,13 @@ def mine(stored, tmp_path) -> Path:
 def encoded() -> Iterator[list[str]]:
     """The prompts that encoders were asked for."""
     prompts: list[str] = []
-    encode = FluxText._encode_one
+    encode = TextEncoders._encode_one
 
-    def noted(self: FluxText, prompt: str) -> Any:
+    def noted(self: TextEncoders, prompt: str) -> Any:
         prompts.append(prompt)
         return encode(self, prompt)
 
-    with mock.patch.object(FluxText, "_encode_one", noted):
+    with mock.patch.object(TextEncoders, "_encode_one", noted):
         yield prompts
 
 
@@ -147,7 +149,7 @@ def test_truncated_prompts_are_counted_without_a_tokenizer(world, tmp_path):
 
 
 def test_a_run_on_stored_embeddings_is_the_run_with_encoders(world, stored, straight, folder):
-    with mock.patch.object(FluxText, "encode", side_effect=AssertionError("encoded online")):
+    with mock.patch.object(TextEncoders, "encode", side_effect=AssertionError("encoded online")):
         train_here(
             world.config(
                 folder,
@@ -194,11 +196,11 @@ def test_a_run_may_go_on_with_stored_embeddings(world, tmp_path):
 
 
 def test_the_encoders_are_not_loaded(world, stored):
-    from mixgrpo.models.flux import Flux
+    from mixgrpo.models.policy import DiffusersPolicy
 
     text = opened(world, stored)
-    policy = Flux.load(world.config(stored).model, CPU, 7, stored=text)
-    assert all(getattr(policy.pipeline, part) is None for part in TEXT_PARTS)
+    policy = DiffusersPolicy.load(world.config(stored).model, CPU, 7, stored=text)
+    assert all(getattr(policy.pipeline, part) is None for part in FLUX.text_parts)
     assert torch.equal(policy.encode(ALL[:1]).tokens, world.policy().encode(ALL[:1]).tokens)
 
 
@@ -208,12 +210,12 @@ def test_the_encoders_are_not_loaded(world, stored):
 META = torch.device("meta")
 
 
-def text_at(world: World, placement: str, device: torch.device) -> FluxText:
-    text = FluxText.load(ModelConfig(path=str(world.model), compute_dtype="float32"), CPU)
-    return FluxText(text.pipeline, 16, device, placement)
+def text_at(world: World, placement: str, device: torch.device) -> TextEncoders:
+    text = TextEncoders.load(ModelConfig(path=str(world.model), compute_dtype="float32"), CPU)
+    return TextEncoders(FLUX, text.pipeline, 16, device, placement)
 
 
-def devices_of(text: FluxText) -> set[str]:
+def devices_of(text: TextEncoders) -> set[str]:
     encoders = text.pipeline.text_encoder, text.pipeline.text_encoder_2
     return {t.device.type for e in encoders for t in [*e.parameters(), *e.buffers()]}
 
@@ -239,7 +241,7 @@ def test_placement_changes_no_value(world, placement):
     expected = world.policy().encode(ALL[:2])
     policy = world.policy()
     for _ in range(2):  # what was brought away must be as before
-        text = FluxText(policy.pipeline, 16, CPU, placement).encode(ALL[:2])
+        text = TextEncoders(FLUX, policy.pipeline, 16, CPU, placement).encode(ALL[:2])
         assert torch.equal(text.tokens, expected.tokens)
         assert torch.equal(text.pooled, expected.pooled)
 
@@ -382,7 +384,7 @@ def test_killed_in_the_middle_of_a_shard(world, stored, tmp_path, encoded):
 
 def test_what_is_whole_is_not_made_again(world, mine):
     before = files_of(mine)
-    with mock.patch.object(FluxText, "load", side_effect=AssertionError("encoders loaded")):
+    with mock.patch.object(TextEncoders, "load", side_effect=AssertionError("encoders loaded")):
         preprocess_here(world, mine)
     assert files_of(mine) == before
 
@@ -495,7 +497,7 @@ def altered(world, tmp_path) -> Path:
     return Path(shutil.copytree(world.model, tmp_path / "altered"))
 
 
-@pytest.mark.parametrize("part", TEXT_PARTS)
+@pytest.mark.parametrize("part", FLUX.text_parts)
 def test_another_encoder_is_named(world, stored, altered, part):
     largest = max((altered / part).iterdir(), key=lambda path: path.stat().st_size)
     flip(largest, -2)
@@ -555,7 +557,7 @@ def test_a_folder_without_embeddings(world, tmp_path):
 def refused(world: World, output: Path, words: str, **knobs: Any) -> None:
     before = contents(output) if output.exists() else None
     with (
-        mock.patch.object(FluxText, "load", side_effect=AssertionError("encoders loaded")),
+        mock.patch.object(TextEncoders, "load", side_effect=AssertionError("encoders loaded")),
         pytest.raises((ValueError, FileNotFoundError), match=words),
     ):
         preprocess_here(world, output, **knobs)
@@ -615,7 +617,7 @@ def test_numbers_that_cannot_be(world, tmp_path, knobs, words):
 
 
 def test_too_little_disk_is_told_of_first(world, stored, mine, tmp_path, monkeypatch):
-    per_prompt = FluxText.bytes_per_prompt(
+    per_prompt = TextEncoders.bytes_per_prompt(
         ModelConfig(path=str(world.model), text_length=16, compute_dtype="float32")
     )
     assert per_prompt == (16 * 128 + 64) * 4
@@ -740,14 +742,14 @@ def test_a_warning_counts_truncated_prompts(world, tmp_path, capfd):
 
 
 def test_parts_are_required(world):
-    found = require_parts(str(world.model), TEXT_PARTS)
-    assert [path.name for path in found] == list(TEXT_PARTS)
+    found = require_parts(str(world.model), FLUX.text_parts)
+    assert [path.name for path in found] == list(FLUX.text_parts)
 
 
 def test_the_index_is_json_that_people_can_read(stored):
     found = json.loads((stored / "index.json").read_text(encoding="utf-8"))
     assert found["shards"][0]["prompts"][0] == ALL[0]
-    assert set(found["encoder"]) == {*TEXT_PARTS, "text_length", "dtype"}
+    assert set(found["encoder"]) == {*FLUX.text_parts, "text_length", "dtype"}
 
 
 def test_stored_text_on_a_gpu_is_pinned_first(world, stored):

@@ -40,7 +40,7 @@ from tiny_world import (
 from mixgrpo import checkpoint as checkpoints
 from mixgrpo.checks import BOUNDS
 from mixgrpo.config import Config, RewardConfig, RunConfig, flatten
-from mixgrpo.models.flux import Flux
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.rewards import RewardError
 from mixgrpo.rollout import rollout
 from mixgrpo.run.contents import contents_of
@@ -393,9 +393,9 @@ class PoisonedFrom:
 def test_a_non_finite_loss_stops_before_the_step(straight, world, folder, monkeypatch):
     # Window 2, 4 samples a step, 2 prompts: 2 + 4 = 6 evaluations, one pass of 8, so 2 passes an
     # iteration; the third belongs to iteration 2.
-    plain = Flux.velocity
+    plain = DiffusersPolicy.velocity
     monkeypatch.setattr(
-        Flux, "velocity", lambda self, module: PoisonedFrom(plain(self, module), first=3)
+        DiffusersPolicy, "velocity", lambda self, module: PoisonedFrom(plain(self, module), first=3)
     )
     with pytest.raises(TrainingStopped) as stopped:
         train_here(world.config(folder))
@@ -413,7 +413,7 @@ def test_a_non_finite_loss_stops_before_the_step(straight, world, folder, monkey
     assert str(newest) in message
     assert_same_checkpoint(newest, checkpoint_folder(straight, 1))
 
-    monkeypatch.setattr(Flux, "velocity", plain)
+    monkeypatch.setattr(DiffusersPolicy, "velocity", plain)
     train_here(world.config(folder, run__resume=True))
     assert_same_checkpoint(checkpoint_folder(folder, 4), checkpoint_folder(straight, 4))
 
@@ -508,16 +508,16 @@ def test_falling_held_out_rewards_are_warned_of(world, folder, capsys):
 
 
 @pytest.fixture
-def loaded(monkeypatch) -> Iterator[list[Flux]]:
+def loaded(monkeypatch) -> Iterator[list[DiffusersPolicy]]:
     """The policies that runs load."""
-    policies: list[Flux] = []
-    load = Flux.load
+    policies: list[DiffusersPolicy] = []
+    load = DiffusersPolicy.load
 
-    def remembered(*arguments, **knobs) -> Flux:
+    def remembered(*arguments, **knobs) -> DiffusersPolicy:
         policies.append(load(*arguments, **knobs))
         return policies[-1]
 
-    monkeypatch.setattr(Flux, "load", remembered)
+    monkeypatch.setattr(DiffusersPolicy, "load", remembered)
     yield policies
 
 

@@ -27,7 +27,8 @@ from mixgrpo.files.weight_files import check_fits, plain_names, read_shapes
 from mixgrpo.files.weight_sets import NAME, find_shards
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig
 from mixgrpo.inference.tuned import load_tuned
-from mixgrpo.models.flux_stored import empty_transformer
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.stored import empty_transformer
 
 State = dict[str, Tensor]
 STEM = NAME.removesuffix(".safetensors")
@@ -49,7 +50,7 @@ def load(world) -> Callable[..., State]:
     """The weights of the model after ``sample --checkpoint PATH`` has loaded them."""
 
     def run(path: Path | str, **knobs: Any) -> State:
-        module = empty_transformer(str(world.model), torch.float32).to_empty(device="cpu")
+        module = empty_transformer(FLUX, str(world.model), torch.float32).to_empty(device="cpu")
         config = InferenceConfig(
             model=SampledModelConfig(path=str(world.model)), checkpoint=str(path), **knobs
         )

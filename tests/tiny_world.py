@@ -21,7 +21,7 @@ from torch import Tensor
 from mixgrpo.config import Config, RewardConfig
 
 if TYPE_CHECKING:
-    from mixgrpo.models.flux import Flux
+    from mixgrpo.models.policy import DiffusersPolicy
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
@@ -218,11 +218,11 @@ class World:
         chosen = {n: {"kind": r.kind, "weight": r.weight} for n, r in rewards.items()}
         return [*words, "--rewards", json.dumps(chosen)]
 
-    def policy(self, **knobs: Any) -> Flux:
+    def policy(self, **knobs: Any) -> DiffusersPolicy:
         """The base model, as a run loads it."""
-        from mixgrpo.models.flux import Flux
+        from mixgrpo.models.policy import DiffusersPolicy
 
-        return Flux.load(self.config(self.root, **knobs).model, CPU, seed=7)
+        return DiffusersPolicy.load(self.config(self.root, **knobs).model, CPU, seed=7)
 
 
 # Trained rewards are smooth, so that rounding cannot turn one into another; a JPEG's bytes jump.

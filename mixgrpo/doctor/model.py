@@ -7,24 +7,15 @@ from pathlib import Path
 
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, size
-from mixgrpo.models.flux import PARTS
-from mixgrpo.models.flux_files import WEIGHTED, check_part
-from mixgrpo.models.flux_folder import (
-    TOKENIZERS,
-    check_index,
-    check_scheduler,
-    check_together,
-    read_tokenizer,
-)
+from mixgrpo.models.family import Family
+from mixgrpo.models.files import check_part
+from mixgrpo.models.folder import check_index, check_scheduler, check_together, read_tokenizer
+from mixgrpo.models.registry import family_of
 
-_OTHER_PATH = "set --model.path to a diffusers FLUX pipeline folder"
+_OTHER_PATH = "set --model.path to a diffusers pipeline folder"
 # Each of the other parts counts as present if one of these files exists.
-_FILES = {
-    "model_index.json": ("",),
-    "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("tokenizer.json", "vocab.json"),
-    "tokenizer_2": ("tokenizer.json", "spiece.model"),
-}
+_FILES = {"model_index.json": ("",), "scheduler": ("scheduler_config.json",)}
+_OF_TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 def check_model(config: Config, processes: int) -> Iterator[Line]:
@@ -33,25 +24,29 @@ def check_model(config: Config, processes: int) -> Iterator[Line]:
     if not folder.is_dir():
         yield error("model", f"model.path is {str(folder)!r}, which is not a folder", remedy)
         return
+    try:
+        family = family_of(config.model, missing="flux")
+    except (OSError, ValueError) as caught:
+        yield error("model", str(caught), remedy)
+        return
     whole = True
-    for part in ("model_index.json", *PARTS):
-        line = (
-            _weights(folder / part, remedy) if part in WEIGHTED else _small(folder / part, remedy)
-        )
+    for part in ("model_index.json", *family.parts):
+        check = _weights if part in family.weighted else _small
+        line = check(family, folder / part, remedy)
         whole &= line.level == "ok"
         yield line
     if whole:
         try:
-            check_together(folder)
+            check_together(family, folder)
         except (OSError, ValueError) as caught:
             yield error("model", str(caught), remedy)
 
 
-def _weights(folder: Path, remedy: str) -> Line:
+def _weights(family: Family, folder: Path, remedy: str) -> Line:
     if not folder.is_dir():
         return error("model", f"{folder} is missing", remedy)
     try:
-        files, weights = check_part(folder)
+        files, weights = check_part(family, folder)
     except (OSError, ValueError) as caught:
         return error("model", f"{folder.name}: {caught}", remedy)
     total = size(sum(file.stat().st_size for file in files))
@@ -61,20 +56,20 @@ def _weights(folder: Path, remedy: str) -> Line:
     )
 
 
-def _small(path: Path, remedy: str) -> Line:
-    known = _FILES[path.name]
+def _small(family: Family, path: Path, remedy: str) -> Line:
+    known = _FILES.get(path.name, _OF_TOKENIZERS)
     there = [path / name for name in known if (path / name).exists()]
     if not there:
         names = " or ".join(str(path / name) for name in known)
         return error("model", f"{names} is missing", remedy)
     try:
-        if path.name in TOKENIZERS:
+        if path.name in family.tokenizers:
             if (path.parent / "model_index.json").exists():  # which names the tokenizer's class
-                read_tokenizer(path)
+                read_tokenizer(family, path)
         elif path.name == "scheduler":
             check_scheduler(path.parent)
         else:
-            check_index(path.parent)
+            check_index(family, path.parent)
     except (OSError, ValueError) as caught:
         return error("model", str(caught), remedy)
     return ok("model", f"{path.name}: as configured")

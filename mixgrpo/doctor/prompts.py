@@ -12,7 +12,8 @@ import torch
 from mixgrpo.assembly import make_stored_text
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, warning
-from mixgrpo.models.flux_files import quiet
+from mixgrpo.models.files import quiet
+from mixgrpo.models.registry import family_of
 from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.text.stored import preprocess_command
@@ -100,20 +101,21 @@ def _doubtful(knob: str, prompts: PromptList) -> Iterator[Line]:
 def _count_truncated(config: Config, prompts: Sequence[str]) -> int | None:
     from transformers import AutoTokenizer
 
-    folder = Path(config.model.path) / "tokenizer_2"
-    if not folder.is_dir():
-        return None
     with quiet():
         try:
+            family = family_of(config.model)
+            folder = Path(config.model.path) / family.main_tokenizer
+            if not folder.is_dir():
+                return None
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError):  # the model's check reports it
             return None
         times = Counter(prompts)
-        ids = tokenizer(list(times), verbose=False).input_ids
-    lengths = zip(times.values(), ids, strict=True)
-    return sum(count for count, row in lengths if len(row) > config.model.text_length)
+        lengths = family.count_tokens(tokenizer, list(times))
+    counted = zip(times.values(), lengths, strict=True)
+    return sum(count for count, length in counted if length > config.model.text_length)
 
 
 def _overlap(training: Sequence[str], validation: Sequence[str]) -> Iterator[Line]:

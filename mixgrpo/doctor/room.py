@@ -15,8 +15,8 @@ from mixgrpo.doctor.devices import memory_of_a_process, processes_here
 from mixgrpo.doctor.lines import Line, error, ok, size, warning
 from mixgrpo.doctor.rewards import options_of
 from mixgrpo.files.disk import existing
-from mixgrpo.models.flux_files import find_weights
-from mixgrpo.models.registry import ENCODERS
+from mixgrpo.models.files import find_weights
+from mixgrpo.models.text import TextEncoders
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory
 from mixgrpo.planning.memory import trained_weights, training_memory
 from mixgrpo.rewards.registry import check_call
@@ -195,4 +195,4 @@ def missing_embedding_bytes(config: Config) -> int:
     }
     prompts = {p for knob, path in files.items() for p in read_prompts(path, knob).texts}
     missing = len(begun) + len(prompts - listed)
-    return missing * ENCODERS[config.model.family].bytes_per_prompt(config.model)
+    return missing * TextEncoders.bytes_per_prompt(config.model)

@@ -14,10 +14,11 @@ from mixgrpo.config import FilePath, ModelConfig, flatten
 class SampledModelConfig:
     """The base model: which diffusers pipeline folder it comes from and how it is run."""
 
-    family: Literal["flux"] = "flux"
-    """model family"""
+    family: str = "auto"
+    """model family: auto, the one whose pipeline model_index.json names, or its name in
+    mixgrpo/models/registry.py"""
     path: FilePath = "data/models/FLUX.1-dev"
-    """diffusers pipeline folder with transformer, vae, two text encoders and tokenizers"""
+    """diffusers pipeline folder"""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of the weights and matrix products; latents and step arithmetic stay in float32"""
     guidance: float = 3.5
@@ -55,7 +56,8 @@ class InferenceConfig:
     steps: int = 50
     """number of denoising steps"""
     shift: float = 0.0
-    """time shift; 0 uses the resolution-dependent shift of FLUX's own inference"""
+    """time shift; 0 uses the schedule of the family's own inference, which depends on the image
+    size"""
     seed: int = 617
     """seed of the noise"""
     samples: int = 1

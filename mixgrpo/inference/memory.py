@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mixgrpo.inference.config import InferenceConfig
-from mixgrpo.models.flux_files import WEIGHTED
+from mixgrpo.models.registry import family_of
 from mixgrpo.planning.activations import decoding_bytes, evaluation_bytes
 from mixgrpo.planning.device_memory import first_width
 from mixgrpo.planning.flux_size import FluxSize
@@ -34,7 +34,7 @@ class Memory:
 def estimate(config: InferenceConfig) -> Memory:
     """Computes the estimate from the files of the model folder, without loading it."""
     folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
-    parameters = sum(count_parameters(folder / part) for part in WEIGHTED)
+    parameters = sum(count_parameters(folder / part) for part in family_of(config.model).weighted)
     pixels = config.model.height * config.model.width
     tokens = pixels // 256 + config.model.text_length
     decoded = min(config.decode_batch, config.micro_batch)

@@ -28,13 +28,12 @@ from mixgrpo.inference.config import InferenceConfig, check, model_config, tuned
 from mixgrpo.inference.folder import Picture, PictureFolder
 from mixgrpo.inference.memory import explain
 from mixgrpo.inference.tuned import Tuned, find_tuned, load_tuned
-from mixgrpo.maths.schedule import dynamic_shift, make_sigmas
+from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.models import Policy
-from mixgrpo.models.flux import PARTS
-from mixgrpo.models.flux_folder import check_folder
-from mixgrpo.models.flux_text import require_parts
+from mixgrpo.models.folder import check_folder, require_parts, spacing_of
 from mixgrpo.models.lora_files import settings_beside
-from mixgrpo.models.registry import FAMILIES
+from mixgrpo.models.policy import DiffusersPolicy
+from mixgrpo.models.registry import family_of
 from mixgrpo.noise import Noise
 from mixgrpo.planning.memory import OutOfMemory, memory_of
 from mixgrpo.rollout import sample_ode
@@ -56,7 +55,7 @@ def sample(config: InferenceConfig) -> Path:
     check(config)
     prompts = read_prompts(config.prompts_file, "prompts_file")
     folder = PictureFolder(config, settings_of(config, prompts.texts), prompts)
-    check_folder(Path(config.model.path))  # before the folder is made
+    check_folder(family_of(config.model), Path(config.model.path))  # before the folder is made
     with (
         process_group(config.threads) as process,
         _explained(config, process),
@@ -83,7 +82,9 @@ def settings_of(config: InferenceConfig, prompts: Sequence[str]) -> dict[str, ob
 
     Metadata of the prompts is not among them, because no image depends on it.
     """
-    model = "".join(map(fingerprint, require_parts(config.model.path, PARTS)))
+    model = "".join(
+        map(fingerprint, require_parts(config.model.path, family_of(config.model).parts))
+    )
     weights = find_tuned(config)
     tuned = weights + settings_beside(weights)
     return {
@@ -133,7 +134,7 @@ def _draw(
     config: InferenceConfig, folder: PictureFolder, blocks: list[Block], process: Process
 ) -> None:
     knobs = model_config(config)
-    policy = FAMILIES[knobs.family].frozen(knobs, process.device)
+    policy = DiffusersPolicy.frozen(knobs, process.device)
     tuned = load_tuned(policy.module, config)
     parts = _parts(tuned, config)
     painter = _Painter(config, policy, folder)
@@ -160,11 +161,11 @@ class _Painter:
     """Turns blocks of images from noise into files."""
 
     def __init__(self, config: InferenceConfig, policy: Policy, folder: PictureFolder) -> None:
-        tokens = policy.latent_shape[0]
         self.config = config
         self.policy = policy
         self.folder = folder
-        self.sigmas = make_sigmas(config.steps, config.shift or dynamic_shift(tokens))
+        spacing = spacing_of(model_config(config), config.shift, config.steps)
+        self.sigmas = make_sigmas(config.steps, spacing)
         self.velocity = policy.velocity(policy.module)
 
     @torch.no_grad()
@@ -204,7 +205,7 @@ class _Painter:
         first = block[0].index  # a block's prompts are consecutive
         text = self.policy.encode(self.folder.prompts.texts[first : block[-1].index + 1])
         rows = torch.tensor([picture.index - first for picture in block])
-        return text[rows.to(text.tokens.device)]
+        return text[rows]
 
     def _finish(self, block: Block, latents: Tensor) -> None:
         if not latents.isfinite().all():

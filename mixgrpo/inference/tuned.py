@@ -28,9 +28,10 @@ from mixgrpo.files.weight_files import (
 )
 from mixgrpo.files.weight_sets import NoWeights, find_shards
 from mixgrpo.inference.config import InferenceConfig, tuned_steps
-from mixgrpo.models.flux_lora import attach_lora, lora_of_run
+from mixgrpo.models.adapters import attach_lora, lora_of_run
 from mixgrpo.models.lora import Lora
 from mixgrpo.models.lora_files import LORA_NAMES, is_lora, read_lora
+from mixgrpo.models.registry import family_of
 
 _PARTS = {"plain": "model", "ema": "ema"}
 
@@ -194,7 +195,7 @@ def _load_checkpoint(module: nn.Module, path: Path, config: InferenceConfig) -> 
 
 
 def _adapters(module: nn.Module, lora: Lora, config: InferenceConfig) -> Adapters:
-    attach_lora(module, lora, config.lora_scale)
+    attach_lora(family_of(config.model), module, lora, config.lora_scale)
     return Adapters(module, lora.notes)
 
 

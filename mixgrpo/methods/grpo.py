@@ -52,7 +52,7 @@ class Evaluations:
 
     Attributes:
         sample: [E] the sample whose state is evaluated.
-        prompt: [E] the position of its prompt in the trajectory's text.
+        prompt: [E] the position of its prompt in the trajectory's text, always on the CPU.
         step: [E] the step, counted from the first step of the window.
         row_sample: [R] the sample of each transition.
         row_evaluation: [R] indices into the E evaluations, non-decreasing. An evaluation may serve
@@ -92,8 +92,9 @@ class Evaluations:
         )
 
     def to(self, device: torch.device) -> Evaluations:
-        parts = (self.sample, self.prompt, self.step, self.row_sample, self.row_evaluation)
-        return Evaluations(*(part.to(device, non_blocking=True) for part in parts))
+        parts = (self.sample, self.step, self.row_sample, self.row_evaluation)
+        sample, *others = (part.to(device, non_blocking=True) for part in parts)
+        return Evaluations(sample, self.prompt, *others)
 
 
 class NonFiniteUpdate(RuntimeError):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 # Limit on graphs per block type: one per batch size, twice as many if adapters are switched off.
 _GRAPHS = 64
@@ -37,28 +38,29 @@ def compile_blocks(transformer: Any, backend: str | Callable[..., Any]) -> None:
 
 
 def repeated_blocks(transformer: Any) -> Iterator[nn.Module]:
-    """The modules whose types diffusers lists as repeated blocks."""
-    kinds = transformer._repeated_blocks
-    return (module for module in transformer.modules() if type(module).__name__ in kinds)
+    """The blocks of a diffusers transformer, in the order of evaluation: the modules that diffusers
+    never splits over devices."""
+    kinds = set(transformer._no_split_modules)
+    for module in transformer.modules():
+        # An engine may have put a class of its own before the block's.
+        if kinds.intersection(kind.__name__ for kind in type(module).__mro__):
+            yield module
 
 
-def _with_gradients(code: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
-    def forward(
-        block: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, ...]:
+def _with_gradients(code: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(block: nn.Module, *args: Any, **named: Any) -> Any:
         wanted = torch.is_grad_enabled()
-        inputs = (_differentiable(x) for x in (hidden_states, encoder_hidden_states, temb))
+        args = tuple(map(_differentiable, args))
+        named = {name: _differentiable(value) for name, value in named.items()}
         with torch.enable_grad():
-            outputs = code(block, *inputs, image_rotary_emb, joint_attention_kwargs)
-        return outputs if wanted else tuple(output.detach() for output in outputs)
+            outputs = code(block, *args, **named)
+        return outputs if wanted else tree_map_only(Tensor, Tensor.detach, outputs)
 
     return forward
 
 
-def _differentiable(x: Tensor) -> Tensor:
-    return x if x.requires_grad else x.detach().requires_grad_()
+def _differentiable(value: Any) -> Any:
+    """Activations as they are in training; positions are in tuples, and masks are not floats."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+        return value
+    return value.detach().requires_grad_()

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from mixgrpo.checkpoint import CheckpointError, Shards, latest, open_saved, verify
 from mixgrpo.config import ModelConfig
-from mixgrpo.models.registry import EXPORTERS
+from mixgrpo.models.export_files import export_weights
 
 
 def export(checkpoint: Path, folder: Path, part: str = "model", model: str = "") -> None:
@@ -38,7 +38,7 @@ def export(checkpoint: Path, folder: Path, part: str = "model", model: str = "")
     if model:
         config = replace(config, path=model)
     try:
-        EXPORTERS[config.family](folder, config, shapes, partial(shards.tensors, part))
+        export_weights(folder, config, shapes, partial(shards.tensors, part))
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError) as error:

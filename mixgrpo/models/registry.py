@@ -1,24 +1,81 @@
-"""The registry of model families: their policies, text encoders and exporters by name."""
+"""The registry of model families."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from mixgrpo.files.json_files import read_object
+
+if TYPE_CHECKING:
+    from mixgrpo.models.family import Family
 
 
-class _OnDemand(dict[str, Any]):
-    """Name -> what is at ``module:name``, imported when it is asked for: it takes seconds, and
-    commands that load no model do without."""
+class Entry(NamedTuple):
+    """A family, and the class of the transformer in ``model_index.json`` that it is known by."""
 
-    def __init__(self, **places: str) -> None:
-        super().__init__()
-        self._places = places
-
-    def __missing__(self, family: str) -> Any:
-        module, _, name = self._places[family].partition(":")
-        return getattr(importlib.import_module(module), name)
+    transformer: str
+    place: str
 
 
-FAMILIES = _OnDemand(flux="mixgrpo.models.flux:Flux")
-ENCODERS = _OnDemand(flux="mixgrpo.models.flux_text:FluxText")
-EXPORTERS = _OnDemand(flux="mixgrpo.models.flux_export:export_flux")
+# Families are imported when they are asked for: it takes seconds, and commands that load no model
+# do without.
+FAMILIES = {
+    "flux": Entry("FluxTransformer2DModel", "mixgrpo.models.flux:FLUX"),
+}
+
+
+class Named(Protocol):
+    """The knobs that tell which family a model is of."""
+
+    family: str
+    path: str
+
+
+def family_of(config: Named, missing: str | None = None) -> Family:
+    """The family of a model.
+
+    Args:
+        missing: the name of the family if it is ``auto`` and there is no model folder.
+
+    Raises:
+        FileNotFoundError: the family is ``auto``, there is no model folder, and nothing is
+            ``missing``.
+        ValueError: the family is not known.
+    """
+    return find_family(name_of(config, missing))
+
+
+def find_family(name: str) -> Family:
+    """The family of this name. Raises KeyError if there is none."""
+    module, _, variable = FAMILIES[name].place.partition(":")
+    family: Family = getattr(importlib.import_module(module), variable)
+    return family
+
+
+def name_of(config: Named, missing: str | None = None) -> str:
+    """The name of a model's family; raises the errors of ``family_of``."""
+    if config.family in FAMILIES:
+        return config.family
+    known = ", ".join(FAMILIES)
+    if config.family != "auto":
+        raise ValueError(f"model.family is {config.family!r}; set it to one of auto, {known}")
+    index = Path(config.path) / "model_index.json"
+    if not index.exists():
+        if missing is not None:
+            return missing
+        absent = index if index.parent.exists() else index.parent
+        raise FileNotFoundError(
+            f"model.path is {config.path!r}, but {str(absent)!r} does not exist; set --model.path "
+            "to a diffusers pipeline folder"
+        )
+    content = read_object(index)
+    for name, entry in FAMILIES.items():
+        if content.get("transformer") == ["diffusers", entry.transformer]:
+            return name
+    raise ValueError(
+        f"the model in {config.path!r} (model.path) cannot be used: {index} describes a "
+        f"{content.get('_class_name')}, which is none of the known families ({known}); set "
+        "--model.path to a folder of one of them"
+    )

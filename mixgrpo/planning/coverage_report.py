@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mixgrpo.assembly import make_plan, make_windows, shift_for
+from mixgrpo.assembly import make_plan, make_windows, spacing_for
 from mixgrpo.config import Config
 from mixgrpo.files.disk import write_whole
 from mixgrpo.maths.emphasis import trained_steps
@@ -63,7 +63,7 @@ class Coverage:
     def sigmas(self) -> list[float]:
         """For each step, the noise level from which it starts."""
         sampling = self.config.sampling
-        return make_sigmas(sampling.steps, shift_for(self.config)).tolist()[:-1]
+        return make_sigmas(sampling.steps, spacing_for(self.config, sampling.steps)).tolist()[:-1]
 
     @property
     def group(self) -> Group:

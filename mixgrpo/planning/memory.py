@@ -10,6 +10,7 @@ import torch
 from mixgrpo.config import Config
 from mixgrpo.files.weight_files import read_shapes
 from mixgrpo.files.weight_sets import find_shards
+from mixgrpo.models.registry import family_of
 from mixgrpo.planning.device_memory import DeviceMemory, device_memory
 from mixgrpo.planning.parts import count_parameters
 from mixgrpo.planning.spread import spread_of
@@ -41,10 +42,9 @@ def trained_weights(config: Config) -> int:
     folder, model = Path(config.model.path) / "transformer", config.model
     if model.train == "full":
         return count_parameters(folder)
-    from mixgrpo.models.flux import LORA_TARGETS  # imports diffusers, which takes seconds
-
+    targets = family_of(model).lora_targets[model.lora_targets]
     shapes = read_shapes(find_shards(folder))
-    layers = re.compile(LORA_TARGETS[model.lora_targets] + r"\.weight")
+    layers = re.compile(f"({targets})" + r"\.weight")
     return sum(
         model.lora_rank * sum(w.shape) for name, w in shapes.items() if layers.fullmatch(name)
     )

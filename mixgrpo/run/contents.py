@@ -15,7 +15,7 @@ from mixgrpo.config import Config, dotted
 from mixgrpo.engines.distributed import Process, gather_objects
 from mixgrpo.files.fingerprint import fingerprint, fingerprint_files
 from mixgrpo.files.sources import identify
-from mixgrpo.models.registry import FAMILIES
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.rewards.registry import KNOWN
 
 PREFIX = "contents."
@@ -79,7 +79,7 @@ def _digest(content: bytes) -> str:
 
 def _digest_of_model(config: Config) -> str | None:
     try:
-        parts = FAMILIES[config.model.family].identify(config.model)
+        parts = DiffusersPolicy.identify(config.model)
     except FileNotFoundError:
         return None
     return _digest(json.dumps(parts, sort_keys=True).encode())

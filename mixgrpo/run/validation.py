@@ -12,7 +12,7 @@ from torch import Tensor
 from mixgrpo.config import Config
 from mixgrpo.engines import Engine
 from mixgrpo.engines.ema import Ema
-from mixgrpo.maths.schedule import make_sigmas
+from mixgrpo.maths.schedule import Spacing, make_sigmas
 from mixgrpo.models import Policy
 from mixgrpo.noise import Noise
 from mixgrpo.rewards import Reward, resident, score
@@ -64,13 +64,13 @@ class Validator:
         policy: Policy,
         rewards: Mapping[str, Reward],
         prompts: PromptList,
-        shift: float,
+        spacing: Spacing,
     ) -> None:
         self.config = config
         self.policy = policy
         self.rewards = rewards
         self.prompts = prompts
-        self.sigmas = make_sigmas(config.validation.steps, shift)
+        self.sigmas = make_sigmas(config.validation.steps, spacing)
 
     def __call__(
         self, engine: Engine, velocity: Velocity, is_stopped: Callable[[], bool]

@@ -1,8 +1,10 @@
 """Stored text embeddings: a folder of shards and their index.
 
-``shard_00000.safetensors`` holds ``tokens`` [n, L, C_text] and ``pooled`` [n, C_pooled] of n
-prompts. ``index.json`` records the encoder, every shard's prompts, and the checksums of finished
-shards. Until it is added to the index, a finished shard's record is a file next to the shard.
+``shard_00000.safetensors`` holds the embeddings of n prompts: ``tokens`` [n, L, C_text] and, where
+the model has them, ``pooled`` [n, C_pooled] and ``lengths`` [n], the tokens of each prompt that are
+not padding. ``index.json`` records the encoder, every shard's prompts, and the checksums of
+finished shards. Until it is added to the index, a finished shard's record is a file next to the
+shard.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from mixgrpo.files.disk import write_text_whole, write_whole
 from mixgrpo.files.json_files import read_json
@@ -115,11 +116,12 @@ def write_shard(folder: Path, number: int, text: TextEmbedding, lengths: list[in
         OSError: the shard cannot be written.
     """
     path = shard_path(folder, number)
-    tensors = {"tokens": text.tokens.cpu().contiguous(), "pooled": text.pooled.cpu().contiguous()}
+    stored = {"tokens": text.tokens, "pooled": text.pooled, "lengths": text.lengths}
+    tensors = {name: t.cpu().contiguous() for name, t in stored.items() if t is not None}
     _record_path(folder, number).unlink(missing_ok=True)
     data = save(tensors)  # not save_file, whose files only their owner can read
     write_whole(path, lambda partial: partial.write_bytes(data))
-    digests = [_digest(*row) for row in zip(tensors["tokens"], tensors["pooled"], strict=True)]
+    digests = [_digest(text[row : row + 1]) for row in range(len(text))]
     record = Record(len(data), _new_digest(data).hexdigest(), digests, lengths)
     _write_json(_record_path(folder, number), asdict(record))
 
@@ -167,23 +169,31 @@ def read_row(folder: Path, number: int, shard: Shard, row: int) -> TextEmbedding
     assert shard.record is not None
     try:
         with safe_open(path, "pt") as opened:
-            tokens, pooled = (
-                opened.get_slice(name)[row : row + 1].clone() for name in ("tokens", "pooled")
-            )
-    except (SafetensorError, OSError, IndexError) as error:
+            names = [*opened.keys()]
+            found = {name: opened.get_slice(name)[row : row + 1].clone() for name in names}
+            text = _without_padding(TextEmbedding(**found))
+    except (SafetensorError, OSError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({in_one_line(error)})") from error
-    if _digest(tokens[0], pooled[0]) != shard.record.digests[row]:
+    if _digest(text) != shard.record.digests[row]:
         raise ValueError(
             f"{path} is damaged: the embedding of {shard.prompts[row]!r} differs from what was "
             "stored"
         )
-    return TextEmbedding(tokens, pooled)
+    return text
 
 
-def _digest(*tensors: Tensor) -> str:
-    digest = _new_digest()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+def _without_padding(text: TextEmbedding) -> TextEmbedding:
+    """The embedding of one prompt, cut to its length."""
+    return TextEmbedding(text.tokens[:, : int(text.true_lengths)], text.pooled)
+
+
+def _digest(text: TextEmbedding) -> str:
+    """Digest of the values of one prompt."""
+    digest, bare = _new_digest(), _without_padding(text)
+    for tensor in (bare.tokens, bare.pooled):
+        if tensor is not None:
+            values = tensor[0].cpu().contiguous().view(torch.uint8)
+            digest.update(values.numpy().data)
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from mixgrpo.config import ModelConfig, PreprocessConfig, flatten
 from mixgrpo.engines.distributed import Process, process_group
 from mixgrpo.files.disk import PARTIAL, existing, own_folder
 from mixgrpo.models import TextEncoder
-from mixgrpo.models.registry import ENCODERS
+from mixgrpo.models.text import TextEncoders
 from mixgrpo.text.embeddings import (
     Encoder,
     Index,
@@ -44,18 +44,18 @@ def preprocess(config: PreprocessConfig) -> None:
     with process_group(config.threads) as process:
         check_bounds(flatten(config), ENCODING_BOUNDS)
         files = [read_prompts(path, "prompts_files").texts for path in config.prompts_files]
-        model, family = _model(config), ENCODERS[config.model.family]
+        model = _model(config)
         folder = Path(config.output)
         with process.first(own_folder(config.output, "output")):
-            before = _read_before(folder, family.identify(model))
+            before = _read_before(folder, TextEncoders.identify(model))
             index = before.extended(
                 [prompt for file in files for prompt in file], config.shard_size
             )
-            _check_space(folder, index, family.bytes_per_prompt(model))
+            _check_space(folder, index, TextEncoders.bytes_per_prompt(model))
             if process.rank == 0:
                 _prepare(folder, before, index)
             _wait(process)
-            load = functools.cache(functools.partial(family.load, model, process.device))
+            load = functools.cache(functools.partial(TextEncoders.load, model, process.device))
             _make_shards(folder, index, load, process, config.progress)
             _wait(process)
             if process.rank == 0:
@@ -155,7 +155,7 @@ def _make_shard(
     for prompt in prompts:
         each.append(encoder.encode([prompt]).to(torch.device("cpu")))
         bar.update()
-    text = TextEmbedding(torch.cat([e.tokens for e in each]), torch.cat([e.pooled for e in each]))
+    text = TextEmbedding.join(each)
     try:
         write_shard(folder, number, text, encoder.lengths(prompts))
     except OSError as error:

@@ -36,11 +36,9 @@ class StoredText:
         }
 
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
-        each = [self._read(*self.places[prompt]) for prompt in prompts]
-        return TextEmbedding(
-            self._to_device(torch.cat([text.tokens for text in each])),
-            self._to_device(torch.cat([text.pooled for text in each])),
-        )
+        text = TextEmbedding.join([self._read(*self.places[prompt]) for prompt in prompts])
+        pooled = None if text.pooled is None else self._to_device(text.pooled)
+        return TextEmbedding(self._to_device(text.tokens), pooled, text.lengths)
 
     def _read(self, number: int, row: int) -> TextEmbedding:
         try:

@@ -38,7 +38,8 @@ from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.maths.transitions import log_ratio, make_transition
 from mixgrpo.methods.grpo import Objective, update
-from mixgrpo.models.flux import Flux
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import SamplingPlan, rollout
 from mixgrpo.shapes.architecture import flux_pipeline
@@ -109,7 +110,9 @@ class Found:
     seconds: float
 
 
-def make_engine(kind: str, knobs: EngineConfig, policy: Flux, device: torch.device) -> Engine:
+def make_engine(
+    kind: str, knobs: EngineConfig, policy: DiffusersPolicy, device: torch.device
+) -> Engine:
     network = Network(policy.module, policy.blocks(policy.module), policy.compute_dtype)
     if kind == "fsdp":
         return FullySharded(network, knobs, device, frozen_adamw)
@@ -139,7 +142,7 @@ class Counted:
 def measure(chosen: argparse.Namespace, kind: str, gather: str, reduce: str, device: Any) -> Found:
     """Measures the second of two iterations, because the first initialises the engines."""
     model = ModelConfig(height=64, width=64, compute_dtype=chosen.dtype, text_length=TEXT_LENGTH)
-    policy = Flux(flux_pipeline(), model, device)
+    policy = DiffusersPolicy(FLUX, flux_pipeline(), model, device)
     policy.pipeline.transformer.requires_grad_(True).train()
     knobs = EngineConfig() if kind == "ddp" else EngineConfig(gather=gather, reduce=reduce)  # type: ignore[arg-type]
     engine = make_engine(kind, knobs, policy, device)

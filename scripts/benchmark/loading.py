@@ -31,7 +31,8 @@ from mixgrpo.config import EngineConfig
 from mixgrpo.engines import Network
 from mixgrpo.engines.fsdp import FullySharded
 from mixgrpo.files.disk import write_text_whole
-from mixgrpo.models.flux_stored import StoredFlux, empty_transformer
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.stored import StoredWeights, empty_transformer
 
 MEGABYTE = 2**20
 WIDTHS = {"num_attention_heads": 12, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
@@ -91,11 +92,11 @@ def load_plain(folder: Path) -> Network:
 
 
 def load_sharded(folder: Path) -> Network:
-    module = empty_transformer(str(folder), torch.float32)
-    return _network(module, StoredFlux(folder / "transformer", module, seed=0))
+    module = empty_transformer(FLUX, str(folder), torch.float32)
+    return _network(module, StoredWeights(folder / "transformer", module, seed=0))
 
 
-def _network(module: Any, stored: StoredFlux | None) -> Network:
+def _network(module: Any, stored: StoredWeights | None) -> Network:
     blocks = [*module.transformer_blocks, *module.single_transformer_blocks]
     return Network(module, blocks, torch.float32, stored)
 

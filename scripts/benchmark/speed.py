@@ -54,7 +54,8 @@ from mixgrpo.maths.dpm_solver import make_solver
 from mixgrpo.maths.schedule import flash_sigmas, step_at
 from mixgrpo.maths.transitions import euler, log_prob, log_ratio, make_transition, sample
 from mixgrpo.methods.grpo import Objective, update
-from mixgrpo.models.flux import Flux
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import SamplingPlan, rollout
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity, Window
@@ -92,7 +93,7 @@ class Task:
         update_batch: ours only: evaluations in one pass of the update; 0 for ``micro_batch``.
     """
 
-    policy: Flux
+    policy: DiffusersPolicy
     text: TextEmbedding
     samples: int
     steps: int
@@ -616,7 +617,7 @@ def task_complaints(chosen: argparse.Namespace) -> Iterator[str]:
         yield "--prompts, --iterations, --window and --micro-batch must be at least 1"
 
 
-def load_policy(chosen: argparse.Namespace) -> Flux:
+def load_policy(chosen: argparse.Namespace) -> DiffusersPolicy:
     config = ModelConfig(
         path=chosen.model or "",
         train="full",
@@ -628,14 +629,14 @@ def load_policy(chosen: argparse.Namespace) -> Flux:
     )
     device = torch.device(chosen.device)
     if chosen.model:
-        return Flux.load(config, device, chosen.seed)
+        return DiffusersPolicy.load(config, device, chosen.seed)
     from mixgrpo.shapes.architecture import flux_pipeline
 
     pipeline = flux_pipeline(chosen.seed)
     pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     if chosen.gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
-    return Flux(pipeline, config, device)
+    return DiffusersPolicy(FLUX, pipeline, config, device)
 
 
 def captions(count: int) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from environment import ROOT
 
 PRELOADED = [
-    *("mixgrpo.trainer", "mixgrpo.report.summary", "mixgrpo.models.flux_export"),
+    *("mixgrpo.trainer", "mixgrpo.report.summary", "mixgrpo.models.export_files"),
     "mixgrpo.engines.zero",
 ]
 _claims: list[socket.socket] = []

@@ -21,7 +21,7 @@ from gpu.job import Job, main
 from gpu.machine import seconds_of
 from gpu.models import FULL, SMALL, Scale, build, text_for
 from mixgrpo.devices import deterministic
-from mixgrpo.models.flux import Flux, recompute
+from mixgrpo.models.policy import DiffusersPolicy, recompute
 
 # A kernel belongs to the first kind of which its name has a word.
 KINDS = {
@@ -89,7 +89,7 @@ class Evaluations:
         }
 
 
-def gradients_change(policy: Flux, count: int) -> float:
+def gradients_change(policy: DiffusersPolicy, count: int) -> float:
     """How much an evaluation differs when it is part of an update: the largest absolute difference
     over the largest absolute value. Unless it is 0, the ratio is not exactly 1 before an update."""
     x = torch.randn(count, *policy.latent_shape, device=policy.device)
@@ -102,7 +102,7 @@ def gradients_change(policy: Flux, count: int) -> float:
 
 
 @contextmanager
-def attention(policy: Flux, backend: str) -> Iterator[None]:
+def attention(policy: DiffusersPolicy, backend: str) -> Iterator[None]:
     """Context with another attention backend."""
     policy.module.set_attention_backend(backend)  # type: ignore[operator]
     try:
@@ -112,7 +112,7 @@ def attention(policy: Flux, backend: str) -> Iterator[None]:
 
 
 @contextmanager
-def recomputing(policy: Flux, every: int) -> Iterator[None]:
+def recomputing(policy: DiffusersPolicy, every: int) -> Iterator[None]:
     """Context in which the backward pass recomputes every n-th block; 0 recomputes none."""
     transformer: Any = policy.module
     kept: Sequence[nn.Module] = policy.blocks(transformer)

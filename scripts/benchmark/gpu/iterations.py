@@ -28,7 +28,7 @@ from mixgrpo.config import ModelConfig
 from mixgrpo.devices import Clock
 from mixgrpo.engines.adamw import FrugalAdamW
 from mixgrpo.models.compiled import compile_blocks, repeated_blocks
-from mixgrpo.models.flux import Flux
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.planning.operations import operations_per_picture
 from mixgrpo.types import Window
 
@@ -233,7 +233,7 @@ def sizes_of(count: int, most: int) -> set[int]:
     return {size for size in (min(most, count), count % most) if size}
 
 
-def evaluate(policy: Flux, count: int, trains: bool) -> None:
+def evaluate(policy: DiffusersPolicy, count: int, trains: bool) -> None:
     """One evaluation of ``count`` samples, with a backward pass if ``trains``."""
     x = torch.randn(count, *policy.latent_shape, device=policy.device)
     sigma = x.new_full((count,), 0.5)
@@ -246,7 +246,7 @@ def evaluate(policy: Flux, count: int, trains: bool) -> None:
 
 
 @contextmanager
-def compiled(policy: Flux, how: str) -> Iterator[None]:
+def compiled(policy: DiffusersPolicy, how: str) -> Iterator[None]:
     """Context in which the policy's blocks are compiled, unless ``how`` is "off"."""
     if how == "off":
         yield

@@ -20,7 +20,8 @@ from diffusers import (
 from torch import nn
 
 from mixgrpo.config import ModelConfig
-from mixgrpo.models.flux import Flux, speed_up, trained_dtype
+from mixgrpo.models.flux import FLUX
+from mixgrpo.models.policy import DiffusersPolicy, speed_up, trained_dtype
 from mixgrpo.planning.flux_size import FluxSize, Products
 from mixgrpo.types import TextEmbedding
 
@@ -120,7 +121,7 @@ class NoText:
     """Replaces the text encoders: the embeddings here are random."""
 
 
-def build(scale: Scale, knobs: ModelConfig, device: torch.device) -> Flux:
+def build(scale: Scale, knobs: ModelConfig, device: torch.device) -> DiffusersPolicy:
     """The policy with random weights, trained or frozen as ``knobs`` say."""
     compute, before = getattr(torch, knobs.compute_dtype), torch.get_default_dtype()
     stored = trained_dtype(knobs) if knobs.train == "full" else compute
@@ -138,13 +139,13 @@ def build(scale: Scale, knobs: ModelConfig, device: torch.device) -> Flux:
     pipeline = FluxPipeline(
         transformer=transformer, vae=vae, scheduler=scheduler, **dict.fromkeys(names)
     )
-    policy = Flux(pipeline, knobs, device, text=NoText())  # type: ignore[arg-type]
+    policy = DiffusersPolicy(FLUX, pipeline, knobs, device, text=NoText())  # type: ignore[arg-type]
     policy._make_trainable(seed=0)
     speed_up(policy.module, knobs)
     return policy
 
 
-def text_for(policy: Flux, count: int) -> TextEmbedding:
+def text_for(policy: DiffusersPolicy, count: int) -> TextEmbedding:
     """Random embeddings of ``count`` prompts."""
     config, length = policy.pipeline.transformer.config, policy.config.text_length
     tokens = torch.randn(count, length, config.joint_attention_dim, device=policy.device)

@@ -30,7 +30,7 @@ from gpu.job import Job, main
 from gpu.machine import seconds_of
 from gpu.models import FULL, SMALL, Scale, build, move_adapters, text_for
 from mixgrpo.models.compiled import repeated_blocks
-from mixgrpo.models.flux import Flux
+from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.rollout import SamplingPlan, rollout
 from mixgrpo.types import TextEmbedding, Velocity, Window
 
@@ -145,7 +145,7 @@ class Comparison:
         self.job, self.scale = job, scale
         self.device = torch.device(job.device)
         self.compiler = "eager" if job.small else "inductor"
-        self.policy: Flux = build(scale, scale.knobs(train="lora"), self.device)
+        self.policy: DiffusersPolicy = build(scale, scale.knobs(train="lora"), self.device)
         move_adapters(self.policy.module)
         self.policy.module.eval()
         self.inside = self.policy.velocity(self.policy.module)

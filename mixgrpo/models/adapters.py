@@ -1,4 +1,4 @@
-"""Attaches LoRA adapters to a FLUX transformer that is only sampled from."""
+"""Attaches LoRA adapters to a transformer that is only sampled from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mixgrpo.models.flux_names import is_swapped, layers_of
+from mixgrpo.models.family import Family
 from mixgrpo.models.lora import Adapter, Lora
 
 _NAME = "tuned"
@@ -38,7 +38,7 @@ def lora_of_run(weights: Mapping[str, Tensor], training: Mapping[str, Any], path
     )
 
 
-def attach_lora(transformer: Any, lora: Lora, scale: float) -> None:
+def attach_lora(family: Family, transformer: Any, lora: Lora, scale: float) -> None:
     """Attaches the adapters to the transformer's layers, in float32, and activates them.
 
     Args:
@@ -48,7 +48,7 @@ def attach_lora(transformer: Any, lora: Lora, scale: float) -> None:
         ValueError: if they belong to another model or are too strong; the message names the first
             that does not fit.
     """
-    adapters = fitted(lora, dict(transformer.named_modules()))
+    adapters = fitted(family, lora, dict(transformer.named_modules()))
     _check_strength(lora, scale)
     targets = "|".join(map(re.escape, adapters))
     transformer.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=targets), _NAME)
@@ -81,7 +81,7 @@ def _linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def fitted(lora: Lora, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+def fitted(family: Family, lora: Lora, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
     """The adapters by the names of the model's layers.
 
     Args:
@@ -93,15 +93,14 @@ def fitted(lora: Lora, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
     found: dict[str, Adapter] = {}
     names: dict[str, str] = {}
     for name, adapter in lora.adapters.items():
-        layers = layers_of(name)
-        for complaint in _complaints(
-            name, adapter, {layer: modules.get(layer) for layer in layers}
-        ):
+        layers = family.layers_of(name)
+        found_layers = {layer: modules.get(layer) for layer in layers}
+        for complaint in _complaints(family.title, name, adapter, found_layers):
             raise ValueError(
                 f"{lora.path} is a LoRA for another model: {complaint}; give the model that it was "
                 "trained for"
             )
-        up = torch.cat(adapter.up.chunk(2)[::-1]) if is_swapped(name) else adapter.up
+        up = torch.cat(adapter.up.chunk(2)[::-1]) if family.is_swapped(name) else adapter.up
         sizes = [_size(modules[layer])[0] for layer in layers]
         for layer, rows in zip(layers, up.split(sizes), strict=True):
             if layer in found:
@@ -120,10 +119,10 @@ def _size(layer: nn.Module | None) -> tuple[int, ...]:
 
 
 def _complaints(
-    name: str, adapter: Adapter, layers: Mapping[str, nn.Module | None]
+    title: str, name: str, adapter: Adapter, layers: Mapping[str, nn.Module | None]
 ) -> Iterator[str]:
     if not layers:
-        yield f"it changes {name}, and FLUX has no such layer"
+        yield f"it changes {name}, and {title} has no such layer"
     for layer, module in layers.items():
         if module is None:
             yield f"it changes {layer}, which the model does not have"

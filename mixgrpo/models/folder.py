@@ -1,8 +1,7 @@
-"""Opens a FLUX pipeline folder, after checking that its parts are whole and belong together."""
+"""Opens a pipeline folder, after checking that its parts are whole and belong together."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,43 +9,30 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import FluxPipeline
 from safetensors import SafetensorError
 
+from mixgrpo.config import ModelConfig
 from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.tokenizers import load_tokenizer
 from mixgrpo.files.weight_files import check_finite
-from mixgrpo.models.flux_files import (
-    WEIGHTED,
-    check_part,
-    find_part,
-    quiet,
-    read_object,
-)
+from mixgrpo.maths.schedule import Spacing
+from mixgrpo.models.family import Family
+from mixgrpo.models.files import check_part, find_part, quiet, read_object
+from mixgrpo.models.registry import family_of
 
 # What the libraries raise for files that they cannot load.
 _UNREADABLE = (
     *(SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError),
 )
-_OTHER_FOLDER = "set --model.path to a diffusers FLUX pipeline folder"
-# What transformers assumes if a configuration lacks these values.
-_DEFAULTS = {
-    "text_encoder": {"vocab_size": 49408, "eos_token_id": 49407, "max_position_embeddings": 77},
-    "text_encoder_2": {"vocab_size": 32128, "eos_token_id": 1},
-}
-_UNUSED = ("image_encoder", "feature_extractor")  # parts of a pipeline for images as prompts
-TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
-# Sizes that two parts must share: a value of the transformer's, and of the other part's.
-_SHARED = (
-    ("joint_attention_dim", "text_encoder_2", "d_model", 1),
-    ("pooled_projection_dim", "text_encoder", "hidden_size", 1),
-    ("in_channels", "vae", "latent_channels", 4),
-)
 
 
 def open_pipeline(
-    path: str, dtypes: dict[str, torch.dtype], without: Sequence[str], **given: Any
-) -> FluxPipeline:
+    family: Family,
+    path: str,
+    dtypes: dict[str, torch.dtype],
+    without: Sequence[str],
+    **given: Any,
+) -> Any:
     """Loads a pipeline folder except for the parts ``without``, and those that are ``given``.
 
     Raises:
@@ -54,15 +40,15 @@ def open_pipeline(
         ValueError: if a part is damaged, incomplete, or belongs to another model.
     """
     folder = Path(path)
-    found = check_folder(folder, without)
+    found = check_folder(family, folder, without)
     try:
         with quiet():
-            pipeline = FluxPipeline.from_pretrained(
+            pipeline = family.pipeline.from_pretrained(
                 path,
                 dtype=dtypes,
                 local_files_only=True,
                 variant=found.variant,
-                **dict.fromkeys((*without, *_UNUSED)),
+                **dict.fromkeys((*without, *family.unused)),
                 **found.tokenizers,
                 **given,
             )
@@ -73,7 +59,7 @@ def open_pipeline(
             f"a part of the model in {path!r} (model.path) cannot be read ({in_one_line(error)}); "
             "fetch it again"
         ) from error
-    for part in WEIGHTED:
+    for part in family.weighted:
         if part not in without and part not in given:
             check_finite(getattr(pipeline, part), folder / part)
     return pipeline
@@ -92,7 +78,7 @@ class Checked:
     tokenizers: dict[str, Any]
 
 
-def check_folder(folder: Path, without: Sequence[str] = ()) -> Checked:
+def check_folder(family: Family, folder: Path, without: Sequence[str] = ()) -> Checked:
     """Checks everything in a pipeline folder. Only the headers of weight files are read.
 
     Args:
@@ -102,22 +88,23 @@ def check_folder(folder: Path, without: Sequence[str] = ()) -> Checked:
         FileNotFoundError, ValueError: see ``open_pipeline``.
     """
     try:
-        check_index(folder)
-        for part in WEIGHTED:
+        check_index(family, folder)
+        for part in family.weighted:
             if part not in without:
-                check_part(folder / part)
-        variant = check_together(folder, without)
+                check_part(family, folder / part)
+        variant = check_together(family, folder, without)
         if "scheduler" not in without:
             check_scheduler(folder)
-        tokenizers = [part for part in TOKENIZERS if part not in without]
-        return Checked(variant, {part: read_tokenizer(folder / part) for part in tokenizers})
+        tokenizers = [part for part in family.tokenizers if part not in without]
+        read = {part: read_tokenizer(family, folder / part) for part in tokenizers}
+        return Checked(variant, read)
     except ValueError as error:
         raise ValueError(
             f"the model in {str(folder)!r} (model.path) cannot be used: {error}"
         ) from error
 
 
-def check_together(folder: Path, without: Sequence[str] = ()) -> str | None:
+def check_together(family: Family, folder: Path, without: Sequence[str] = ()) -> str | None:
     """Checks the parts against each other; ``check_part`` has found no fault in any of them.
 
     Returns:
@@ -126,12 +113,9 @@ def check_together(folder: Path, without: Sequence[str] = ()) -> str | None:
     Raises:
         OSError, ValueError: the parts do not belong to one model, or are of several variants.
     """
-    check_sizes(folder, without)
-    if "transformer" not in without:
-        check_axes(folder)
-    if "vae" not in without:
-        check_factors(folder)
-    return _variant([folder / part for part in WEIGHTED if part not in without])
+    check_sizes(family, folder, without)
+    family.check(folder, without)
+    return _variant([folder / part for part in family.weighted if part not in without])
 
 
 def _variant(parts: Sequence[Path]) -> str | None:
@@ -144,15 +128,15 @@ def _variant(parts: Sequence[Path]) -> str | None:
     return next(iter(variants), None)
 
 
-def check_index(folder: Path) -> None:
-    """Checks that model_index.json names the classes of FLUX.
+def check_index(family: Family, folder: Path) -> None:
+    """Checks that model_index.json names the classes of the family.
 
     Raises:
         OSError, ValueError: it cannot be read, or describes another model.
     """
     index = folder / "model_index.json"
     content = read_object(index)
-    wanted = {part: _full_name(kind) for part, (kind, _) in WEIGHTED.items()}
+    wanted = {part: _full_name(kind) for part, (kind, _) in family.weighted.items()}
     wanted["scheduler"] = "diffusers.FlowMatch"
     for part, name in wanted.items():
         entry = content.get(part)
@@ -160,7 +144,7 @@ def check_index(folder: Path) -> None:
         if found != name and not (part == "scheduler" and found.startswith(name)):
             raise ValueError(
                 f"{index} describes a {content.get('_class_name')}, in which {part} is {found} "
-                f"instead of {name}; {_OTHER_FOLDER}"
+                f"instead of {name}; set --model.path to a diffusers {family.title} pipeline folder"
             )
 
 
@@ -178,12 +162,12 @@ def check_scheduler(folder: Path) -> None:
         )
 
 
-def check_sizes(folder: Path, without: Sequence[str] = ()) -> None:
+def check_sizes(family: Family, folder: Path, without: Sequence[str] = ()) -> None:
     """Raises OSError, ValueError: the widths of two parts differ, so they are of two models."""
     if "transformer" in without:
         return
     config = read_object(folder / "transformer" / "config.json")
-    for key, part, theirs, factor in _SHARED:
+    for key, part, theirs, factor in family.shared:
         if part in without:
             continue
         other = read_object(folder / part / "config.json")
@@ -195,31 +179,7 @@ def check_sizes(folder: Path, without: Sequence[str] = ()) -> None:
             )
 
 
-def check_axes(folder: Path) -> None:
-    """Raises OSError, ValueError: the transformer's rotary positions do not fill its heads."""
-    path = folder / "transformer" / "config.json"
-    config = {"axes_dims_rope": [16, 56, 56], "attention_head_dim": 128, **read_object(path)}
-    axes, width = config["axes_dims_rope"], config["attention_head_dim"]
-    # One axis for each column of the positions: an unused one, rows and columns.
-    whole = isinstance(axes, list) and len(axes) == 3 and all(type(size) is int for size in axes)
-    if not whole or sum(axes) != width or any(size < 1 or size % 2 for size in axes):
-        raise ValueError(
-            f"{path} has axes_dims_rope {axes!r}, but it must be three even positive numbers whose "
-            f"sum is attention_head_dim, {width}; fetch it again"
-        )
-
-
-def check_factors(folder: Path) -> None:
-    """Raises OSError, ValueError: the VAE's configuration lacks what turns latents into images."""
-    path = folder / "vae" / "config.json"
-    config = read_object(path)
-    for key, least in (("scaling_factor", 0.0), ("shift_factor", -math.inf)):
-        value = config.get(key, None if key == "shift_factor" else 1.0)
-        if not isinstance(value, int | float) or not least < value < math.inf:
-            raise ValueError(f"{path} has {key} {value}, which cannot be; fetch it again")
-
-
-def read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(family: Family, folder: Path) -> Any:
     """Reads a tokenizer and checks that it is the one of its encoder.
 
     Raises:
@@ -228,8 +188,8 @@ def read_tokenizer(folder: Path) -> Any:
             model_max_length is not a length of texts that the encoder can read.
     """
     entry = read_object(folder.parent / "model_index.json").get(folder.name)
-    part = TOKENIZERS[folder.name]
-    config = {**_DEFAULTS[part], **read_object(folder.parent / part / "config.json")}
+    part = family.tokenizers[folder.name]
+    config = {**family.assumed[part], **read_object(folder.parent / part / "config.json")}
     rows, ends = config["vocab_size"], config["eos_token_id"]
     remedy = f"fetch the tokenizer of {part}"
 
@@ -263,3 +223,33 @@ def _check_length(length: Any, most: int | None, folder: Path, remedy: str) -> N
             f"the tokenizer in {folder} has model_max_length {length!r} (tokenizer_config.json), "
             f"but it must be a positive whole number{upto}; {remedy}"
         )
+
+
+def spacing_of(model: ModelConfig, shift: float, steps: int) -> Spacing:
+    """The spacing of ``steps`` denoising steps with this time shift; with 0, the family's own.
+
+    Raises:
+        OSError, ValueError: the family is not known, or its scheduler's configuration is damaged.
+    """
+    if shift:
+        return Spacing(shift)
+    family = family_of(model, missing="flux")
+    path = Path(model.path) / "scheduler" / "scheduler_config.json"
+    settings = read_object(path) if path.is_file() else {}
+    return family.spacing(settings, family.tokens(model.height, model.width), steps)
+
+
+def require_parts(path: str, parts: Sequence[str]) -> list[Path]:
+    """Returns the paths of the named parts of a pipeline folder.
+
+    Raises:
+        FileNotFoundError: if the folder or one of the parts is missing.
+    """
+    folder = Path(path)
+    for part in ("", "model_index.json", *parts):
+        if not (folder / part).exists():
+            raise FileNotFoundError(
+                f"model.path is {str(folder)!r}, but {str(folder / part)!r} does not exist; "
+                "set --model.path to a diffusers pipeline folder"
+            )
+    return [folder / part for part in parts]

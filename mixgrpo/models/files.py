@@ -1,4 +1,4 @@
-"""Compares the weight files of a FLUX folder with what its configurations require.
+"""Compares the weight files of a model folder with what its configurations require.
 
 The libraries fill weights that a file lacks with random numbers, so they never see such a file.
 """
@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from mixgrpo.files import json_files
@@ -23,18 +21,13 @@ from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.regular import MIB, check_regular_files
 from mixgrpo.files.weight_files import check_fits, read_shapes
 from mixgrpo.files.weight_sets import WeightSet, find_set
+from mixgrpo.models.family import Family
 
 _PREFIX = "text_model."  # prefix of CLIP's weight names in files written by older versions
 _LARGEST_JSON = 64 * MIB
-WEIGHTED = {
-    "transformer": (FluxTransformer2DModel, None),
-    "vae": (AutoencoderKL, None),
-    "text_encoder": (CLIPTextModel, CLIPTextConfig),
-    "text_encoder_2": (T5EncoderModel, T5Config),
-}
 
 
-def check_part(folder: Path) -> tuple[list[Path], int]:
+def check_part(family: Family, folder: Path) -> tuple[list[Path], int]:
     """Returns the weight files of one part of a pipeline folder, and their number of weights.
 
     Raises:
@@ -43,7 +36,7 @@ def check_part(folder: Path) -> tuple[list[Path], int]:
     """
     check_regular_files(folder)
     files = find_weights(folder)
-    own, names = _asked_for(folder)
+    own, names = _asked_for(family, folder)
     found = {_as_loaded(name, own): shape for name, shape in read_shapes(files).items()}
     found = {name: shape for name, shape in found.items() if not name.endswith("position_ids")}
     # A tensor with two names is in the file under either of them, or both.
@@ -95,9 +88,23 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{error}; fetch it again") from error
 
 
-def _asked_for(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+def check_axes(folder: Path) -> None:
+    """Raises OSError, ValueError: the transformer's rotary positions do not fill its heads."""
+    path = folder / "transformer" / "config.json"
+    config = {"axes_dims_rope": [16, 56, 56], "attention_head_dim": 128, **read_object(path)}
+    axes, width = config["axes_dims_rope"], config["attention_head_dim"]
+    # One axis for each column of the positions: an unused one, rows and columns.
+    whole = isinstance(axes, list) and len(axes) == 3 and all(type(size) is int for size in axes)
+    if not whole or sum(axes) != width or any(size < 1 or size % 2 for size in axes):
+        raise ValueError(
+            f"{path} has axes_dims_rope {axes!r}, but it must be three even positive numbers whose "
+            f"sum is attention_head_dim, {width}; fetch it again"
+        )
+
+
+def _asked_for(family: Family, folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The state dict of the part's module (meta device), and for shared tensors the other name."""
-    kind, settings = map(_any, WEIGHTED[folder.name])
+    kind, settings = family.weighted[folder.name]
     content = read_object(folder / "config.json")
     if content.get("quantization_config") is not None:
         raise ValueError(
@@ -124,10 +131,6 @@ def _asked_for(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
         if name != other
     }  # fmt: skip
     return module.state_dict(), twins
-
-
-def _any(value: Any) -> Any:
-    return value
 
 
 def _as_loaded(name: str, own: Mapping[str, Tensor]) -> str:

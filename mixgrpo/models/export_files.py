@@ -1,4 +1,4 @@
-"""Writes trained FLUX weights in a format that other programs load, one tensor at a time."""
+"""Writes trained weights in a format that other programs load, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from mixgrpo.files.disk import write_text_whole, write_whole
 from mixgrpo.files.forms import SAFETENSORS
 from mixgrpo.files.weight_files import check_fits, read_shapes, write_streamed
 from mixgrpo.files.weight_sets import WeightSet, without_variant
-from mixgrpo.models.flux import LORA_TARGETS, PARTS
-from mixgrpo.models.flux_files import WEIGHTED, find_part
-from mixgrpo.models.flux_folder import check_folder
-from mixgrpo.models.flux_text import require_parts
+from mixgrpo.models.files import find_part
+from mixgrpo.models.folder import check_folder, require_parts
 from mixgrpo.models.lora import fold
 from mixgrpo.models.lora_files import LORA_NAMES
 from mixgrpo.models.lora_settings import HEADER
+from mixgrpo.models.registry import family_of
 
 Read = Callable[[Iterable[str]], Iterable[Tensor]]
 
 
-def export_flux(
+def export_weights(
     folder: Path, config: ModelConfig, shapes: Mapping[str, Tensor], read: Read
 ) -> None:
     """Writes a pipeline folder (full training), or ``pytorch_lora_weights.safetensors`` (LoRA).
@@ -58,7 +57,7 @@ def _export_adapters(folder: Path, config: ModelConfig, adapters: Mapping[str, T
     settings = {
         "transformer.r": config.lora_rank,
         "transformer.lora_alpha": config.lora_rank,
-        "transformer.target_modules": LORA_TARGETS[config.lora_targets],
+        "transformer.target_modules": family_of(config).lora_targets[config.lora_targets],
     }
     header = {"format": "pt", HEADER: json.dumps(settings, indent=2, sort_keys=True)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,11 +67,12 @@ def _export_adapters(folder: Path, config: ModelConfig, adapters: Mapping[str, T
 def _export_pipeline(
     folder: Path, config: ModelConfig, shapes: Mapping[str, Tensor], read: Read
 ) -> None:
-    require_parts(config.path, PARTS)
+    family = family_of(config)
+    require_parts(config.path, family.parts)
     source, target = Path(config.path), folder / "transformer"
     weights = find_part(source / "transformer")
     check_fits(read_shapes(weights.files()), shapes, source)
-    check_folder(source)  # its other parts are copied
+    check_folder(family, source)  # its other parts are copied
     target.mkdir(parents=True, exist_ok=True)
     written = {}
     for file, name in _names(weights).items():
@@ -82,14 +82,14 @@ def _export_pipeline(
     _write_index(target, weights.stem, written)
     shutil.copy2(source / "transformer" / "config.json", target / "config.json")
     shutil.copy2(source / "model_index.json", folder / "model_index.json")
-    for part in PARTS:
+    for part in family.parts:
         if part != "transformer":
-            _copy_part(source / part, folder / part)
+            _copy_part(source / part, folder / part, part in family.weighted)
 
 
-def _copy_part(source: Path, target: Path) -> None:
+def _copy_part(source: Path, target: Path, weighted: bool) -> None:
     """Copies a part instead of linking it: changes to it must not affect the base model."""
-    weights = find_part(source) if source.name in WEIGHTED else None
+    weights = find_part(source) if weighted else None
     if weights is None or not weights.variant:
         shutil.copytree(source, target, dirs_exist_ok=True)
         return

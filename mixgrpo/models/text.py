@@ -1,4 +1,4 @@
-"""FLUX's text encoders, CLIP (pooled vector) and T5 (tokens), and what identifies them."""
+"""A family's text encoders, where they are kept, and what identifies them."""
 
 from __future__ import annotations
 
@@ -7,53 +7,62 @@ import copy
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.files.fingerprint import fingerprint
-from mixgrpo.models.flux_files import quiet, read_object
-from mixgrpo.models.flux_folder import open_pipeline
+from mixgrpo.models.family import Family
+from mixgrpo.models.files import quiet, read_object
+from mixgrpo.models.folder import open_pipeline, require_parts
+from mixgrpo.models.registry import family_of
 from mixgrpo.types import TextEmbedding
 
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
-
-class FluxText:
-    """Both text encoders, frozen; see ``mixgrpo.models.TextEncoder``.
+class TextEncoders:
+    """A family's text encoders, frozen; see ``mixgrpo.models.TextEncoder``.
 
     Args:
+        family: encodes with them.
         pipeline: holds the encoders and tokenizers.
-        text_length: number of tokens of T5's input.
+        text_length: the most tokens of a prompt; longer ones are truncated.
         device: where the embeddings are needed.
         placement: "device" keeps the encoders on the device, "cpu" keeps and runs them on the CPU,
             "offload" keeps them on the CPU and copies them to the device for each ``encode``.
     """
 
     def __init__(
-        self, pipeline: FluxPipeline, text_length: int, device: torch.device, placement: str
+        self,
+        family: Family,
+        pipeline: Any,
+        text_length: int,
+        device: torch.device,
+        placement: str,
     ) -> None:
+        self.family = family
         self.pipeline = pipeline
         self.text_length = text_length
         self.device = device
         self.placement = placement
-        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        for encoder in self._own().values():
             encoder.requires_grad_(False).eval()
             encoder.to(device if placement == "device" else "cpu")
 
     @classmethod
-    def load(cls, config: ModelConfig, device: torch.device) -> FluxText:
+    def load(cls, config: ModelConfig, device: torch.device) -> TextEncoders:
         """Loads only the encoders, without the rest of the model.
 
         Raises:
             FileNotFoundError: if the folder or one of the encoders is missing.
         """
-        require_parts(config.path, TEXT_PARTS)
+        family = family_of(config)
+        require_parts(config.path, family.text_parts)
         dtypes = {"default": getattr(torch, config.compute_dtype)}
-        pipeline = open_pipeline(config.path, dtypes, without=("transformer", "vae", "scheduler"))
-        return cls(pipeline, config.text_length, device, "device")
+        without = ("transformer", "vae", "scheduler")
+        pipeline = open_pipeline(family, config.path, dtypes, without)
+        return cls(family, pipeline, config.text_length, device, "device")
 
     @staticmethod
     def identify(config: ModelConfig) -> dict[str, str | int]:
@@ -62,37 +71,38 @@ class FluxText:
         Raises:
             FileNotFoundError: if the folder or a part is missing.
         """
-        parts = require_parts(config.path, TEXT_PARTS)
+        parts = require_parts(config.path, family_of(config).text_parts)
         digests = {part.name: fingerprint(part) for part in parts}
         return {**digests, "text_length": config.text_length, "dtype": config.compute_dtype}
 
     @staticmethod
     def bytes_per_prompt(config: ModelConfig) -> int:
-        """Size of one prompt's embedding, in bytes."""
-        pooled = _read_size(config, "text_encoder", "hidden_size")
-        values = config.text_length * _read_size(config, "text_encoder_2", "d_model") + pooled
+        """The most bytes of one prompt's embedding."""
+        family = family_of(config)
+        paths = {part: Path(config.path) / part / "config.json" for part in family.encoders}
+        try:
+            settings = {part: read_object(path) for part, path in paths.items()}
+            values = family.embedding_values(settings, config.text_length)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{' and '.join(map(str, paths.values()))} cannot be read as the configurations of "
+                "text encoders; fetch them again"
+            ) from error
         return values * getattr(torch, config.compute_dtype).itemsize
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         # Prompts are encoded one at a time: rounding depends on the batch shape, and an embedding
-        # must depend neither on the number of processes nor on where and when it was computed. T5
-        # pads every prompt to text_length tokens, which keeps a GPU busy without batching.
+        # must depend neither on the number of processes nor on where and when it was computed.
         with quiet(), self._at_hand():  # diffusers would warn about each truncated prompt
-            each = [self._encode_one(prompt) for prompt in prompts]
-        return TextEmbedding(
-            torch.cat([text.tokens for text in each]), torch.cat([text.pooled for text in each])
-        )
+            return TextEmbedding.join([self._encode_one(prompt) for prompt in prompts])
 
     def _encode_one(self, prompt: str) -> TextEmbedding:
-        tokens, pooled, _ = self.pipeline.encode_prompt(
-            prompt=[prompt], device=self.device, max_sequence_length=self.text_length
-        )
-        return TextEmbedding(tokens, pooled)
+        return self.family.encode(self.pipeline, prompt, self.text_length, self.device)
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
-        """T5 tokens of each prompt before truncation."""
-        return list(map(len, self.pipeline.tokenizer_2(list(prompts), verbose=False).input_ids))
+        tokenizer = getattr(self.pipeline, self.family.main_tokenizer)
+        return self.family.count_tokens(tokenizer, prompts)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         return sum(length > self.text_length for length in self.lengths(prompts))
@@ -103,25 +113,18 @@ class FluxText:
 
         The weights are frozen, so they need not be copied back to the CPU.
         """
-        pipeline, own = self.pipeline, (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
+        own = self._own()
         try:
             if self.placement == "offload":
-                pipeline.text_encoder, pipeline.text_encoder_2 = (
-                    _copy_on(encoder, self.device) for encoder in own
-                )
+                for part, encoder in own.items():
+                    setattr(self.pipeline, part, _copy_on(encoder, self.device))
             yield
         finally:
-            pipeline.text_encoder, pipeline.text_encoder_2 = own
+            for part, encoder in own.items():
+                setattr(self.pipeline, part, encoder)
 
-
-def _read_size(config: ModelConfig, part: str, key: str) -> int:
-    path = Path(config.path) / part / "config.json"
-    try:
-        return int(read_object(path)[key])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a text encoder's configuration; fetch it again"
-        ) from error
+    def _own(self) -> dict[str, Any]:
+        return {part: getattr(self.pipeline, part) for part in self.family.encoders}
 
 
 def _copy_on(module: nn.Module, device: torch.device) -> nn.Module:
@@ -135,19 +138,3 @@ def _on(tensor: Tensor, device: torch.device) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.to(device), requires_grad=False)
     return tensor.to(device)
-
-
-def require_parts(path: str, parts: Sequence[str]) -> list[Path]:
-    """Returns the paths of the named parts of a pipeline folder.
-
-    Raises:
-        FileNotFoundError: if the folder or one of the parts is missing.
-    """
-    folder = Path(path)
-    for part in ("", "model_index.json", *parts):
-        if not (folder / part).exists():
-            raise FileNotFoundError(
-                f"model.path is {str(folder)!r}, but {str(folder / part)!r} does not exist; "
-                "set --model.path to a diffusers FLUX pipeline folder"
-            )
-    return [folder / part for part in parts]

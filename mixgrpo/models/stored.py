@@ -1,4 +1,4 @@
-"""A FLUX transformer on the meta device, and access to slices of its weights on disk."""
+"""A transformer on the meta device, and access to slices of its weights on disk."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from mixgrpo.files.weight_files import check_fits, open_slices, read_shapes
 from mixgrpo.files.weight_sets import find_shards
+from mixgrpo.models.family import Family
 
 _BASE = ".base_layer."  # inserted by adapters into the names of the layers that they adapt
 
 
-def empty_transformer(path: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+def empty_transformer(family: Family, path: str, dtype: torch.dtype) -> Any:
     """The transformer of a pipeline folder, on the meta device."""
-    config = FluxTransformer2DModel.load_config(Path(path) / "transformer")
+    config = family.transformer.load_config(Path(path) / "transformer")
     with torch.device("meta"):
         # Not diffusers' own `to`, which warns about dtypes because FLUX leaves some lists empty.
-        return nn.Module.to(FluxTransformer2DModel.from_config(config), dtype)
+        return nn.Module.to(family.transformer.from_config(config), dtype)
 
 
-class StoredFlux(Mapping[str, Any]):
+class StoredWeights(Mapping[str, Any]):
     """The weights of a transformer by their names in ``module``, read from files.
 
     The weights of adapters are not in the files; they are initialised from the seed.
