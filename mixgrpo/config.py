@@ -171,6 +171,9 @@ class WindowConfig:
     """range [first, last+1) of steps that windows may cover; null allows all but the last step"""
     seed: int | None = None
     """with strategy random, the seed of the windows; null uses run.seed"""
+    convention: Literal["own", "verl_omni"] = "own"
+    """verl_omni: iterations count from 1 and random windows are drawn as verl-omni draws them, so
+    that its seed gives the same windows; strategies random and progressive only"""
 
 
 @dataclass

@@ -57,6 +57,7 @@ def test_progressive_windows_by_hand() -> None:
     ("knobs", "expected"),
     [
         ({"strategy": "progressive"}, 4 * 3),
+        ({"strategy": "progressive", "convention": "verl_omni"}, 4 * 3 - 1),
         ({"strategy": "progressive", "stride": 2}, 3 * 3),  # starts 0, 2 and the last, 3
         ({"strategy": "decay", "max_iters": 4, "min_iters": 1}, 4 + 3 + 2 + 1),
         ({"strategy": "random"}, None),

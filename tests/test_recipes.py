@@ -329,6 +329,14 @@ def test_progressive_windows_move_through_the_range_and_stay_at_its_end() -> Non
     assert [schedule.at(i).start for i in range(12)] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
 
 
+def test_a_seed_of_verl_omni_gives_its_windows() -> None:
+    """Those of its recipe for text rendering: random.Random(42 + i).randint(0, 3), i = 1, 2, ..."""
+    words = ["--sampling.steps", "10", "--window.convention", "verl_omni", "--window.size", "2"]
+    words += ["--window.strategy", "random", "--window.envelope", "[0, 5]", "--window.seed", "42"]
+    windows = make_windows(parse(words))
+    assert [windows.at(i).start for i in range(10)] == [0, 3, 2, 0, 2, 2, 0, 3, 1, 2]
+
+
 def test_the_readme_maps_every_key() -> None:
     readme = (RECIPES.parent / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)`", readme, re.MULTILINE))

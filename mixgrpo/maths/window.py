@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from dataclasses import dataclass
 from itertools import accumulate
 
 from mixgrpo.types import Window
 
 STRATEGIES = ("progressive", "random", "decay", "exp_decay", "frozen", "all")
+CONVENTIONS = ("own", "verl_omni")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class WindowSchedule:
         envelope: [first, end), the steps within which windows must lie; None for all steps that
             can be stochastic.
         seed: used by "random" only.
+        convention: "own", or "verl_omni" for the windows of verl-omni's MixGRPO with the same seed,
+            range and size. It counts the steps from 1, so that the 0-based iteration i has the
+            step s = i+1. "random" starts at ``random.Random(seed + s).randint(first, end - w)``;
+            "progressive" has moved s // ``iters_per_window`` times, so its first window lasts one
+            iteration less than the others. verl-omni has no other strategies; its "progressive"
+            moves by w, which is ``stride``.
 
     Raises:
         ValueError: if a field is out of range or the windows do not fit; the message states the
@@ -58,6 +66,7 @@ class WindowSchedule:
     decay_threshold: int = 13
     envelope: tuple[int, int] | None = None
     seed: int = 0
+    convention: str = "own"
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -93,18 +102,30 @@ class WindowSchedule:
         """Iterations of one pass over all windows; None for strategies that make no such pass."""
         if self.strategy in ("frozen", "random", "all") or self.stride == 0:
             return None
-        return sum(map(self._iterations_at, self._route()))
+        return sum(map(self._iterations_at, self._route())) - self._first_step
+
+    @property
+    def _first_step(self) -> int:
+        """The number of the first iteration."""
+        return 1 if self.convention == "verl_omni" else 0
 
     def _start_at(self, iteration: int) -> int:
         if self.strategy == "frozen":
             return self.start
+        step = iteration + self._first_step
         if self.strategy == "random":
-            return self.valid_starts[_uniform(self.seed, iteration, len(self.valid_starts))]
+            return self._drawn_start(step)
         starts = self._route()
         ends = list(accumulate(self._iterations_at(start) for start in starts))
         if self.at_end == "wrap":
-            iteration %= ends[-1]
-        return next((s for s, end in zip(starts, ends, strict=True) if iteration < end), starts[-1])
+            step %= ends[-1]
+        return next((s for s, end in zip(starts, ends, strict=True) if step < end), starts[-1])
+
+    def _drawn_start(self, step: int) -> int:
+        starts = self.valid_starts
+        if self.convention == "verl_omni":
+            return random.Random(self.seed + step).randint(starts[0], starts[-1])
+        return starts[_uniform(self.seed, step, len(starts))]
 
     def _route(self) -> list[int]:
         """The starts of one pass, from ``start`` to the end of the range."""
@@ -135,6 +156,15 @@ class WindowSchedule:
             )
         if self.at_end not in ("clamp", "wrap"):
             raise ValueError(f"unknown window at_end {self.at_end!r}; known: clamp, wrap")
+        if self.convention not in CONVENTIONS:
+            raise ValueError(
+                f"unknown window convention {self.convention!r}; known: {', '.join(CONVENTIONS)}"
+            )
+        if self.convention == "verl_omni" and self.strategy not in ("random", "progressive"):
+            raise ValueError(
+                f"window.convention is 'verl_omni', which has no strategy {self.strategy!r}; set "
+                "--window.convention own, or --window.strategy to random or progressive"
+            )
 
     def _check_pace(self) -> None:
         if self.stride < 0:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mixgrpo.maths.window import STRATEGIES, WindowSchedule
+from mixgrpo.maths.window import CONVENTIONS, STRATEGIES, WindowSchedule
 from mixgrpo.types import Window
 
 PAPER = WindowSchedule(steps=25, strategy="progressive", size=4)
@@ -96,6 +96,42 @@ def test_random_is_the_same_on_every_machine():
     assert _starts(replace(PAPER, strategy="random", seed=715), 8) != first
 
 
+@pytest.mark.parametrize(
+    ("seed", "envelope", "starts"),
+    [  # random.Random(seed + step).randint(first, end - size), for the steps 1, 2, 3, ...
+        (42, (0, 5), [0, 3, 2, 0, 2, 2, 0, 3, 1, 2, 1, 1, 0, 0, 0, 1]),
+        (0, (0, 5), [1, 0, 1, 1, 2, 0, 2, 1, 3, 0, 3, 3, 2, 0, 1, 2]),
+        (714, (2, 22), [18, 7, 9, 10, 10, 6, 6, 6, 19, 11]),
+        (-3, (2, 22), [3, 6, 14, 6, 3, 9, 9, 10, 20, 12]),
+    ],
+)
+def test_random_windows_of_verl_omni(seed, envelope, starts):
+    """The values were computed once, with Python's own generator."""
+    schedule = WindowSchedule(25, "random", 2, envelope=envelope, seed=seed, convention="verl_omni")
+    assert _starts(schedule, len(starts)) == starts
+    assert schedule.at(5) == Window(starts[5], starts[5] + 2)  # without the ones before
+    assert _starts(replace(schedule, convention="own"), len(starts)) != starts
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize(
+    ("envelope", "size", "iterations"),
+    [((0, 5), 2, 1), ((0, 5), 2, 3), ((3, 11), 4, 5), ((1, 9), 3, 2), ((2, 4), 2, 2)],
+)
+def test_progressive_windows_of_verl_omni(convention, envelope, size, iterations):
+    """A stride of the window's size, clamped to the envelope, is its formula: at step i+1 by its
+    own count, at step i by ours."""
+    first, end = envelope
+    schedule = WindowSchedule(
+        *(12, "progressive", size, first, size, iterations),
+        envelope=envelope,
+        convention=convention,
+    )
+    steps = range(1, 31) if convention == "verl_omni" else range(30)
+    formula = [min(first + (step // iterations) * size, end - size) for step in steps]
+    assert _starts(schedule, 30) == formula
+
+
 def test_all_is_every_stochastic_step():
     assert WindowSchedule(steps=16, strategy="all", size=4).at(99) == Window(0, 15)
     assert WindowSchedule(16, "all", size=4, envelope=(2, 9)).at(0) == Window(2, 9)
@@ -129,9 +165,11 @@ def _random_schedule(rng: random.Random) -> WindowSchedule:
     first = rng.randint(0, steps - 2)
     end = rng.randint(first + 1, steps - 1)
     size = rng.randint(1, end - first)
+    strategy = rng.choice(STRATEGIES)
+    has_others = strategy in ("random", "progressive")
     return WindowSchedule(
         steps=steps,
-        strategy=rng.choice(STRATEGIES),
+        strategy=strategy,
         size=size,
         start=rng.randint(first, end - size),
         stride=rng.randint(0, 7),
@@ -143,6 +181,7 @@ def _random_schedule(rng: random.Random) -> WindowSchedule:
         decay_threshold=rng.randint(0, 20),
         envelope=(first, end),
         seed=rng.randint(0, 2**40),
+        convention=rng.choice(CONVENTIONS) if has_others else "own",
     )
 
 
@@ -173,6 +212,11 @@ def test_moving_windows_never_go_back_and_visit_every_start(strategy):
     [
         ({"strategy": "sliding"}, "'sliding'; known: progressive, random, decay"),
         ({"at_end": "stop"}, "'stop'; known: clamp, wrap"),
+        ({"convention": "theirs"}, "'theirs'; known: own, verl_omni"),
+        (
+            {"convention": "verl_omni", "strategy": "decay"},
+            "no strategy 'decay'; set --window.convention own, or .*to random or progressive",
+        ),
         ({"size": 25}, r"size 25 does not fit the envelope \[0, 24\) of 25 steps.*1..24"),
         ({"size": 0}, "size 0"),
         ({"start": 21}, r"size 4 at start 21 .*\[0, 24\) of 25 steps: valid starts are 0..20"),
