@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_world import ROOT
 
+from mixgrpo.rewards.ocr import quoted_text
 from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import PromptBatches, read_prompts
 
@@ -151,3 +152,26 @@ def test_the_shipped_prompts_are_enough_and_do_not_overlap():
     assert not set(training) & set(test)
     for prompts in (training, test):
         assert sum(prompt.count('"') == 2 for prompt in prompts) >= 5  # text to be drawn
+
+
+def test_the_shipped_prompts_for_text_rendering_quote_one_text_each() -> None:
+    training, test = (
+        read_prompts(str(ROOT / "data" / "ocr" / name), "batch.prompts_file").texts
+        for name in ("prompts.txt", "prompts_test.txt")
+    )
+    assert (len(training), len(test)) == (256, 64)
+    assert len({prompt.lower() for prompt in [*training, *test]}) == 320
+    quoted = []
+    for prompt in [*training, *test]:
+        before, text, after = prompt.split('"')  # exactly one pair of marks
+        assert not set(prompt) & set("“”„«»‘’"), prompt  # noqa: RUF001
+        assert prompt == " ".join(prompt.split()), prompt
+        assert before.endswith(" "), prompt
+        assert after == "" or after[0] in " ,.;", prompt
+        assert quoted_text(prompt) == text == text.strip() != "", prompt
+        assert len(text) <= 32, prompt
+        assert len(text.split()) <= 6, prompt
+        assert 10 <= len(prompt.split()) <= 40, prompt
+        quoted.append("".join(text.lower().split()))  # as the reward compares them
+    assert len(set(quoted)) == 320
+    assert min(map(len, quoted)) >= 3
