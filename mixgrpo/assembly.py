@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mixgrpo.config import Config
+from mixgrpo.config import Config, GuidanceConfig
 from mixgrpo.engines import Engine, Network
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.engines.distributed import Process
@@ -24,17 +24,40 @@ from mixgrpo.maths.transitions import make_log_ratio, make_transition
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.methods.grpo import Objective
 from mixgrpo.models import Policy, Text
-from mixgrpo.models.folder import spacing_of
-from mixgrpo.models.policy import DiffusersPolicy
-from mixgrpo.models.text import TextEncoders
+from mixgrpo.models.guidance import Guidance
+from mixgrpo.models.spacing import spacing_of
 from mixgrpo.noise import Noise
 from mixgrpo.rewards import Reward, ScoreStream, build_reward
 from mixgrpo.rollout import SamplingPlan
 from mixgrpo.run.validation import Validator
+from mixgrpo.text.negative import GuidedText, negative_for, negative_prompts
 from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import PromptBatch, PromptBatches, read_prompts
 from mixgrpo.text.stored import open_stored
 from mixgrpo.types import TextEmbedding, Velocity, Window
+
+
+@dataclass(frozen=True)
+class Guides:
+    """The guidance of each phase.
+
+    Attributes:
+        negative: the negative prompt of prompts that name none; None if no phase has guidance.
+    """
+
+    rollout: Guidance
+    update: Guidance
+    validation: Guidance
+    negative: str | None
+
+
+@dataclass(frozen=True)
+class Velocities:
+    """The policy's velocity in each phase."""
+
+    rollout: Velocity
+    update: Velocity
+    validation: Velocity
 
 
 @dataclass(frozen=True)
@@ -47,7 +70,8 @@ class Parts:
         policy: the model, its text encoder and its decoder.
         trained_weights: number of weights that are trained.
         engine: trains the policy's network and communicates with the other processes.
-        velocity: the policy's velocity, evaluated through the engine.
+        text: encodes prompts, with the negative prompts of guidance.
+        velocities: the policy's velocity in each phase, evaluated through the engine.
         ema: the moving average of the trained weights; None if none is kept.
         rewards: the rewards that are trained on, by name.
         validator: samples the validation prompts and scores them by all rewards.
@@ -62,7 +86,8 @@ class Parts:
     policy: Policy
     trained_weights: int
     engine: Engine
-    velocity: Velocity
+    text: GuidedText
+    velocities: Velocities
     ema: Ema | None
     rewards: dict[str, Reward]
     validator: Validator
@@ -79,9 +104,17 @@ class Prompts:
     training: PromptList
     validation: PromptList
 
-    @property
-    def texts(self) -> list[str]:
-        return [*self.training.texts, *self.validation.texts]
+    def all(self, negative: str | None) -> list[str]:
+        """Every prompt that is encoded.
+
+        Args:
+            negative: the negative prompt of prompts that name none; None without guidance.
+        """
+        both = (self.training, self.validation)
+        texts = [text for prompts in both for text in prompts.texts]
+        if negative is not None:
+            texts += [n for prompts in both for n in negative_prompts(prompts.metadata, negative)]
+        return texts
 
     @staticmethod
     def read(config: Config) -> Prompts:
@@ -97,6 +130,7 @@ def assemble(
     windows: WindowSchedule,
     prompts: Prompts,
     stored: Text | None,
+    guides: Guides,
     progress: Callable[[str], None],
     beat: Callable[[], None],
 ) -> Parts:
@@ -104,6 +138,7 @@ def assemble(
 
     Args:
         stored: stored embeddings; None loads the text encoders.
+        guides: the guidance of each phase.
         progress: called with the name of each stage when it begins.
         beat: called at every evaluation of the policy.
     """
@@ -115,7 +150,10 @@ def assemble(
     trained_weights = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     untrained = policy.untrained() if config.update.kl > 0 else None  # before an engine shards it
     engine = make_engine(config, process, policy)
-    reference = make_reference(policy, engine, untrained) if config.update.kl > 0 else None
+    reference = None
+    if config.update.kl > 0:
+        reference = make_reference(policy, engine, untrained, guides.update)
+    text = GuidedText(policy, guides.negative)
     return Parts(
         windows=windows,
         batches=PromptBatches(
@@ -128,12 +166,14 @@ def assemble(
         policy=policy,
         trained_weights=trained_weights,
         engine=engine,
-        velocity=watched(policy.velocity(engine.module), beat),
+        text=text,
+        velocities=make_velocities(policy, engine, guides, beat),
         ema=make_ema(config, engine),
         rewards=trained_rewards,
         validator=Validator(
             config,
             policy,
+            text,
             rewards,
             prompts.validation,
             spacing_for(config, config.validation.steps),
@@ -162,6 +202,8 @@ def make_policy(
     """
     kind, knobs = engine_kind(config, world_size), config.engine
     empty = kind == "fsdp" or (kind == "deepspeed" and knobs.zero_stage == 3)
+    from mixgrpo.models.policy import DiffusersPolicy  # imports diffusers, which takes seconds
+
     return DiffusersPolicy.load(
         config.model, device, config.run.seed, config.text.placement, stored, empty
     )
@@ -202,12 +244,48 @@ def watched(velocity: Velocity, beat: Callable[[], None]) -> Velocity:
     return evaluate
 
 
-def make_reference(policy: Policy, engine: Engine, untrained: torch.nn.Module | None) -> Velocity:
+def make_guides(config: Config) -> Guides:
+    """The guidance of each phase.
+
+    Raises:
+        FileNotFoundError: there is no model folder.
+        ValueError: the family is unknown, or has no classifier-free guidance.
+    """
+    knobs = config.guidance
+    rollout, update, validation = (
+        make_guidance(knobs, scale)
+        for scale in (knobs.scale, knobs.update_scale, knobs.validation_scale)
+    )
+    largest = max(rollout.scale, update.scale, validation.scale)
+    negative = negative_for(config.model, largest, knobs.negative_prompt)
+    return Guides(rollout, update, validation, negative)
+
+
+def make_guidance(knobs: GuidanceConfig, scale: float | None) -> Guidance:
+    """The guidance of a phase with this scale; None is the scale of the rollout."""
+    scale = knobs.scale if scale is None else scale
+    return Guidance(scale, knobs.batched, knobs.unconditional_gradient)
+
+
+def make_velocities(
+    policy: Policy, engine: Engine, guides: Guides, beat: Callable[[], None]
+) -> Velocities:
+    """The policy's velocity in each phase, through the engine; each evaluation calls ``beat``."""
+    rollout, update, validation = (
+        watched(policy.velocity(engine.module, guidance), beat)
+        for guidance in (guides.rollout, guides.update, guides.validation)
+    )
+    return Velocities(rollout, update, validation)
+
+
+def make_reference(
+    policy: Policy, engine: Engine, untrained: torch.nn.Module | None, guidance: Guidance
+) -> Velocity:
     """The velocity of the reference policy: of the copy ``untrained`` or, if that is None, of the
     trained network with its adapters switched off."""
     if untrained is None:
-        return policy.without_adapters(engine.module)
-    return policy.velocity(engine.place(network_of(policy, untrained)))
+        return policy.without_adapters(engine.module, guidance)
+    return policy.velocity(engine.place(network_of(policy, untrained)), guidance)
 
 
 def make_ema(config: Config, engine: Engine) -> Ema | None:
@@ -226,6 +304,8 @@ def make_stored_text(config: Config, prompts: list[str], device: torch.device) -
     """
     if config.text.mode == "online":
         return None
+    from mixgrpo.models.text import TextEncoders  # imports diffusers, which takes seconds
+
     encoder = TextEncoders.identify(config.model)
     return open_stored(config, encoder, prompts, device)
 
@@ -256,6 +336,7 @@ def make_plan(config: Config, window: Window, spacing: Spacing | None = None) ->
         transition=make_transition(sampling.transition, sampling.eta),
         solver=partial(make_solver, tail.solver, sigmas, tail.order, tail.variant),
         prefix=partial(make_solver, prefix.solver, sigmas, prefix.order, prefix.variant),
+        passes=make_guidance(config.guidance, config.guidance.scale).passes,
     )
 
 
@@ -314,4 +395,5 @@ def make_objective(config: Config, reference: Velocity | None) -> Objective:
         kl=config.update.kl,
         reference=reference,
         kl_form=make_kl(config.update.kl_form),
+        passes=make_guidance(config.guidance, config.guidance.update_scale).passes,
     )

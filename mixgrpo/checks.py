@@ -7,12 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mixgrpo.config import Config, RunConfig, TextConfig, flatten
+from mixgrpo.config import Config, GuidanceConfig, RunConfig, TextConfig, flatten
 
 # Knobs that a resumed run may change: none of them alters the weights that training produces.
 MAY_CHANGE = (
     "run.iterations",
     "run.folder",
+    "model.family",  # auto or a name; the model's files are compared
+    "guidance.batched",  # only changes rounding
+    "guidance.validation_scale",
     "run.resume",  # and run.resume_from
     "run.threads",
     "run.deterministic",  # like the number of processes, it only changes rounding
@@ -53,6 +56,9 @@ BOUNDS = {
     "model.width": "[16, 16384]",
     "model.text_length": "[1, 8192]",
     "model.checkpoint_every": "[1, 10000]",
+    "guidance.scale": "[1, 1000]",
+    "guidance.update_scale": "[1, 1000]",
+    "guidance.validation_scale": "[1, 1000]",
     "sampling.steps": "[2, 10000]",
     "sampling.shift": "[0, 1000]",
     "sampling.eta": "[0, 100]",
@@ -109,6 +115,7 @@ SAMPLING_BOUNDS = {
     "model.height": BOUNDS["model.height"],
     "model.width": BOUNDS["model.width"],
     "model.text_length": BOUNDS["model.text_length"],
+    "guidance.scale": BOUNDS["guidance.scale"],
     "lora_scale": "[-1000, 1000]",
     "hybrid": "[0, 1]",
     "steps": BOUNDS["sampling.steps"],
@@ -209,6 +216,7 @@ def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
     for side in ("height", "width"):
         if getattr(model, side) % 16:
             yield f"model.{side} is {getattr(model, side)}; it must be a positive multiple of 16"
+    yield from _guidance_complaints(config.guidance)
     yield from _weight_complaints(config)
     if batch.samples < 2:
         yield (
@@ -236,6 +244,29 @@ def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
     weights = {name: reward.weight for name, reward in config.rewards.items()}
     if config.rewards and not any(weights.values()):
         yield f"reward weights are {weights}; at least one must be positive"
+
+
+def _guidance_complaints(guidance: GuidanceConfig) -> Iterator[str]:
+    scales = (guidance.scale, guidance.update_scale, guidance.validation_scale)
+    yield from guidance_complaints(guidance.negative_prompt, *scales)
+    if guidance.batched and not guidance.unconditional_gradient:
+        yield (
+            "guidance.batched is true, but guidance.unconditional_gradient is false, which needs "
+            "the branches apart; set one of them to the other value"
+        )
+
+
+def guidance_complaints(negative_prompt: str | None, *scales: float | None) -> Iterator[str]:
+    """Says what is wrong with a negative prompt and the scales of guidance."""
+    if negative_prompt is None:
+        return
+    if not any(scale and scale > 1 for scale in scales):
+        yield (
+            f"guidance.negative_prompt is {negative_prompt!r}, but guidance.scale is 1, with which "
+            "no negative prompt is used; set --guidance.scale above 1"
+        )
+    if "\0" in negative_prompt:
+        yield "guidance.negative_prompt holds a NUL character; remove it"
 
 
 def _engine_complaints(config: Config, world_size: int | None) -> Iterator[str]:

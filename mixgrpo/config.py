@@ -74,7 +74,7 @@ class ModelConfig:
     width: int = 720
     """image width in pixels, a multiple of 16"""
     text_length: int = 512
-    """maximum number of T5 tokens; longer prompts are truncated with a warning"""
+    """maximum number of tokens of a prompt; longer prompts are truncated with a warning"""
     gradient_checkpointing: bool = True
     """recompute activations in the backward pass, which saves memory and takes about a third more
     time"""
@@ -98,6 +98,30 @@ class ModelConfig:
     tf32: bool = False
     """compute float32 matrix products in TF32 (10-bit mantissa) on a GPU, those of the rewards
     included"""
+
+
+@dataclass
+class GuidanceConfig:
+    """Classifier-free guidance, for families that have it. A model that is distilled for guidance,
+    such as FLUX.1-dev, has model.guidance instead."""
+
+    scale: float = 1.0
+    """scale w of the rollout, u + w (c - u) of the conditional and the unconditional velocity; 1
+    evaluates no unconditional branch"""
+    update_scale: float | None = None
+    """scale of the update; null uses guidance.scale, and with any other value the ratio of an
+    unchanged policy is not 1"""
+    validation_scale: float | None = None
+    """scale of validations; null uses guidance.scale"""
+    negative_prompt: str | None = None
+    """prompt of the unconditional branch, for prompts whose line of JSONL has no key
+    `negative_prompt`; null uses the family's own"""
+    batched: bool = False
+    """evaluate both branches in one batch of twice the size instead of one after the other, which
+    uses a GPU better when batches are small, and pads the shorter prompt"""
+    unconditional_gradient: bool = True
+    """in the update, let gradients flow through the unconditional branch too; false saves its
+    backward pass, and the gradient is no longer that of the guided velocity"""
 
 
 @dataclass
@@ -402,6 +426,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     text: TextConfig = field(default_factory=TextConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
@@ -428,9 +453,9 @@ class EncoderConfig:
     """model family: auto, the one whose pipeline model_index.json names, or its name in
     mixgrpo/models/registry.py"""
     path: FilePath = "data/models/FLUX.1-dev"
-    """diffusers pipeline folder with two text encoders and tokenizers"""
+    """diffusers pipeline folder"""
     text_length: int = 512
-    """maximum number of T5 tokens; longer prompts are truncated with a warning"""
+    """maximum number of tokens of a prompt; longer prompts are truncated with a warning"""
 
 
 @dataclass
@@ -446,6 +471,9 @@ class PreprocessConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of the encoders and of the stored embeddings; training needs the same
     model.compute_dtype"""
+    negative_prompt: str | None = None
+    """prompt of the unconditional branch of guidance, which is encoded too; null encodes the
+    family's own if it has one"""
     shard_size: int = 64
     """prompts per file"""
     threads: int = 0

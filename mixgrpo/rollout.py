@@ -33,6 +33,7 @@ class SamplingPlan:
         transition: the stochastic step.
         solver: creates the solver for the steps after the window; called once per micro-batch.
         prefix: creates the solver for the steps before the window.
+        passes: evaluations of the network for each velocity; two with guidance.
     """
 
     sigmas: Tensor
@@ -40,6 +41,7 @@ class SamplingPlan:
     transition: Transition
     solver: Callable[[], Solver]
     prefix: Callable[[], Solver] = Euler
+    passes: int = 1
 
     @property
     def steps(self) -> int:
@@ -96,7 +98,7 @@ def rollout(
         text=text,
         group=group,
         shared=noise.shared,
-        evaluations=evaluations,
+        evaluations=evaluations * plan.passes,
     )
 
 

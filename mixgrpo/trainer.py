@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixgrpo.assembly import Parts, Prompts, assemble, make_stored_text, make_windows
+from mixgrpo.assembly import Parts, Prompts, assemble, make_guides, make_stored_text, make_windows
 from mixgrpo.checks import check
 from mixgrpo.config import Config
 from mixgrpo.devices import deterministic, is_out_of_memory
@@ -57,10 +57,12 @@ def train(config: Config) -> Path:
         contents = read_contents(config, process)
         resumed = resumed_checkpoint(config, process, contents)
         prompts = Prompts.read(config)
-        stored = make_stored_text(config, prompts.texts, process.device)
+        guides = make_guides(config)
+        stored = make_stored_text(config, prompts.all(guides.negative), process.device)
         with process.first(own_folder(config.run.folder, "run.folder")):
             parts = assemble(
-                *(config, process, windows, prompts, stored, watchdog.progress, watchdog.beat)
+                *(config, process, windows, prompts, stored, guides),
+                *(watchdog.progress, watchdog.beat),
             )
             phases = Phases(process.device, watchdog.progress)
             saving = Saving(config, contents, process, parts.engine, parts.ema, phases)
@@ -117,7 +119,7 @@ class Trainer:
         self.tracker = tracker
         self.phases = phases
         self.validations = Validations(
-            *(config, parts.validator, parts.engine, parts.velocity, parts.ema),
+            *(config, parts.validator, parts.engine, parts.velocities.validation, parts.ema),
             *(saving, tracker, phases),
         )
 
@@ -154,7 +156,7 @@ class Trainer:
         config, parts, iteration = self.config, self.parts, self.progress.iteration
         prompts = parts.batches.at(iteration)
         with self.phases("text"):
-            text = parts.policy.encode(prompts.texts)
+            text = parts.text.encode(prompts.texts, prompts.metadata)
         noise = parts.noise(prompts, iteration)
         samples = range(config.batch.samples)
         texts = [text for text in prompts.texts for _ in samples]
@@ -174,7 +176,9 @@ class Trainer:
             with self.phases("rollout"), stream.given_up_on_error():
                 plan, size = parts.plan(window), config.sampling.micro_batch
                 with self.engine.gathered():
-                    trajectory = rollout(parts.velocity, text, plan, noise, size, decode_and_score)
+                    trajectory = rollout(
+                        parts.velocities.rollout, text, plan, noise, size, decode_and_score
+                    )
             with self.phases("reward"):
                 scoring = stream.result()
         self.phases.add("reward_hidden", stream.hidden)
@@ -211,7 +215,7 @@ class Trainer:
             self.engine.world_size,
         )
         objective = replace(self.parts.objective, kl=self.progress.kl_weight)
-        velocity, knobs = self.parts.velocity, self.config.update
+        velocity, knobs = self.parts.velocities.update, self.config.update
         try:
             with self.phases("update"):
                 metrics = update(

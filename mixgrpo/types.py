@@ -51,11 +51,14 @@ class TextEmbedding:
         pooled: [N, C_pooled]; None if the model's text encoders make no such vector.
         lengths: [N] int64 on the CPU, the tokens of each prompt, behind which zeros are padding
             that the model must not see; None if nothing is padding.
+        negative: the prompts of the unconditional branch of classifier-free guidance, one for all N
+            or one for each; None without guidance.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
     lengths: Tensor | None = None
+    negative: TextEmbedding | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -67,7 +70,12 @@ class TextEmbedding:
             self.tokens[there],
             None if self.pooled is None else self.pooled[there],
             None if self.lengths is None else self.lengths[rows],
+            self.negative[rows] if self.negative and not self._share_negative else self.negative,
         )
+
+    @property
+    def _share_negative(self) -> bool:
+        return self.negative is not None and len(self.negative) == 1
 
     def repeat_each(self, times: int) -> TextEmbedding:
         """[N] -> [N*times], the copies of each prompt next to each other."""
@@ -77,20 +85,33 @@ class TextEmbedding:
 
     def to(self, device: torch.device) -> TextEmbedding:
         pooled = None if self.pooled is None else self.pooled.to(device)
-        return TextEmbedding(self.tokens.to(device), pooled, self.lengths)
+        negative = None if self.negative is None else self.negative.to(device)
+        return TextEmbedding(self.tokens.to(device), pooled, self.lengths, negative)
+
+    @property
+    def positive(self) -> TextEmbedding:
+        """The prompts without those of the unconditional branch."""
+        return replace(self, negative=None)
 
     @staticmethod
     def join(parts: Sequence[TextEmbedding]) -> TextEmbedding:
-        """All prompts of several embeddings; the shorter ones are padded with zeros."""
-        longest = max(part.tokens.shape[1] for part in parts)
+        """All prompts of several embeddings; the shorter ones are padded with zeros.
+
+        Negative prompts are left out. Whether there are lengths depends on the parts' shapes, never
+        on their values: a model may compute differently with a mask, and must do so in the rollout
+        and the update alike.
+        """
+        widths = {part.tokens.shape[1] for part in parts}
+        longest = max(widths)
+        padded = len(widths) > 1 or any(part.lengths is not None for part in parts)
         lengths = torch.cat([part.true_lengths for part in parts])
         pooled = [part.pooled for part in parts if part.pooled is not None]
         missing = [longest - part.tokens.shape[1] for part in parts]
-        padded = [pad(part.tokens, (0, 0, 0, n)) for part, n in zip(parts, missing, strict=True)]
+        tokens = [pad(part.tokens, (0, 0, 0, n)) for part, n in zip(parts, missing, strict=True)]
         return TextEmbedding(
-            torch.cat(padded),
+            torch.cat(tokens),
             torch.cat(pooled) if pooled else None,
-            None if bool((lengths == longest).all()) else lengths,
+            lengths if padded else None,
         )
 
     @property

@@ -105,7 +105,6 @@ def make_policy(gpu: FakeGpu, train: str, checkpointing: bool = False) -> Diffus
     for module in (policy.module, pipeline.vae):
         gpu.place(module)
     policy.device = GPU
-    policy._image_ids = policy._image_ids.to(GPU, non_blocking=True)
     return policy
 
 

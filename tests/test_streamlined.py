@@ -179,7 +179,7 @@ def test_what_several_products_read_is_cast_once() -> None:
     plain = as_in_the_libraries(policy.module)
     counts = []
     with fake_gpu() as gpu:
-        policy.device, policy._image_ids = GPU, policy._image_ids.to(GPU, non_blocking=True)
+        policy.device = GPU
         for module in (policy.module, plain):
             with torch.no_grad(), Casts() as casts:
                 evaluate(policy, gpu.place(module))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from mixgrpo.assembly import make_guides
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, size
 from mixgrpo.models.family import Family
@@ -36,10 +37,18 @@ def check_model(config: Config, processes: int) -> Iterator[Line]:
         whole &= line.level == "ok"
         yield line
     if whole:
+        yield from _guidance(config)
         try:
             check_together(family, folder)
         except (OSError, ValueError) as caught:
             yield error("model", str(caught), remedy)
+
+
+def _guidance(config: Config) -> Iterator[Line]:
+    try:
+        make_guides(config)
+    except (OSError, ValueError) as caught:
+        yield error("model", str(caught), "set --guidance.scale 1")
 
 
 def _weights(family: Family, folder: Path, remedy: str) -> Line:

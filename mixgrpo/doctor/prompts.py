@@ -9,16 +9,17 @@ from pathlib import Path
 
 import torch
 
-from mixgrpo.assembly import make_stored_text
+from mixgrpo.assembly import Prompts, make_guides, make_stored_text
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, warning
 from mixgrpo.models.files import quiet
 from mixgrpo.models.registry import family_of
-from mixgrpo.text.prompt_files import PromptList
+from mixgrpo.text.prompt_files import NEGATIVE, PromptList
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.text.stored import preprocess_command
 
 SHOWN = 8  # keys of metadata
+_SCALES = ("scale", "update_scale", "validation_scale")
 
 
 def check_prompts(config: Config, processes: int) -> Iterator[Line]:
@@ -34,6 +35,7 @@ def check_prompts(config: Config, processes: int) -> Iterator[Line]:
     for knob, prompts in found.items():
         yield _told(config, knob, prompts)
         yield from _doubtful(knob, prompts)
+        yield from _unused(config, knob, prompts)
     if len(found) == 2:
         yield from _overlap(*(prompts.texts for prompts in found.values()))
 
@@ -73,6 +75,19 @@ def _keys(prompts: PromptList) -> str:
     ]
     more = f" and {len(times) - SHOWN:,} more" if len(times) > SHOWN else ""
     return f" with the metadata {', '.join(named)}{more}" if named else ""
+
+
+def _unused(config: Config, knob: str, prompts: PromptList) -> Iterator[Line]:
+    """Warns of negative prompts that no phase uses."""
+    count = sum(NEGATIVE in metadata for metadata in prompts.metadata)
+    scales = vars(config.guidance)
+    if count and all((scales[name] or 1) <= 1 for name in _SCALES):
+        yield warning(
+            "prompts",
+            f"{knob}: {count:,} prompts have a {NEGATIVE}, which is not used, since guidance.scale "
+            f"is {config.guidance.scale:g}",
+            "set --guidance.scale above 1 if the model has classifier-free guidance",
+        )
 
 
 def _doubtful(knob: str, prompts: PromptList) -> Iterator[Line]:
@@ -135,12 +150,7 @@ def check_text(config: Config, processes: int) -> Iterator[Line]:
         yield ok("text", f"prompts are encoded during the run (text.placement {placement})")
         return
     try:
-        limit = {"validation.prompts_file": config.validation.prompts}
-        prompts = [
-            prompt
-            for knob, path in _files(config).items()
-            for prompt in read_prompts(path, knob).first(limit.get(knob, 0)).texts
-        ]
+        prompts = Prompts.read(config).all(make_guides(config).negative)
         make_stored_text(config, prompts, torch.device("cpu"))
     except (ValueError, OSError) as caught:
         yield error("text", str(caught), preprocess_command(config))

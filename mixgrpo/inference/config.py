@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from mixgrpo.checks import SAMPLING_BOUNDS, check_bounds
+from mixgrpo.checks import SAMPLING_BOUNDS, check_bounds, guidance_complaints
 from mixgrpo.config import FilePath, ModelConfig, flatten
 
 
@@ -28,7 +28,21 @@ class SampledModelConfig:
     width: int = 1024
     """image width in pixels, a multiple of 16"""
     text_length: int = 512
-    """maximum number of T5 tokens; longer prompts are truncated with a warning"""
+    """maximum number of tokens of a prompt; longer prompts are truncated with a warning"""
+
+
+@dataclass
+class SampledGuidanceConfig:
+    """Classifier-free guidance, for families that have it."""
+
+    scale: float = 1.0
+    """scale w of u + w (c - u), of the conditional and the unconditional velocity; 1 evaluates no
+    unconditional branch"""
+    negative_prompt: str | None = None
+    """prompt of the unconditional branch, for prompts whose line of JSONL has no key
+    `negative_prompt`; null uses the family's own"""
+    batched: bool = False
+    """evaluate both branches in one batch of twice the size instead of one after the other"""
 
 
 @dataclass
@@ -36,6 +50,7 @@ class InferenceConfig:
     """How images are generated from a file of prompts."""
 
     model: SampledModelConfig = field(default_factory=SampledModelConfig)
+    guidance: SampledGuidanceConfig = field(default_factory=SampledGuidanceConfig)
     prompts_file: FilePath = "data/prompts_test.txt"
     """file of prompts, UTF-8: one per line, or JSONL with a key `prompt`"""
     folder: FilePath = "runs/pictures"
@@ -100,6 +115,7 @@ def _complaints(config: InferenceConfig) -> Iterator[str]:
     for side in ("model.height", "model.width"):
         if values[side] % 16:
             yield f"{side} is {values[side]}; it must be a positive multiple of 16"
+    yield from guidance_complaints(config.guidance.negative_prompt, config.guidance.scale)
     if config.checkpoint is not None:
         return
     plain = InferenceConfig()

@@ -30,14 +30,18 @@ from mixgrpo.inference.memory import explain
 from mixgrpo.inference.tuned import Tuned, find_tuned, load_tuned
 from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.models import Policy
-from mixgrpo.models.folder import check_folder, require_parts, spacing_of
+from mixgrpo.models.folder import check_folder, require_parts
+from mixgrpo.models.guidance import Guidance
 from mixgrpo.models.lora_files import settings_beside
 from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.models.registry import family_of
+from mixgrpo.models.spacing import spacing_of
 from mixgrpo.noise import Noise
 from mixgrpo.planning.memory import OutOfMemory, memory_of
 from mixgrpo.rollout import sample_ode
 from mixgrpo.run.pictures import to_bytes
+from mixgrpo.text.negative import GuidedText, negative_for, negative_prompts
+from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.types import TextEmbedding
 
@@ -54,7 +58,8 @@ def sample(config: InferenceConfig) -> Path:
     """
     check(config)
     prompts = read_prompts(config.prompts_file, "prompts_file")
-    folder = PictureFolder(config, settings_of(config, prompts.texts), prompts)
+    folder = PictureFolder(config, settings_of(config, prompts), prompts)
+    _negative(config)  # says what is wrong before the folder is made
     check_folder(family_of(config.model), Path(config.model.path))  # before the folder is made
     with (
         process_group(config.threads) as process,
@@ -77,10 +82,10 @@ def sample(config: InferenceConfig) -> Path:
     return folder.path
 
 
-def settings_of(config: InferenceConfig, prompts: Sequence[str]) -> dict[str, object]:
+def settings_of(config: InferenceConfig, prompts: PromptList) -> dict[str, object]:
     """The settings that the manifest records, dotted path -> value.
 
-    Metadata of the prompts is not among them, because no image depends on it.
+    Of the prompts' metadata only negative prompts are among them: images depend on nothing else.
     """
     model = "".join(
         map(fingerprint, require_parts(config.model.path, family_of(config.model).parts))
@@ -92,9 +97,18 @@ def settings_of(config: InferenceConfig, prompts: Sequence[str]) -> dict[str, ob
         "fingerprints.model": _digest(model),
         "fingerprints.checkpoint": fingerprint_files(tuned) if tuned else None,
         # A prompt of JSONL may contain line breaks, but no prompt contains NUL.
-        "fingerprints.prompts": _digest("\n".join(p.replace("\n", "\0") for p in prompts)),
+        "fingerprints.prompts": _digest("\n".join(p.replace("\n", "\0") for p in prompts.texts)),
+        **_negatives(config, prompts),
         "revision": git_revision(),
     }
+
+
+def _negatives(config: InferenceConfig, prompts: PromptList) -> dict[str, object]:
+    default = _negative(config)
+    if default is None:
+        return {}
+    negatives = negative_prompts(prompts.metadata, default)
+    return {"fingerprints.negative_prompts": _digest("\0".join(negatives))}
 
 
 def _digest(text: str) -> str:
@@ -137,7 +151,7 @@ def _draw(
     policy = DiffusersPolicy.frozen(knobs, process.device)
     tuned = load_tuned(policy.module, config)
     parts = _parts(tuned, config)
-    painter = _Painter(config, policy, folder)
+    painter = _Painter(config, policy, folder, _negative(config))
     if process.rank == 0:
         for note in tuned.notes:
             tqdm.write(f"note: {note}")
@@ -160,13 +174,21 @@ def _draw(
 class _Painter:
     """Turns blocks of images from noise into files."""
 
-    def __init__(self, config: InferenceConfig, policy: Policy, folder: PictureFolder) -> None:
+    def __init__(
+        self,
+        config: InferenceConfig,
+        policy: Policy,
+        folder: PictureFolder,
+        negative: str | None,
+    ) -> None:
         self.config = config
         self.policy = policy
         self.folder = folder
         spacing = spacing_of(model_config(config), config.shift, config.steps)
         self.sigmas = make_sigmas(config.steps, spacing)
-        self.velocity = policy.velocity(policy.module)
+        guidance = Guidance(config.guidance.scale, config.guidance.batched)
+        self.velocity = policy.velocity(policy.module, guidance)
+        self.text = GuidedText(policy, negative)
 
     @torch.no_grad()
     def advance(self, block: Block, latents: Tensor | None, part: Part) -> Tensor | None:
@@ -203,7 +225,8 @@ class _Painter:
 
     def _encode(self, block: Block) -> TextEmbedding:
         first = block[0].index  # a block's prompts are consecutive
-        text = self.policy.encode(self.folder.prompts.texts[first : block[-1].index + 1])
+        part, prompts = slice(first, block[-1].index + 1), self.folder.prompts
+        text = self.text.encode(prompts.texts[part], prompts.metadata[part])
         rows = torch.tensor([picture.index - first for picture in block])
         return text[rows]
 
@@ -218,6 +241,11 @@ class _Painter:
         for picture, image in zip(block, images, strict=True):
             if not self.folder.is_there(picture):
                 self.folder.save(picture, image)
+
+
+def _negative(config: InferenceConfig) -> str | None:
+    knobs = config.guidance
+    return negative_for(model_config(config), knobs.scale, knobs.negative_prompt)
 
 
 def _warn_of_truncation(policy: Policy, prompts: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ class Objective:
         kl: weight of the KL divergence from the reference policy.
         reference: the reference policy's velocity; required only if kl > 0.
         kl_form: computes the KL divergence from the predictions of the two policies.
+        passes: evaluations of the network for each velocity; two with guidance.
     """
 
     transition: Transition
@@ -42,6 +43,7 @@ class Objective:
     kl: float = 0.0
     reference: Velocity | None = None
     kl_form: KL = kl_in_mean
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def update(
     metrics = _summary(collected)
     metrics["grad_norm"] = torch.stack(norms).mean()
     metrics["ratio_error_on_policy"] = ratio_error
-    metrics["evaluations_per_image"] = torch.tensor(evaluated / len(trajectory))
+    metrics["evaluations_per_image"] = torch.tensor(evaluated * objective.passes / len(trajectory))
     return metrics
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mixgrpo.models.guidance import Guidance
 from mixgrpo.types import TextEmbedding, Velocity
 
 
@@ -38,6 +39,7 @@ class Policy(Text, Protocol):
         module: the trained network; an engine may wrap it.
         latent_shape: (S, C) of one image's latent.
         compute_dtype: dtype of the network's matrix products.
+        negative: the family's own negative prompt; None if it has no classifier-free guidance.
         stored: if the network is on the meta device, its weights by name, which can be sliced like
             tensors.
     """
@@ -45,13 +47,14 @@ class Policy(Text, Protocol):
     module: nn.Module
     latent_shape: tuple[int, int]
     compute_dtype: torch.dtype
+    negative: str | None
     stored: Mapping[str, Any] | None
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         """The blocks of the network, or of a copy of it, in the order of evaluation."""
         ...
 
-    def velocity(self, module: nn.Module) -> Velocity:
+    def velocity(self, module: nn.Module, guidance: Guidance | None = None) -> Velocity:
         """The velocity predicted by ``module``: the policy's own, a wrapped module, or a copy."""
         ...
 
@@ -59,7 +62,7 @@ class Policy(Text, Protocol):
         """A frozen copy of the network; None if adapters can be switched off instead."""
         ...
 
-    def without_adapters(self, module: nn.Module) -> Velocity:
+    def without_adapters(self, module: nn.Module, guidance: Guidance | None = None) -> Velocity:
         """The velocity predicted by ``module`` with its adapters switched off."""
         ...
 

@@ -53,6 +53,7 @@ class Family(ABC):
         assumed: encoder -> what transformers assumes if its configuration lacks these values.
         side: pixels along an edge of the square that a latent token stands for.
         lora_targets: value of ``model.lora_targets`` -> a pattern of the full names of layers.
+        negative: the family's own negative prompt; None if it has no classifier-free guidance.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,7 @@ class Family(ABC):
     assumed: ClassVar[Mapping[str, Settings]] = {}
     side: ClassVar[int] = 16
     lora_targets: ClassVar[Mapping[str, str]]
+    negative: ClassVar[str | None] = None
 
     # ---- known without weights
 
@@ -176,6 +178,11 @@ class Family(ABC):
         Args:
             module: the network, or a wrapper that an engine put around it.
         """
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance u + w (c - u) (Ho and Salimans, arXiv 2207.12598) of velocities
+        [N, S, C], with w the scale."""
+        return unconditional + scale * (conditional - unconditional)
 
     @abstractmethod
     def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:

@@ -126,8 +126,10 @@ FLUX = Flux()
 
 @functools.lru_cache
 def _image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
-    ids: Tensor = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
-    return ids
+    """[S, 3] the position of every latent token: an unused axis, its row and its column."""
+    row, column = (torch.arange(n, device=device, dtype=torch.float32) for n in (rows, columns))
+    grid = torch.cartesian_prod(row, column)
+    return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)
 
 
 def check_factors(folder: Path) -> None:

@@ -11,14 +11,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mixgrpo.config import ModelConfig
 from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.tokenizers import load_tokenizer
 from mixgrpo.files.weight_files import check_finite
-from mixgrpo.maths.schedule import Spacing
 from mixgrpo.models.family import Family
 from mixgrpo.models.files import check_part, find_part, quiet, read_object
-from mixgrpo.models.registry import family_of
 
 # What the libraries raise for files that they cannot load.
 _UNREADABLE = (
@@ -223,20 +220,6 @@ def _check_length(length: Any, most: int | None, folder: Path, remedy: str) -> N
             f"the tokenizer in {folder} has model_max_length {length!r} (tokenizer_config.json), "
             f"but it must be a positive whole number{upto}; {remedy}"
         )
-
-
-def spacing_of(model: ModelConfig, shift: float, steps: int) -> Spacing:
-    """The spacing of ``steps`` denoising steps with this time shift; with 0, the family's own.
-
-    Raises:
-        OSError, ValueError: the family is not known, or its scheduler's configuration is damaged.
-    """
-    if shift:
-        return Spacing(shift)
-    family = family_of(model, missing="flux")
-    path = Path(model.path) / "scheduler" / "scheduler_config.json"
-    settings = read_object(path) if path.is_file() else {}
-    return family.spacing(settings, family.tokens(model.height, model.width), steps)
 
 
 def require_parts(path: str, parts: Sequence[str]) -> list[Path]:

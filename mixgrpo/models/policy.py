@@ -20,6 +20,7 @@ from mixgrpo.models.adapters import streamline, switched_off
 from mixgrpo.models.compiled import compile_blocks, repeated_blocks
 from mixgrpo.models.family import Family, Setup
 from mixgrpo.models.folder import open_pipeline, require_parts
+from mixgrpo.models.guidance import Guidance, guided
 from mixgrpo.models.registry import family_of
 from mixgrpo.models.stored import StoredWeights, draw_adapters, empty_transformer
 from mixgrpo.models.text import TextEncoders
@@ -43,6 +44,7 @@ class DiffusersPolicy:
     ) -> None:
         self.family = family
         self.pipeline = pipeline
+        self.negative = family.negative
         self.stored: Mapping[str, Any] | None = None
         if pipeline.transformer.device.type != "meta":
             pipeline.transformer.to(device)
@@ -162,7 +164,12 @@ class DiffusersPolicy:
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         return list(repeated_blocks(module))
 
-    def velocity(self, module: nn.Module) -> Velocity:
+    def velocity(self, module: nn.Module, guidance: Guidance | None = None) -> Velocity:
+        if guidance is not None and guidance.scale > 1:
+            return guided(self._branch(module), self.family.guide, guidance)
+        return self._branch(module)
+
+    def _branch(self, module: nn.Module) -> Velocity:
         def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
             with self._autocast():
                 predicted = self.family.predict(module, x, sigma, text, self.setup)
@@ -184,8 +191,8 @@ class DiffusersPolicy:
             return None
         return copy.deepcopy(self.module).requires_grad_(False).eval()
 
-    def without_adapters(self, module: nn.Module) -> Velocity:
-        trained = self.velocity(module)
+    def without_adapters(self, module: nn.Module, guidance: Guidance | None = None) -> Velocity:
+        trained = self.velocity(module, guidance)
 
         def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
             with switched_off(self.module):

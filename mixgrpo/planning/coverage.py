@@ -54,6 +54,15 @@ class Evaluations:
             self.update_alone + other.update_alone,
         )
 
+    def with_passes(self, rollout: int, update: int) -> Evaluations:
+        """With several evaluations of the network for each velocity, as guidance needs."""
+        return Evaluations(
+            self.rollout * rollout,
+            self.update * update,
+            self.rollout_alone * rollout,
+            self.update_alone * update,
+        )
+
     def __mul__(self, times: float) -> Evaluations:
         return Evaluations(
             self.rollout * times,

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mixgrpo.assembly import make_plan, make_windows, spacing_for
+from mixgrpo.assembly import make_guidance, make_plan, make_windows, spacing_for
 from mixgrpo.config import Config
 from mixgrpo.files.disk import write_whole
 from mixgrpo.maths.emphasis import trained_steps
@@ -80,7 +80,9 @@ class Coverage:
         plan = make_plan(self.config, window)
         size = plan.window.size
         trained = trained_steps(size, self.config.update.step_fraction) / size
-        return evaluations_of_group(self.group, plan.window, plan.steps, trained)
+        found = evaluations_of_group(self.group, plan.window, plan.steps, trained)
+        guidance = self.config.guidance
+        return found.with_passes(plan.passes, make_guidance(guidance, guidance.update_scale).passes)
 
     @cached_property
     def mean(self) -> Evaluations:

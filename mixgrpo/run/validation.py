@@ -23,6 +23,7 @@ from mixgrpo.run.record import seconds_record
 from mixgrpo.run.saving import Saving
 from mixgrpo.run.stopping import SamplingStopped
 from mixgrpo.run.tracking import Phases, Tracker, is_validation, read_metrics
+from mixgrpo.text.negative import GuidedText
 from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.types import Velocity
 
@@ -62,12 +63,14 @@ class Validator:
         self,
         config: Config,
         policy: Policy,
+        text: GuidedText,
         rewards: Mapping[str, Reward],
         prompts: PromptList,
         spacing: Spacing,
     ) -> None:
         self.config = config
         self.policy = policy
+        self.text = text
         self.rewards = rewards
         self.prompts = prompts
         self.sigmas = make_sigmas(config.validation.steps, spacing)
@@ -126,7 +129,7 @@ class Validator:
             latents = sample_ode(
                 velocity,
                 noise.initial(),
-                self.policy.encode(texts),
+                self.text.encode(texts, metadata),
                 self.sigmas,
                 self.config.sampling.micro_batch,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from mixgrpo.config import ModelConfig, PreprocessConfig, flatten
 from mixgrpo.engines.distributed import Process, process_group
 from mixgrpo.files.disk import PARTIAL, existing, own_folder
 from mixgrpo.models import TextEncoder
+from mixgrpo.models.registry import family_of
 from mixgrpo.models.text import TextEncoders
 from mixgrpo.text.embeddings import (
     Encoder,
@@ -28,6 +29,8 @@ from mixgrpo.text.embeddings import (
     write_index,
     write_shard,
 )
+from mixgrpo.text.negative import negative_prompts
+from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.types import TextEmbedding
 
@@ -43,14 +46,13 @@ def preprocess(config: PreprocessConfig) -> None:
     """
     with process_group(config.threads) as process:
         check_bounds(flatten(config), ENCODING_BOUNDS)
-        files = [read_prompts(path, "prompts_files").texts for path in config.prompts_files]
+        files = [read_prompts(path, "prompts_files") for path in config.prompts_files]
         model = _model(config)
+        prompts = _to_encode(files, config, model)
         folder = Path(config.output)
         with process.first(own_folder(config.output, "output")):
             before = _read_before(folder, TextEncoders.identify(model))
-            index = before.extended(
-                [prompt for file in files for prompt in file], config.shard_size
-            )
+            index = before.extended(prompts, config.shard_size)
             _check_space(folder, index, TextEncoders.bytes_per_prompt(model))
             if process.rank == 0:
                 _prepare(folder, before, index)
@@ -69,6 +71,19 @@ def _model(config: PreprocessConfig) -> ModelConfig:
         text_length=config.model.text_length,
         compute_dtype=config.dtype,
     )
+
+
+def _to_encode(
+    files: Sequence[PromptList], config: PreprocessConfig, model: ModelConfig
+) -> list[str]:
+    """The prompts of all files, and the negative prompts where the family has guidance."""
+    prompts = [prompt for file in files for prompt in file.texts]
+    default = (
+        family_of(model).negative if config.negative_prompt is None else config.negative_prompt
+    )
+    if default is None:
+        return prompts
+    return [*prompts, default, *(n for f in files for n in negative_prompts(f.metadata, default))]
 
 
 def _read_before(folder: Path, encoder: Encoder) -> Index:

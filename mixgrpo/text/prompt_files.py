@@ -23,6 +23,7 @@ from mixgrpo.types import Metadata
 
 Lines = Sequence[tuple[int, str]]  # number in the file, and text without surrounding white space
 
+NEGATIVE = "negative_prompt"  # the key of a prompt's negative prompt, for guidance
 LONGEST = 100_000  # characters of a prompt; text encoders read a few thousand
 DEEPEST = 50  # objects and arrays within each other
 
@@ -218,6 +219,11 @@ def _read_entry(entry: dict[str, Any]) -> tuple[str, Metadata]:
         raise ValueError(
             f"has the prompt {prompt[:80]!r}, which is empty or contains a NUL character; write "
             "the prompt, or remove the line"
+        )
+    negative = entry.get(NEGATIVE, "")
+    if not isinstance(negative, str) or "\0" in negative:
+        raise ValueError(
+            f"has {_kind(negative)} as its {NEGATIVE}; write it as a string without NUL"
         )
     return _cleaned(prompt), {key: value for key, value in entry.items() if key != "prompt"}
 

@@ -134,4 +134,6 @@ def preprocess_command(config: Config) -> str:
     words = ["python", "-m", "mixgrpo", "preprocess", "--model.path", config.model.path]
     words += ["--model.text_length", str(config.model.text_length)]
     words += ["--dtype", config.model.compute_dtype, "--prompts_files", *files]
+    if config.guidance.negative_prompt is not None:
+        words += ["--negative_prompt", config.guidance.negative_prompt]
     return shlex.join([*words, "--output", config.text.embeddings])

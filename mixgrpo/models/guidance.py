@@ -1,0 +1,59 @@
+"""Classifier-free guidance: two branches of the network as one velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixgrpo.types import TextEmbedding, Velocity
+
+Combine = Callable[[Tensor, Tensor, float], Tensor]
+"""From the conditional and the unconditional velocity, and the scale, to the guided one."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the branches are evaluated and combined.
+
+    Attributes:
+        scale: w; 1 is no guidance.
+        batched: evaluate both branches in one batch of twice the size.
+        unconditional_gradient: let gradients flow through the unconditional branch.
+    """
+
+    scale: float = 1.0
+    batched: bool = False
+    unconditional_gradient: bool = True
+
+    @property
+    def passes(self) -> int:
+        """Model evaluations per velocity."""
+        return 2 if self.scale > 1 else 1
+
+
+def guided(velocity: Velocity, combine: Combine, guidance: Guidance) -> Velocity:
+    """The guided velocity, for texts with negative prompts.
+
+    Args:
+        velocity: of the model without guidance.
+        combine: the family's way to combine the branches.
+    """
+
+    def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        assert text.negative is not None, "guidance needs negative prompts"
+        negative = text.negative.repeat_each(len(text) // len(text.negative))
+        if guidance.batched:
+            both = TextEmbedding.join([text.positive, negative])
+            branches = velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+            conditional, unconditional = branches.chunk(2)
+        else:
+            conditional = velocity(x, sigma, text.positive)
+            with nullcontext() if guidance.unconditional_gradient else torch.no_grad():
+                unconditional = velocity(x, sigma, negative)
+        return combine(conditional, unconditional, guidance.scale)
+
+    return evaluate

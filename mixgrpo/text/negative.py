@@ -1,0 +1,68 @@
+"""Prompts together with the negative prompts of classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mixgrpo.config import ModelConfig
+from mixgrpo.models import Text
+from mixgrpo.models.registry import family_of
+from mixgrpo.text.prompt_files import NEGATIVE
+from mixgrpo.types import Metadata, TextEmbedding
+
+
+def negative_for(model: ModelConfig, scale: float, negative: str | None) -> str | None:
+    """The negative prompt of guidance with this scale; None without guidance.
+
+    Args:
+        negative: the knob; None is the family's own.
+
+    Raises:
+        FileNotFoundError: there is no model folder.
+        ValueError: the family is unknown, or has no classifier-free guidance.
+    """
+    if scale <= 1:
+        return None
+    family = family_of(model)
+    if family.negative is None:
+        raise ValueError(
+            f"guidance.scale is {scale:g}, but {family.title} has no classifier-free guidance; set "
+            "--guidance.scale 1 and, for a model distilled for guidance, its --model.guidance"
+        )
+    return family.negative if negative is None else negative
+
+
+def negative_prompts(metadata: Sequence[Metadata], default: str) -> list[str]:
+    """The negative prompt of each prompt: its metadata's, or else the default."""
+    return [each.get(NEGATIVE, default) for each in metadata]
+
+
+class GuidedText:
+    """Encodes prompts, with negative prompts if there is guidance.
+
+    Args:
+        text: encodes both.
+        negative: the negative prompt of prompts whose metadata names none; None if there is no
+            guidance.
+    """
+
+    def __init__(self, text: Text, negative: str | None) -> None:
+        self.text = text
+        self.negative = negative
+        self._shared: dict[str, TextEmbedding] = {}
+
+    def encode(self, prompts: Sequence[str], metadata: Sequence[Metadata]) -> TextEmbedding:
+        """Embeddings of N prompts; their ``negative`` is one row if all of them share it."""
+        text = self.text.encode(prompts)
+        if self.negative is None:
+            return text
+        negatives = negative_prompts(metadata, self.negative)
+        if len(set(negatives)) > 1:
+            return replace(text, negative=self.text.encode(negatives))
+        return replace(text, negative=self._encode_once(negatives[0]))
+
+    def _encode_once(self, negative: str) -> TextEmbedding:
+        if negative not in self._shared:
+            self._shared = {negative: self.text.encode([negative])}
+        return self._shared[negative]
