@@ -29,6 +29,7 @@ from mixgrpo.models.spacing import spacing_of
 from mixgrpo.noise import Noise
 from mixgrpo.rewards import Reward, ScoreStream, build_reward
 from mixgrpo.rollout import SamplingPlan
+from mixgrpo.run.scorable import options_of
 from mixgrpo.run.validation import Validator
 from mixgrpo.text.negative import GuidedText, negative_for, negative_prompts
 from mixgrpo.text.prompt_files import PromptList
@@ -349,10 +350,8 @@ def make_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
     """Loads every reward of the recipe, including held-out ones; returns them by name."""
     rewards = {}
     for name, knobs in config.rewards.items():
-        given = {key: getattr(knobs, key) for key in ("model", "checkpoint")}
-        options = {key: value for key, value in given.items() if value is not None}
         try:
-            rewards[name] = build_reward(knobs.kind, {**options, **knobs.options}, device)
+            rewards[name] = build_reward(knobs.kind, options_of(knobs), device)
         except (ValueError, FileNotFoundError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"rewards.{name}: {error}") from error

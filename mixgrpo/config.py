@@ -246,8 +246,9 @@ class RewardConfig:
     """One reward. Those with weight 0 are held out: scored in validation, never trained on."""
 
     kind: str
-    """hpsv2, clip_score, pickscore, imagereward, jpeg_size, vlm (a vision-language judge behind an
-    HTTP endpoint), ocr (text rendered in the image), or your own package.module:callable"""
+    """hpsv2, clip_score, pickscore, imagereward, jpeg_size, vlm (a vision-language model behind an
+    HTTP endpoint, as a judge or to transcribe text), ocr (text rendered in the image), or your own
+    package.module:callable"""
     weight: float = 1.0
     """weight in the advantage; the weights are normalised to sum to 1"""
     model: FilePath | None = None
@@ -271,7 +272,7 @@ class ScoringConfig:
     score, or on the CPU"""
     max_failed: float = 0.5
     """fraction of an iteration's images that a reward may fail to score; training stops if more
-    fail"""
+    fail, and does not start if the reward lacks what it needs in more of a file's prompts"""
 
 
 @dataclass

@@ -28,6 +28,7 @@ from mixgrpo.rollout import rollout
 from mixgrpo.run.contents import read_contents
 from mixgrpo.run.record import progress_line, sampling_record, seconds_record, update_record
 from mixgrpo.run.saving import Saving, resumed_checkpoint
+from mixgrpo.run.scorable import check_scorable
 from mixgrpo.run.start import announce, prepare_folder, warn_of_truncation
 from mixgrpo.run.stopping import SamplingStopped
 from mixgrpo.run.tracking import Phases, Tracker
@@ -59,6 +60,7 @@ def train(config: Config) -> Path:
         prompts = Prompts.read(config)
         guides = make_guides(config)
         stored = make_stored_text(config, prompts.all(guides.negative), process.device)
+        check_scorable(config, prompts.training, prompts.validation)
         with process.first(own_folder(config.run.folder, "run.folder")):
             parts = assemble(
                 *(config, process, windows, prompts, stored, guides),

@@ -364,7 +364,7 @@ def test_what_has_changed_is_scored_again(base, tmp_path):
 
 
 def test_a_long_template_does_not_stop_an_evaluation(base, tmp_path):
-    from mixgrpo.rewards.vlm import TEMPLATE
+    from mixgrpo.rewards.vlm_tasks import TEMPLATE
 
     options = {"template": TEMPLATE, "urls": "http://localhost:1", "retries": 0}
     rewards = {**COUNTING, "judge": RewardConfig("vlm", model="m", options=options)}

@@ -341,7 +341,9 @@ def test_window_knobs_are_the_schedules_fields(read: set[tuple[str, str]]) -> No
 @pytest.mark.parametrize("knob", [field.name for field in fields(RewardConfig)])
 def test_every_knob_of_a_reward_is_read(knob: str) -> None:
     """Also by its name as a string, for getattr."""
-    tree = ast.parse((PACKAGE / "assembly.py").read_text() + (PACKAGE / "trainer.py").read_text())
+    readers = ("assembly.py", "trainer.py", "run/scorable.py")
+    trees = [ast.parse((PACKAGE / reader).read_text()) for reader in readers]
+    tree = ast.Module([node for each in trees for node in each.body], type_ignores=[])
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     assert knob in attributes | strings

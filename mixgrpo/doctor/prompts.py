@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, warning
 from mixgrpo.models.files import quiet
 from mixgrpo.models.registry import family_of
+from mixgrpo.run.scorable import VALIDATION, find_unscorable
 from mixgrpo.text.prompt_files import NEGATIVE, PromptList
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.text.stored import preprocess_command
@@ -36,6 +39,7 @@ def check_prompts(config: Config, processes: int) -> Iterator[Line]:
         yield _told(config, knob, prompts)
         yield from _doubtful(knob, prompts)
         yield from _unused(config, knob, prompts)
+    yield from _unscorable(config, found)
     if len(found) == 2:
         yield from _overlap(*(prompts.texts for prompts in found.values()))
 
@@ -131,6 +135,19 @@ def _count_truncated(config: Config, prompts: Sequence[str]) -> int | None:
         lengths = family.count_tokens(tokenizer, list(times))
     counted = zip(times.values(), lengths, strict=True)
     return sum(count for count, length in counted if length > config.model.text_length)
+
+
+def _unscorable(config: Config, files: dict[str, PromptList]) -> Iterator[Line]:
+    """Reports prompts that a reward cannot score; an error if they are too many for a run."""
+    limit = {VALIDATION: config.validation.prompts}
+    used = {knob: prompts.first(limit.get(knob, 0)) for knob, prompts in files.items()}
+    most = config.scoring.max_failed
+    for name, knobs in config.rewards.items():
+        alone = replace(config, rewards={name: knobs})
+        with contextlib.suppress(ValueError):  # the check of the rewards reports it
+            for found in find_unscorable(alone, used):
+                level = error if found.exceeds(most) else warning
+                yield level("prompts", found.told(most), found.remedy)
 
 
 def _overlap(training: Sequence[str], validation: Sequence[str]) -> Iterator[Line]:

@@ -18,6 +18,7 @@ from mixgrpo.rewards.completion import LARGEST, Failure, decoded
 from mixgrpo.rewards.registry import check_call
 from mixgrpo.rewards.vlm import Vlm
 from mixgrpo.rewards.weights import NotReadable
+from mixgrpo.run.scorable import options_of
 
 TIMEOUT = 3.0  # seconds, for one server
 _REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
@@ -51,12 +52,6 @@ def _check(name: str, knobs: RewardConfig) -> Iterator[Line]:
         yield ok("rewards", f"{name}: {total}, weight names and shapes fit the model{held_out}")
     else:
         yield ok("rewards", f"{name}: {knobs.kind} is importable{held_out}")
-
-
-def options_of(knobs: RewardConfig) -> dict[str, Any]:
-    """The arguments with which the reward is constructed."""
-    given = {"model": knobs.model, "checkpoint": knobs.checkpoint}
-    return {key: value for key, value in given.items() if value is not None} | knobs.options
 
 
 def _check_servers(name: str, judge: Vlm) -> Iterator[Line]:

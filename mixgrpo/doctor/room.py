@@ -13,7 +13,6 @@ import torch
 from mixgrpo.config import Config, RewardConfig
 from mixgrpo.doctor.devices import memory_of_a_process, processes_here
 from mixgrpo.doctor.lines import Line, error, ok, size, warning
-from mixgrpo.doctor.rewards import options_of
 from mixgrpo.files.disk import existing
 from mixgrpo.models.files import find_weights
 from mixgrpo.models.text import TextEncoders
@@ -21,6 +20,7 @@ from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory
 from mixgrpo.planning.memory import trained_weights, training_memory
 from mixgrpo.rewards.registry import check_call
 from mixgrpo.rewards.weights import NotReadable, parse_dtype, read_heads
+from mixgrpo.run.scorable import options_of
 from mixgrpo.text.embeddings import read_index, shard_path
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.text.stored import preprocess_command

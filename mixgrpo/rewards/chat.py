@@ -56,6 +56,7 @@ class Server:
         retries: number of retries after a PassingFailure.
         backoff: seconds before the first retry; it doubles with each retry, up to 30, with jitter.
         deadline: seconds for all questions of one ``ask_all``.
+        takes_empty: whether an empty reply is an answer, not a failure.
     """
 
     urls: tuple[str, ...]
@@ -67,6 +68,7 @@ class Server:
     retries: int
     backoff: float
     deadline: float
+    takes_empty: bool = False
 
     def beginning(self, text: str) -> str:
         """The beginning of what a server said, for a message: one line, without the key."""
@@ -207,7 +209,8 @@ async def _try(client: httpx.AsyncClient, server: Server, url: str, body: bytes)
     if response.status_code != httpx.codes.OK:
         raise _refusal(server, url, response, raw)
     try:
-        return answer_in(decoded(raw, response.headers), server.beginning)
+        content = decoded(raw, response.headers)
+        return answer_in(content, server.beginning, server.takes_empty)
     except Failure as failure:
         raise Failure(failure.cause, f"{url}: {failure.detail}") from failure
 

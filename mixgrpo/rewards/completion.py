@@ -58,8 +58,10 @@ def decoded(raw: bytes, headers: httpx.Headers) -> bytes:
     return content
 
 
-def answer_in(content: bytes, excerpt: Callable[[str], str]) -> str:
+def answer_in(content: bytes, excerpt: Callable[[str], str], takes_empty: bool = False) -> str:
     """Returns the answer in a chat completion, which must hold exactly one, and a complete one.
+
+    With ``takes_empty``, an empty text is an answer as well; null never is.
 
     Raises:
         Failure: if it does not; its detail has an ``excerpt`` of the content.
@@ -75,7 +77,8 @@ def answer_in(content: bytes, excerpt: Callable[[str], str]) -> str:
         remedy = "; raise max_tokens" if reason == "length" else ""
         told = f"its finish_reason is {excerpt(str(reason))!r}{remedy}"
         raise Failure("the reply is incomplete", told)
-    if message is None or (isinstance(message, str) and not message.strip()):
+    empty = isinstance(message, str) and not message.strip()
+    if message is None or (empty and not takes_empty):
         raise Failure("the reply is empty", excerpt(_text(content)))
     if not isinstance(message, str):
         raise Failure("the reply is not a chat completion", excerpt(_text(content)))

@@ -19,7 +19,10 @@ class Reward(Protocol):
         excluded from the statistics of its group.
 
         A reward that also has a parameter ``metadata`` receives by it B dicts, what the prompt
-        file says about each prompt beside its text (see ``takes_metadata``).
+        file says about each prompt beside its text (see ``takes_metadata``). One that can tell from
+        a prompt alone that it cannot score its images has a static method ``unscorable(text,
+        metadata, **options)``: it returns why and, after a semicolon, the remedy, or an empty
+        string. Before a run starts it is asked about every prompt.
         """
         ...
 

@@ -62,9 +62,9 @@ def read_score(reply: str, pattern: re.Pattern[str], low: float, high: float) ->
     Only what is outside of the model's reasoning (``<think>...</think>``) counts. A score that is
     repeated counts once; different scores are a failure.
     """
-    answer = without_reasoning(reply)
-    if answer is None:
-        return Failure("unfinished reasoning in the reply", "it does not end; raise max_tokens")
+    answer = answer_without_reasoning(reply)
+    if isinstance(answer, Failure):
+        return answer
     scores: set[float] = set()
     for match in pattern.finditer(answer):
         number, of = _number(match, "score"), _number(match, "of")
@@ -81,6 +81,14 @@ def read_score(reply: str, pattern: re.Pattern[str], low: float, high: float) ->
         if len(scores) > 1:
             return Failure("several scores in the reply")
     return scores.pop() if scores else Failure("no score in the reply")
+
+
+def answer_without_reasoning(reply: str) -> str | Failure:
+    """The reply without the model's reasoning, or a Failure if the reasoning does not end."""
+    answer = without_reasoning(reply)
+    if answer is None:
+        return Failure("unfinished reasoning in the reply", "it does not end; raise max_tokens")
+    return answer
 
 
 def without_reasoning(reply: str) -> str | None:

@@ -1,22 +1,18 @@
 """Scores from a vision-language model behind an OpenAI-compatible endpoint.
 
 Examples are UnifiedReward (arXiv 2503.05236) served by vLLM or SGLang, and any other judge that
-takes an image and replies with a number.
+takes an image and replies with a number; and models that read the text in an image.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx
 import torch
 from torch import Tensor
 
@@ -24,33 +20,19 @@ from mixgrpo.rewards import options
 from mixgrpo.rewards.chat import Question, Server, ask_all
 from mixgrpo.rewards.completion import Failure
 from mixgrpo.rewards.images import to_uint8
-from mixgrpo.rewards.verdict import PATTERN, read_score
+from mixgrpo.rewards.rendered_text import WantedText
+from mixgrpo.rewards.vlm_server import read_api_key, read_request, read_urls
+from mixgrpo.rewards.vlm_tasks import JUDGE, TRANSCRIBE, make_task
+from mixgrpo.types import Metadata
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE = """\
-The picture was made by a model from this text:
-
-{prompt}
-
-Judge the picture against the text. Does it show everything that the text asks for: the objects, \
-how many they are, their properties, where they are, the style? Is it coherent, without broken \
-shapes or blurred details, and good to look at? Say in a few sentences what speaks for and against \
-it. Then end with one line of exactly this form, where X is a number from {min} (does not fit the \
-text at all) to {max} (fits it perfectly and looks flawless), decimals allowed:
-
-Final Score: X"""
-
 # Upper limits of options. A larger number can only be a mistake, or seconds given in milliseconds.
-_SCORES = 1e6
 _TOKENS = 1_000_000
 _CONCURRENT = 1024  # each request is an open connection
 _RETRIES = 100
 _SECONDS = 24 * 3600.0
-# Fields of a request that decide the form of the reply, and the only value that can be read.
-_FIXED = {"stream": False, "n": 1}
 _FORMATS = ("png", "jpeg")
-_PATH = "/v1/chat/completions"
 
 
 class JudgeError(RuntimeError):
@@ -58,7 +40,11 @@ class JudgeError(RuntimeError):
 
 
 class Vlm:
-    """The number that the judge replies with, unchanged: 1 to 5 for UnifiedReward.
+    """The number that a judge replies with, or how well the text that the model reads is the one.
+
+    With the task ``judge``, the score is the number in the reply, unchanged: 1 to 5 for
+    UnifiedReward. With ``transcribe``, the model writes down the text that it sees, and the score
+    is computed as that of ``ocr``, from 0 to 1; that of a prompt without a text is NaN.
 
     Each image is one request. With several ``urls``, requests use them in turn: process r (RANK)
     begins with the r-th URL, and a retry uses the next one, so that an unavailable server costs
@@ -72,19 +58,23 @@ class Vlm:
         urls: the URL of the server, or a list of them: ``http://host:8000``, with or without
             ``/v1`` or ``/v1/chat/completions``.
         model: the model's name on the servers.
-        template: the question; ``{prompt}`` is replaced by the text, ``{min}`` and ``{max}`` by the
-            range.
-        pattern: regular expression with a group ``score`` for the score; the value of a group
-            ``of``, as in 4/5, must equal ``max``. All matches must give the same score. The model's
-            reasoning, ``<think>...</think>``, is removed first.
-        min: lowest accepted score; at least -1e6.
-        max: highest accepted score; at most 1e6.
-        rescale: return (score - min) / (max - min) instead.
+        task: judge or transcribe.
+        template: the question. Of a judge, ``{prompt}`` is replaced by the text, ``{min}`` and
+            ``{max}`` by the range.
+        pattern: of a judge: regular expression with a group ``score`` for the score; the value of a
+            group ``of``, as in 4/5, must equal ``max``. All matches must give the same score. The
+            model's reasoning, ``<think>...</think>``, is removed first.
+        min: of a judge: lowest accepted score, at least -1e6; by default 1.
+        max: of a judge: highest accepted score, at most 1e6; by default 5.
+        rescale: of a judge: return (score - min) / (max - min) instead.
+        key: to transcribe: key of the prompts' metadata that holds the text, in place of what the
+            prompt quotes.
         image_format: png or jpeg (quality 95, a fifth of the size).
         max_tokens: maximum number of tokens in a reply, at most 1,000,000; a reply that reaches it
-            has no score.
+            has no score. By default 512 for a judge and 4096 to transcribe.
         request: additional fields of the request body; null removes a field. By default the body
-            has ``model``, ``temperature`` 0 and ``max_tokens``.
+            has ``model``, ``max_tokens`` and, for a judge, ``temperature`` 0, to transcribe,
+            ``temperature`` 0.7 and ``top_p`` 0.8.
         api_key_env: name of the environment variable that holds the API key.
         concurrency: maximum number of concurrent requests per process, at most 1024.
         timeout: seconds per attempt of a request; like ``backoff`` and ``deadline`` at most a day.
@@ -101,13 +91,15 @@ class Vlm:
         *,
         urls: str | Sequence[str],
         model: str,
-        template: str = TEMPLATE,
-        pattern: str = PATTERN,
-        min: float = 1.0,
-        max: float = 5.0,
-        rescale: bool = False,
+        task: str = JUDGE,
+        template: str | None = None,
+        pattern: str | None = None,
+        min: float | None = None,
+        max: float | None = None,
+        rescale: bool | None = None,
+        key: str | None = None,
         image_format: str = "png",
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         request: Mapping[str, Any] | None = None,
         api_key_env: str = "OPENAI_API_KEY",
         concurrency: int = 16,
@@ -116,66 +108,77 @@ class Vlm:
         backoff: float = 1.0,
         deadline: float = 300.0,
     ) -> None:
-        self.low = options.number("vlm", "min", min, _SCORES)
-        self.high = options.number("vlm", "max", max, _SCORES)
-        if self.low >= self.high:
-            raise ValueError(f"vlm: min ({min:.15g}) must be below max ({max:.15g})")
+        of_task = {"pattern": pattern, "min": min, "max": max, "rescale": rescale, "key": key}
+        self.task = make_task(task, {"template": template, **of_task})
         if image_format not in _FORMATS:
             raise ValueError(
                 f"vlm: image_format must be png or jpeg, got {options.shown(image_format)}"
             )
+        tokens = self.task.max_tokens if max_tokens is None else max_tokens
         body = {
             "model": options.text("vlm", "model", model),
-            "temperature": 0,
-            "max_tokens": options.whole("vlm", "max_tokens", max_tokens, 1, _TOKENS),
-            **_request(request),
+            **self.task.body,
+            "max_tokens": options.whole("vlm", "max_tokens", tokens, 1, _TOKENS),
+            **read_request(request),
         }
         self.server = Server(
-            urls=_urls(urls),
+            urls=read_urls(urls),
             body={name: value for name, value in body.items() if value is not None},
             image_format=image_format,
-            key=_key(api_key_env),
+            key=read_api_key(api_key_env),
             concurrency=options.whole("vlm", "concurrency", concurrency, 1, _CONCURRENT),
             timeout=options.positive("vlm", "timeout", timeout, _SECONDS),
             retries=options.whole("vlm", "retries", retries, 0, _RETRIES),
             backoff=options.positive("vlm", "backoff", backoff, _SECONDS),
             deadline=options.positive("vlm", "deadline", deadline, _SECONDS),
+            takes_empty=self.task.takes_empty,
         )
-        self.template = _template(template, self.low, self.high)
-        self.pattern = _pattern(pattern)
-        self.rescale = options.flag("vlm", "rescale", rescale)
         self.turn = int(os.environ.get("RANK", "0"))
 
-    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+    @staticmethod
+    def unscorable(
+        text: str, metadata: Metadata, *, task: str = JUDGE, key: str | None = None, **_: Any
+    ) -> str:
+        """Why images of this prompt have no score; empty if they have one."""
+        return WantedText("vlm", key).why_missing(text, metadata) if task == TRANSCRIBE else ""
+
+    def __call__(
+        self, images: Tensor, texts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B texts -> [B] float32, NaN where there is no score.
 
+        metadata: that of the B prompts; only used with ``key``.
+
         Raises:
-            JudgeError: if no image could be scored.
+            JudgeError: if none of the images that were asked about could be scored.
         """
-        questions = [
-            Question(self.template.replace("{prompt}", text), picture)
-            for text, picture in zip(texts, to_uint8(images), strict=True)
-        ]
+        subjects = dict(enumerate(self.task.subjects(texts, metadata)))
+        asked = {i: subject for i, subject in subjects.items() if subject is not None}
+        pictures = to_uint8(images)
+        questions = [Question(self.task.question(asked[i]), pictures[i]) for i in asked]
         answers = ask_all(self.server, questions, self.turn)
         self.turn += len(questions)
-        results = [self._score(answer) for answer in answers]
+        results = {
+            i: self._score(answer, asked[i]) for i, answer in zip(asked, answers, strict=True)
+        }
         _report(results)
-        values = [math.nan if isinstance(result, Failure) else result for result in results]
+        scores = {i: result for i, result in results.items() if not isinstance(result, Failure)}
+        values = [scores.get(i, math.nan) for i in subjects]
         return torch.tensor(values, dtype=torch.float32, device=images.device)
 
-    def _score(self, answer: str | Failure) -> float | Failure:
+    def _score(self, answer: str | Failure, subject: str) -> float | Failure:
         if isinstance(answer, Failure):
             return answer
-        score = read_score(answer, self.pattern, self.low, self.high)
+        score = self.task.score(answer, subject)
         if isinstance(score, Failure):
             ends = f"the reply ends {self.server.end(answer)!r}"
             return Failure(score.cause, f"{score.detail}; {ends}" if score.detail else ends)
-        return (score - self.low) / (self.high - self.low) if self.rescale else score
+        return score
 
 
-def _report(results: Sequence[float | Failure]) -> None:
+def _report(results: Mapping[int, float | Failure]) -> None:
     """Reports why samples failed: in one warning or, if all of them failed, as a JudgeError."""
-    failed = [(i, result) for i, result in enumerate(results) if isinstance(result, Failure)]
+    failed = [(i, result) for i, result in results.items() if isinstance(result, Failure)]
     if not failed:
         return
     causes = Counter(failure.cause for _, failure in failed)
@@ -188,98 +191,3 @@ def _report(results: Sequence[float | Failure]) -> None:
     if len(failed) == len(results):
         raise JudgeError(message)
     logger.warning(message)
-
-
-# --- options ----------------------------------------------------------------------------------
-
-
-def _urls(urls: str | Sequence[str]) -> tuple[str, ...]:
-    given = [urls] if isinstance(urls, str) else urls
-    if not isinstance(given, Sequence) or not all(isinstance(url, str) for url in given):
-        raise ValueError("vlm: urls must be a list of strings such as http://host:8000")
-    if not given:
-        raise ValueError("vlm: urls is empty; name at least one server, such as http://host:8000")
-    return tuple(_url(url) for url in given)
-
-
-def _url(url: str) -> str:
-    # The URL is not shown, because it may contain a password.
-    if set(url) & set("@?#"):
-        raise ValueError(
-            "vlm: a URL must have the form http://host:8000, without user, password or query; "
-            "put the key into an environment variable (api_key_env)"
-        )
-    try:
-        if not url.isprintable() or " " in url:
-            raise ValueError("it contains white space or control characters")
-        parts = urlsplit(url)
-        _ = parts.port, httpx.URL(url), (parts.hostname or "").encode("idna")
-    except (ValueError, httpx.InvalidURL) as error:
-        raise ValueError(
-            f"vlm: {options.shown(url)} is not a URL ({error}); write it as http://host:8000"
-        ) from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(
-            f"vlm: {options.shown(url)} is not the URL of a server; write it as http://host:8000"
-        )
-    path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
-    return f"{parts.scheme}://{parts.netloc}{path}{_PATH}"
-
-
-def _request(fields: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    if fields is None:
-        return {}
-    named = isinstance(fields, Mapping) and all(isinstance(name, str) for name in fields)
-    if not named or "messages" in fields:
-        raise ValueError(
-            "vlm: request must be a mapping of named fields other than messages, got "
-            f"{options.shown(fields)}; put the text of the question into template"
-        )
-    for name, value in _FIXED.items():
-        if fields.get(name) not in (None, value):
-            raise ValueError(
-                f"vlm: request must not set {name} to {options.shown(fields[name])}, because a "
-                "reply must be one whole message; remove it"
-            )
-    try:
-        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"vlm: request cannot be sent as JSON ({error}); correct its values"
-        ) from error
-    return fields
-
-
-def _key(variable: str) -> str | None:
-    # The value is not shown, because it may be the key itself.
-    if not isinstance(variable, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
-        raise ValueError(
-            "vlm: api_key_env must be the name of an environment variable, in capitals, such as "
-            "OPENAI_API_KEY; export the key under that name and keep it out of the recipe"
-        )
-    key = os.environ.get(variable, "").strip()
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(
-            f"vlm: the key in {variable} has characters that no key contains; set it again"
-        )
-    return key or None
-
-
-def _template(template: str, low: float, high: float) -> str:
-    if "{prompt}" not in options.text("vlm", "template", template):
-        raise ValueError("vlm: the template lacks {prompt}; add it where the text belongs")
-    return template.replace("{min}", f"{low:.15g}").replace("{max}", f"{high:.15g}")
-
-
-def _pattern(pattern: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(options.text("vlm", "pattern", pattern))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"vlm: pattern is not a valid regular expression ({error}); correct it"
-        ) from error
-    if "score" not in compiled.groupindex:
-        raise ValueError(
-            r"vlm: the pattern has no group `score`; write the number as (?P<score>[\d.]+)"
-        )
-    return compiled

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import matplotlib
@@ -18,32 +19,52 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mixgrpo.rewards import build_reward, score
-from mixgrpo.rewards.ocr import Ocr, edit_distance, legibility, quoted_text
+from mixgrpo.rewards.ocr import Ocr
+from mixgrpo.rewards.rendered_text import edit_distance, legibility, quoted_text
+from mixgrpo.rewards.vlm import Vlm
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
-def drawn(text: str, size: int = 256, points: int = 44, colour: str = "black") -> Tensor:
-    """[3, size, size]: the words on a white page."""
-    page = Image.new("RGB", (size, size), "white")
+def drawn(text: str, width: int = 256, height: int = 256, points: int = 44) -> Tensor:
+    """[3, height, width]: the words on a white page."""
+    page = Image.new("RGB", (width, height), "white")
     font = ImageFont.truetype(str(FONT), points)
-    ImageDraw.Draw(page).multiline_text((12, size // 3), text, font=font, fill=colour)
+    ImageDraw.Draw(page).multiline_text((12, height // 3 - 2), text, font=font, fill="black")
     return torch.from_numpy(np.array(page)).permute(2, 0, 1) / 255
+
+
+def line_of(text: str) -> Tensor:
+    """[3, 40, 80]: a page that holds one line and little else."""
+    return drawn(text, 80, 40, 18)
+
+
+def without_connections() -> Any:
+    """The models lie in the package: a connection would be an error."""
+    refuse = mock.Mock(side_effect=AssertionError("ocr opened a connection"))
+    return mock.patch.object(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(scope="module")
 def ocr() -> Iterator[Ocr]:
-    """Its models lie in the package: a connection would be an error."""
-
-    def refuse(*args: object) -> None:
-        raise AssertionError("ocr opened a connection")
-
-    with mock.patch.object(socket.socket, "connect", refuse):
+    with without_connections():
         yield Ocr(threads=1)
+
+
+@pytest.fixture(scope="module")
+def one_line() -> Iterator[Ocr]:
+    with without_connections():
+        yield Ocr(threads=1, detect=False)
 
 
 class Output(NamedTuple):
     txts: tuple[str, ...] | None
+    scores: tuple[float, ...] | None
+
+
+def reads(*lines: str) -> Output:
+    """What a reader returns that is sure of these lines."""
+    return Output(lines, (1.0,) * len(lines)) if lines else Output(None, None)
 
 
 def with_readers(*readers: Callable[[np.ndarray], Output]) -> Ocr:
@@ -87,6 +108,9 @@ def test_edit_distance(a: str, b: str, distance: int) -> None:
         ("", "open", 0),
         ("xyz", "open", 0),
         ("stop signs", "stop sign!", 1 - 1 / 9),
+        ("abcdefo", "open", 0),  # shorter than twice the target
+        ("opxn" * 2, "open", 0),
+        ("opxn" * 10**6, "open", 0),  # at once, by its length
     ],
 )
 def test_legibility_by_hand(transcription: str, target: str, expected: float) -> None:
@@ -136,6 +160,18 @@ def test_legibility_by_hand(transcription: str, target: str, expected: float) ->
 )
 def test_quoted_text(prompt: str, text: str) -> None:
     assert quoted_text(prompt) == text
+    assert (Ocr.unscorable(prompt, {}) == "") == bool(text)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"text": 5}, {"text": " "}, {"text": None}])
+def test_what_a_prompt_lacks(metadata: dict[str, Any]) -> None:
+    """The transcriber needs the same texts as ocr; a judge needs none."""
+    for lack in (Ocr.unscorable, functools.partial(Vlm.unscorable, task="transcribe")):
+        assert lack("a dog", metadata).startswith("quotes no text; put the text that the image")
+        assert lack('"Hi"', metadata, key="text").startswith("has no text as its 'text'; give ")
+        assert lack('"Hi"', metadata, threads=2) == ""
+        assert lack("a dog", {"text": "Hi"}, key="text") == ""
+    assert Vlm.unscorable("a dog", metadata, urls="http://host", model="m") == ""
 
 
 # --- rendered words -------------------------------------------------------------------------------
@@ -154,7 +190,37 @@ def test_damaged_words_score_what_the_formula_says(ocr: Ocr) -> None:
     torch.testing.assert_close(scores, torch.tensor([5 / 6, 5 / 6, 5 / 6, 0, 0]))
 
 
+def test_one_line_is_read_without_the_detector_as_with_it(ocr: Ocr, one_line: Ocr) -> None:
+    """The whole word, one with a wrong letter, no text, and noise, which is no text either."""
+    noise = torch.rand(3, 40, 80, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([*map(line_of, ("Market", "Marret", "")), noise])
+    texts = ['a stall with "Market" above it'] * 4
+    scores = one_line(images, texts)
+    torch.testing.assert_close(scores, torch.tensor([1, 5 / 6, 0, 0]))
+    assert scores.tolist() == ocr(images, texts).tolist()
+
+
+def test_every_word_of_one_line_is_read(one_line: Ocr) -> None:
+    words = ["Open", "Stop 42", "Bread", "Exit 9", "Closed", "Taxi"]
+    images, texts = torch.stack([*map(line_of, words)]), [f'says "{word}"' for word in words]
+    assert one_line(images, texts).tolist() == [1] * 6
+    alone = [
+        one_line(image[None], [text]).item()
+        for image, text in zip(images, texts[1:] + texts[:1], strict=True)
+    ]
+    together = one_line(images, texts[1:] + texts[:1]).tolist()
+    assert together == alone, "a score depends on no other image"
+    assert max(together) < 1
+
+
 # --- around the reader ----------------------------------------------------------------------------
+
+
+def test_lines_that_the_reader_is_unsure_of_do_not_count() -> None:
+    """RapidOCR drops them itself, but not if it reads without its detector."""
+    output = Output(("Open", "x", "daily"), (0.5, 0.49, 1.0))
+    own = with_readers(lambda picture: output)
+    assert own(torch.ones(1, 3, 4, 4), ['"opendaily"']).tolist() == [1]
 
 
 def test_channels_arrive_in_the_order_that_the_reader_expects() -> None:
@@ -163,7 +229,7 @@ def test_channels_arrive_in_the_order_that_the_reader_expects() -> None:
 
     def reader(picture: np.ndarray) -> Output:
         seen.append(picture)
-        return Output(("a", "b"))
+        return reads("a", "b")
 
     image = torch.tensor([0.2, 0.4, 1.0])[:, None, None].expand(3, 4, 4)
     assert with_readers(reader)(image[None], ['"ab"']).tolist() == [1]
@@ -178,7 +244,7 @@ def test_readers_work_at_once_and_keep_the_order() -> None:
 
     def reader(picture: np.ndarray) -> Output:
         barrier.wait()
-        return Output((str(picture[0, 0, 0]),))
+        return reads(str(picture[0, 0, 0]))
 
     levels = torch.tensor([10, 20, 30, 40])
     images = (levels / 255)[:, None, None, None].expand(4, 3, 2, 2)
@@ -190,7 +256,7 @@ def test_a_reader_that_raises_is_not_lost() -> None:
     def reader(picture: np.ndarray) -> Output:
         if picture.max() == 0:
             raise MemoryError("no memory")
-        return Output(("a",))
+        return reads("a")
 
     own = with_readers(reader)
     with pytest.raises(MemoryError):
@@ -199,7 +265,7 @@ def test_a_reader_that_raises_is_not_lost() -> None:
 
 
 def test_prompts_without_text_are_nan_and_told_about_once(caplog: pytest.LogCaptureFixture) -> None:
-    own = with_readers(lambda picture: Output(("Open",)))
+    own = with_readers(lambda picture: reads("Open"))
     texts = ["a dog's bowl", 'says "Open"', "a cat"]
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -212,8 +278,8 @@ def test_prompts_without_text_are_nan_and_told_about_once(caplog: pytest.LogCapt
 
 def test_the_text_under_a_key_of_the_metadata(caplog: pytest.LogCaptureFixture) -> None:
     """In place of what the prompt quotes; what is no text has no score."""
-    own = with_readers(lambda picture: Output(("Open",)))
-    own.key = "text"
+    own = with_readers(lambda picture: reads("Open"))
+    own.wanted.key = "text"
     metadata = [
         {"text": "open"}, {"text": " OPE "}, {"text": "x", "other": "Open"},
         {}, {"text": 5}, {"text": " "}, {"text": None}, {"text": ["Open"]},
@@ -225,12 +291,12 @@ def test_the_text_under_a_key_of_the_metadata(caplog: pytest.LogCaptureFixture) 
     assert scores[3:].isnan().all()
     (record,) = caplog.records
     assert "has no text as its 'text'; images of such" in record.getMessage()
-    own.key = None
+    own.wanted.key = None
     assert score({"ocr": own}, images[:1], ['"Open"'], 1, [{"text": "x"}])["ocr"].tolist() == [1]
 
 
 def test_a_picture_without_text() -> None:
-    own = with_readers(lambda picture: Output(None))
+    own = with_readers(lambda picture: reads())
     assert own(torch.ones(1, 3, 4, 4), ['"Open"']).tolist() == [0]
 
 
@@ -246,9 +312,10 @@ def test_from_a_recipes_options() -> None:
     [
         ({"threads": -1}, "ocr: threads must be an integer of at least 0, got -1"),
         ({"threads": "2"}, "ocr: threads must be an integer of at least 0, got '2'"),
-        ({"thread": 2}, "'ocr' has no option thread; it accepts threads, key"),
+        ({"thread": 2}, "'ocr' has no option thread; it accepts threads, key, detect"),
         ({"key": ""}, "ocr: key must be a non-empty string, got ''"),
         ({"key": 3}, "ocr: key must be a non-empty string, got 3"),
+        ({"detect": "no"}, "ocr: detect must be true or false, got 'no'"),
         ({"model": "x"}, "'ocr' has no option model"),
     ],
 )
@@ -258,5 +325,5 @@ def test_options_that_cannot_work(options: dict[str, object], message: str) -> N
 
 
 def test_no_picture() -> None:
-    own = with_readers(lambda picture: Output(None))
+    own = with_readers(lambda picture: reads())
     assert own(torch.zeros(0, 3, 8, 8), []).shape == (0,)

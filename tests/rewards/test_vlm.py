@@ -15,7 +15,7 @@ import threading
 import time
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,6 +31,7 @@ from mixgrpo.rewards import chat as chat_module
 from mixgrpo.rewards.completion import LARGEST
 from mixgrpo.rewards.ocr import Ocr
 from mixgrpo.rewards.vlm import JudgeError, Vlm
+from mixgrpo.rewards.vlm_tasks import Judge, Transcriber
 
 from . import tiny
 from .judge_server import Asked, JudgeServer, Reply, completion, says
@@ -40,28 +41,8 @@ KEY = 'sk-secret-01/23"45+6789'
 ENCODED = {name: {"Content-Encoding": name} for name in ("gzip", "deflate", "br", "gzip, gzip")}
 BOMB = gzip.compress(bytes(100 * 2**20), 1)
 IMAGES = tiny.images(4, 6, 8)
+pytestmark = pytest.mark.usefixtures("surroundings")
 TEXTS = ["a zebra", "a {max} of {prompt}", "'quoted' \"text\"", "日本"]
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No proxy between here and the local server, no key and no rank but the tests' own."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("OPENAI_API_KEY", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[Asked, int], Reply]], JudgeServer]]:
-    servers: list[JudgeServer] = []
-
-    def start(answer: Callable[[Asked, int], Reply]) -> JudgeServer:
-        servers.append(JudgeServer(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def judge(*servers: JudgeServer | str, **options: Any) -> Vlm:
@@ -158,27 +139,35 @@ def test_from_a_recipes_options(serve: Any) -> None:
     assert score({"vlm": reward}, IMAGES, TEXTS, 3)["vlm"].tolist() == [3] * 4
 
 
-def test_the_readmes_recipe_builds(tmp_path: Path) -> None:
+def test_the_readmes_recipes_build(tmp_path: Path) -> None:
     """As the train command reads it: the knobs and the options are the rewards' own."""
-    (block,) = re.findall(r"```yaml\n(rewards:\n.*?)```", README.read_text(), re.DOTALL)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(block)
-    rewards = make_rewards(parse(["--recipe", str(recipe)]), torch.device("cpu"))
+    recipe, made = tmp_path / "recipe.yaml", []
+    for block in re.findall(r"```yaml\n(rewards:\n.*?)```", README.read_text(), re.DOTALL):
+        recipe.write_text(block)
+        made.append(make_rewards(parse(["--recipe", str(recipe)]), torch.device("cpu")))
+    rewards, one_line, transcribed = made
     unified: Any = rewards["unified"]
     assert unified.server.body["model"] == "UnifiedReward"
     assert unified.server.concurrency == 32
     assert unified.server.urls[1] == "http://judge-2:8080/v1/chat/completions"
     assert isinstance(rewards["text"], Ocr)
+    line: Any = one_line["text"]
+    assert (line.wanted.key, line.detect) == ("text", False)
+    reader: Any = transcribed["text"]
+    assert isinstance(reader.task, Transcriber)
+    assert reader.server.body["model"] == "Qwen/Qwen3-VL-8B-Instruct"
 
 
 def test_the_readme_lists_every_option_and_its_default() -> None:
     table = README.read_text().split("| option of `vlm` |")[1].split("\n\n")[0]
-    for name, parameter in inspect.signature(Vlm).parameters.items():
+    of_judge = inspect.signature(Judge).parameters
+    for name, parameter in {**inspect.signature(Vlm).parameters, **of_judge}.items():
         if name == "model":
             continue  # a knob of every reward
         (row,) = [line for line in table.splitlines() if f"`{name}`" in line.split("|")[1]]
-        if isinstance(parameter.default, int | float):
-            assert re.search(rf"\b{parameter.default:g}\b|false", row.split("|")[2])
+        default = Judge.max_tokens if name == "max_tokens" else parameter.default
+        if isinstance(default, int | float):
+            assert re.search(rf"\b{default:g}\b|false", row.split("|")[2])
 
 
 def test_no_picture_no_question(serve: Any) -> None:
