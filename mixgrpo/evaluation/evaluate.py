@@ -26,7 +26,7 @@ from mixgrpo.evaluation.comparison import Values, pairwise_distance
 from mixgrpo.evaluation.manifests import Manifest, Picture
 from mixgrpo.evaluation.pictures import Seen, look, read_picture
 from mixgrpo.evaluation.score_store import Store, column, digest, identity
-from mixgrpo.rewards import Reward, RewardError, find_reward, score, takes_metadata
+from mixgrpo.rewards import Reward, RewardError, depends_on_metadata, find_reward, score
 from mixgrpo.types import Metadata
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,9 @@ def features_by(config: Config) -> str | None:
 def _check_same_metadata(config: Config, manifests: Sequence[Manifest]) -> None:
     """Raises ValueError if a reward would be told different things about the same prompt."""
     told = [
-        name for name, knobs in config.rewards.items() if takes_metadata(find_reward(knobs.kind))
+        name
+        for name, knobs in config.rewards.items()
+        if depends_on_metadata(find_reward(knobs.kind), knobs.options)
     ]
     first: dict[int, tuple[str, Metadata]] = {}
     for manifest in manifests if told else []:

@@ -5,7 +5,7 @@ without a round trip through PIL. ``jpeg_size`` and ``ocr`` run on the CPU, and 
 server. A custom reward is named ``package.module:callable``.
 """
 
-from mixgrpo.rewards.protocol import Reward, takes_metadata
+from mixgrpo.rewards.protocol import Reward, depends_on_metadata, takes_metadata
 from mixgrpo.rewards.registry import build_reward, find_reward
 from mixgrpo.rewards.scoring import RewardError, Scoring, check_failures, score
 from mixgrpo.rewards.stream import ScoreStream, resident
@@ -17,6 +17,7 @@ __all__ = [
     "Scoring",
     "build_reward",
     "check_failures",
+    "depends_on_metadata",
     "find_reward",
     "resident",
     "score",

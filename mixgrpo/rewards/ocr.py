@@ -53,6 +53,11 @@ class Ocr:
             self.readers.put(_make_reader(self.detect))
 
     @staticmethod
+    def uses_metadata(*, key: str | None = None, **_: Any) -> bool:
+        """Whether scores depend on the prompts' metadata."""
+        return key is not None
+
+    @staticmethod
     def unscorable(text: str, metadata: Metadata, *, key: str | None = None, **_: Any) -> str:
         """Why images of this prompt have no score; empty if they have one."""
         return WantedText("ocr", key).why_missing(text, metadata)

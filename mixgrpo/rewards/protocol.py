@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -25,6 +25,16 @@ class Reward(Protocol):
         string. Before a run starts it is asked about every prompt.
         """
         ...
+
+
+def depends_on_metadata(kind: Any, options: Mapping[str, Any]) -> bool:
+    """Whether scores by this class or function depend on the prompts' metadata.
+
+    A class that takes metadata, but only uses it with some of its options, tells so by a static
+    method ``uses_metadata(**options)``.
+    """
+    uses: Callable[..., bool] | None = getattr(kind, "uses_metadata", None)
+    return takes_metadata(kind) and (uses is None or uses(**options))
 
 
 def takes_metadata(reward: Any) -> bool:

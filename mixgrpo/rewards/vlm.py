@@ -136,6 +136,11 @@ class Vlm:
         self.turn = int(os.environ.get("RANK", "0"))
 
     @staticmethod
+    def uses_metadata(*, key: str | None = None, **_: Any) -> bool:
+        """Whether scores depend on the prompts' metadata."""
+        return key is not None
+
+    @staticmethod
     def unscorable(
         text: str, metadata: Metadata, *, task: str = JUDGE, key: str | None = None, **_: Any
     ) -> str:

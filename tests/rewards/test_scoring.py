@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixgrpo.rewards import score, takes_metadata
+from mixgrpo.rewards import depends_on_metadata, score, takes_metadata
+from mixgrpo.rewards.ocr import Ocr
+from mixgrpo.rewards.vlm import Vlm
 
 IMAGES = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 4, 4).contiguous()
 TEXTS = list("abcde")
@@ -216,6 +218,14 @@ def test_a_reward_with_the_parameter_receives_metadata(reward: Any, micro_batch:
 def test_which_classes_and_functions_are_told() -> None:
     assert all(map(takes_metadata, (Told, Module, Called)))
     assert not any(map(takes_metadata, (Untold, Untold(), brightness, nn.Linear, print, dict)))
+
+
+def test_which_scores_depend_on_metadata() -> None:
+    assert depends_on_metadata(Told, {"anything": 1})
+    assert not depends_on_metadata(Untold, {})
+    for kind in (Ocr, Vlm):
+        assert not depends_on_metadata(kind, {"threads": 2})
+        assert depends_on_metadata(kind, {"key": "text"})
 
 
 def test_prompts_without_metadata_have_empty_dicts() -> None:
