@@ -58,9 +58,9 @@ def train(config: Config) -> Path:
         contents = read_contents(config, process)
         resumed = resumed_checkpoint(config, process, contents)
         prompts = Prompts.read(config)
+        check_scorable(config, prompts.training, prompts.validation)
         guides = make_guides(config)
         stored = make_stored_text(config, prompts.all(guides.negative), process.device)
-        check_scorable(config, prompts.training, prompts.validation)
         with process.first(own_folder(config.run.folder, "run.folder")):
             parts = assemble(
                 *(config, process, windows, prompts, stored, guides),

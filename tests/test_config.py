@@ -364,7 +364,7 @@ def test_both_recipes_are_there():
 PUBLISHED = {
     "run.iterations": 300,
     "run.seed": 714,
-    "model.family": "flux",
+    "model.family": "auto",
     "model.train": "full",
     "model.compute_dtype": "bfloat16",
     "model.guidance": 3.5,

@@ -42,7 +42,7 @@ def trained_weights(config: Config) -> int:
     folder, model = Path(config.model.path) / "transformer", config.model
     if model.train == "full":
         return count_parameters(folder)
-    targets = family_of(model).lora_targets[model.lora_targets]
+    targets = family_of(model, missing="flux").lora_targets[model.lora_targets]
     shapes = read_shapes(find_shards(folder))
     layers = re.compile(f"({targets})" + r"\.weight")
     return sum(

@@ -15,7 +15,6 @@ from mixgrpo.config import Config, dotted
 from mixgrpo.engines.distributed import Process, gather_objects
 from mixgrpo.files.fingerprint import fingerprint, fingerprint_files
 from mixgrpo.files.sources import identify
-from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.rewards.registry import KNOWN
 
 PREFIX = "contents."
@@ -78,6 +77,8 @@ def _digest(content: bytes) -> str:
 
 
 def _digest_of_model(config: Config) -> str | None:
+    from mixgrpo.models.policy import DiffusersPolicy  # imports diffusers, which takes seconds
+
     try:
         parts = DiffusersPolicy.identify(config.model)
     except FileNotFoundError:
