@@ -18,7 +18,7 @@ from small import (
 )
 from torch import Tensor
 
-from mixgrpo.assembly import make_guidance, make_guides
+from mixgrpo.assembly import make_guidance, make_guides, make_windows
 from mixgrpo.checks import check
 from mixgrpo.config import Config, ModelConfig, RewardConfig, UpdateConfig
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
@@ -27,6 +27,7 @@ from mixgrpo.models.flux import FLUX
 from mixgrpo.models.guidance import Guidance, guided
 from mixgrpo.planning.coverage_report import Coverage
 from mixgrpo.rollout import rollout
+from mixgrpo.run.start import announce
 from mixgrpo.text.negative import GuidedText, negative_for, negative_prompts
 from mixgrpo.text.prompt_files import parse
 from mixgrpo.types import TextEmbedding
@@ -231,3 +232,10 @@ def test_negative_prompts_of_a_file() -> None:
     assert negative_prompts(parse(lines, "p.jsonl").metadata, "d") == ["b", "d"]
     with pytest.raises(ValueError, match="line 2 has a number as its negative_prompt"):
         parse(b'{"prompt": "a"}\n{"prompt": "c", "negative_prompt": 3}', "p.jsonl")
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(None, False), (4.0, False), (2.0, True)])
+def test_another_scale_in_the_update_is_announced(scale: float | None, warned: bool) -> None:
+    config, said = with_guidance(scale=4.0, update_scale=scale), []
+    announce(said.append, config, Recording(SmallNet()), make_windows(config), 1, 0)
+    assert any("ratio of an unchanged policy is not 1" in line for line in said) == warned

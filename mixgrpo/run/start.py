@@ -120,6 +120,12 @@ def announce(
     if iteration >= total:
         say(f"all {total} iterations are done; results in {folder}")
         return
+    guidance = config.guidance
+    if guidance.update_scale not in (None, guidance.scale):
+        say(
+            f"warning: guidance.update_scale ({guidance.update_scale:g}) is not guidance.scale "
+            f"({guidance.scale:g}), so the ratio of an unchanged policy is not 1"
+        )
     ahead = [windows.at(i) for i in range(iteration, total)]
     start, stop = min(w.start for w in ahead), max(w.stop for w in ahead)
     say(
