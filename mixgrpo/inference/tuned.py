@@ -179,10 +179,10 @@ def load_tuned(module: nn.Module, config: InferenceConfig) -> Tuned:
     if is_lora(names):
         return _adapters(module, read_lora(files[0]), config)
     shapes = plain_names(read_shapes(files))
-    return _full(module, config, shapes, partial(fill, module, files))
+    return _full(module, module.state_dict(), config, shapes, partial(fill, module, files))
 
 
-def _load_checkpoint(module: nn.Module, path: Path, config: InferenceConfig) -> Tuned:
+def _load_checkpoint(module: Any, path: Path, config: InferenceConfig) -> Tuned:
     """Verifies and reads only the weights, or only their average, of a run's checkpoint."""
     saved, part = open_saved(path), _PARTS[config.weights]
     verify(saved, saved.files_of(part))
@@ -191,7 +191,10 @@ def _load_checkpoint(module: nn.Module, path: Path, config: InferenceConfig) -> 
     if any("lora" in key for key in shapes):
         lora = lora_of_run(shards.whole(part), saved.position.config, path)
         return _adapters(module, lora, config)
-    return _full(module, config, shapes, partial(shards.fill, part, module.state_dict()))
+    # Weights that no prediction depends on are not in it; they stay the base model's.
+    family = family_of(config.model)
+    own = {n: w for n, w in module.state_dict().items() if family.uses(n, module.config)}
+    return _full(module, own, config, shapes, partial(shards.fill, part, own))
 
 
 def _adapters(module: nn.Module, lora: Lora, config: InferenceConfig) -> Adapters:
@@ -201,6 +204,7 @@ def _adapters(module: nn.Module, lora: Lora, config: InferenceConfig) -> Adapter
 
 def _full(
     module: nn.Module,
+    own: dict[str, Tensor],
     config: InferenceConfig,
     shapes: dict[str, Tensor],
     read: Callable[[], None],
@@ -210,7 +214,7 @@ def _full(
             f"lora_scale is {config.lora_scale}, but {config.checkpoint} holds full weights, not a "
             "LoRA; leave lora_scale at 1"
         )
-    check_fits(module.state_dict(), shapes, Path(str(config.checkpoint)))
+    check_fits(own, shapes, Path(str(config.checkpoint)))
     base = find_shards(Path(config.model.path) / "transformer")
     return FullWeights(read, partial(fill, module, base))
 

@@ -16,11 +16,25 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mixgrpo.models.family import Family
+from mixgrpo.models.family import Family, Settings
 from mixgrpo.models.lora import Adapter, Lora
+from mixgrpo.models.registry import other_families
 
 _NAME = "tuned"
 _LARGEST = torch.finfo(torch.float32).max
+
+
+def adapted_layers(family: Family, targets: str, transformer: Settings) -> dict[str, str]:
+    """PEFT's settings that choose which layers of a family's transformer get adapters.
+
+    Args:
+        targets: the value of ``model.lora_targets``.
+        transformer: the configuration of the transformer.
+    """
+    chosen = {"target_modules": family.lora_targets[targets]}
+    if unused := family.unused_weights(transformer):
+        chosen["exclude_modules"] = f"({'|'.join(map(re.escape, unused))}).*"
+    return chosen
 
 
 def lora_of_run(weights: Mapping[str, Tensor], training: Mapping[str, Any], path: Path) -> Lora:
@@ -92,14 +106,12 @@ def fitted(family: Family, lora: Lora, modules: Mapping[str, nn.Module]) -> dict
     """
     found: dict[str, Adapter] = {}
     names: dict[str, str] = {}
+    written = {name.replace(".", "_"): name for name in modules}
     for name, adapter in lora.adapters.items():
-        layers = family.layers_of(name)
+        layers = [written.get(n.replace(".", "_"), n) for n in family.layers_of(name)]
         found_layers = {layer: modules.get(layer) for layer in layers}
         for complaint in _complaints(family.title, name, adapter, found_layers):
-            raise ValueError(
-                f"{lora.path} is a LoRA for another model: {complaint}; give the model that it was "
-                "trained for"
-            )
+            raise ValueError(_for_another_model(family, lora, complaint))
         up = torch.cat(adapter.up.chunk(2)[::-1]) if family.is_swapped(name) else adapter.up
         sizes = [_size(modules[layer])[0] for layer in layers]
         for layer, rows in zip(layers, up.split(sizes), strict=True):
@@ -110,6 +122,20 @@ def fitted(family: Family, lora: Lora, modules: Mapping[str, nn.Module]) -> dict
                 )
             found[layer], names[layer] = Adapter(adapter.down, rows, adapter.scale), name
     return found
+
+
+def _for_another_model(family: Family, lora: Lora, complaint: str) -> str:
+    for other in other_families(family):
+        if other.lora_marks and any(re.search(other.lora_marks, name) for name in lora.adapters):
+            return (
+                f"{lora.path} is a LoRA for {other.title}, but the model is {family.title} "
+                f"({complaint}); give a LoRA for {family.title}, or set --model.path to the model "
+                "that it was trained for"
+            )
+    return (
+        f"{lora.path} is a LoRA for another model: {complaint}; give the model that it was trained "
+        "for"
+    )
 
 
 def _size(layer: nn.Module | None) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from mixgrpo.config import ModelConfig
 from mixgrpo.files.disk import write_text_whole, write_whole
 from mixgrpo.files.forms import SAFETENSORS
-from mixgrpo.files.weight_files import check_fits, read_shapes, write_streamed
+from mixgrpo.files.weight_files import check_fits, open_slices, read_shapes, write_streamed
 from mixgrpo.files.weight_sets import WeightSet, without_variant
-from mixgrpo.models.files import find_part
+from mixgrpo.models.adapters import adapted_layers
+from mixgrpo.models.files import find_part, read_object
 from mixgrpo.models.folder import check_folder, require_parts
 from mixgrpo.models.lora import fold
 from mixgrpo.models.lora_files import LORA_NAMES
@@ -54,10 +55,12 @@ def _export_adapters(folder: Path, config: ModelConfig, adapters: Mapping[str, T
     for name, weight in adapters.items():
         key = "transformer." + name.replace(".default.weight", ".weight")
         state[key] = (fold(weight, scale) if ".lora_B." in name else weight).contiguous()
+    transformer = read_object(Path(config.path) / "transformer" / "config.json")
+    layers = adapted_layers(family_of(config), config.lora_targets, transformer)
     settings = {
         "transformer.r": config.lora_rank,
         "transformer.lora_alpha": config.lora_rank,
-        "transformer.target_modules": family_of(config).lora_targets[config.lora_targets],
+        **{f"transformer.{name}": pattern for name, pattern in layers.items()},
     }
     header = {"format": "pt", HEADER: json.dumps(settings, indent=2, sort_keys=True)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,20 +74,31 @@ def _export_pipeline(
     require_parts(config.path, family.parts)
     source, target = Path(config.path), folder / "transformer"
     weights = find_part(source / "transformer")
-    check_fits(read_shapes(weights.files()), shapes, source)
+    base, settings = read_shapes(weights.files()), read_object(source / "transformer/config.json")
+    check_fits({n: s for n, s in base.items() if family.uses(n, settings)}, shapes, source)
     check_folder(family, source)  # its other parts are copied
     target.mkdir(parents=True, exist_ok=True)
     written = {}
     for file, name in _names(weights).items():
-        written[name] = {key: shapes[key] for key in read_shapes([file])}
-        write = partial(write_streamed, shapes=written[name], tensors=read(written[name]))
-        write_whole(target / name, write)
+        written[name] = {key: shapes.get(key, shape) for key, shape in read_shapes([file]).items()}
+        tensors = _with_untrained(written[name], shapes, read, file)
+        write_whole(target / name, partial(write_streamed, shapes=written[name], tensors=tensors))
     _write_index(target, weights.stem, written)
     shutil.copy2(source / "transformer" / "config.json", target / "config.json")
     shutil.copy2(source / "model_index.json", folder / "model_index.json")
     for part in family.parts:
         if part != "transformer":
             _copy_part(source / part, folder / part, part in family.weighted)
+
+
+def _with_untrained(
+    names: Iterable[str], trained: Container[str], read: Read, base: Path
+) -> Iterator[Tensor]:
+    """The weights of these names, in order; those not trained as the base's file has them."""
+    tensors = iter(read([name for name in names if name in trained]))
+    slices = open_slices([base])
+    for name in names:
+        yield next(tensors) if name in trained else slices[name][:]
 
 
 def _copy_part(source: Path, target: Path, weighted: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixgrpo.maths.schedule import Spacing
+from mixgrpo.models.lora_names import without_prefix
 from mixgrpo.types import TextEmbedding
 
 Settings = Mapping[str, Any]
@@ -49,11 +50,14 @@ class Family(ABC):
         main_tokenizer: the tokenizer whose tokens ``model.text_length`` limits.
         unused: parts of the pipeline that are never loaded.
         shared: sizes that two parts must share: (the transformer's value, another part, its value,
-            a factor on that).
-        assumed: encoder -> what transformers assumes if its configuration lacks these values.
+            a factor on that). A text encoder's values are those of ``models.folder.part_settings``.
         side: pixels along an edge of the square that a latent token stands for.
+        longest_text: the largest ``model.text_length``; None if the family sets no limit.
+        masks: whether predictions mask the padding of texts.
+        negative: the prompt whose prediction guidance leads away from, by default; None if the
+            family has no guidance by two predictions.
         lora_targets: value of ``model.lora_targets`` -> a pattern of the full names of layers.
-        negative: the family's own negative prompt; None if it has no classifier-free guidance.
+        lora_marks: a pattern found in names of layers that only this family's LoRAs change.
     """
 
     name: ClassVar[str]
@@ -64,10 +68,12 @@ class Family(ABC):
     main_tokenizer: ClassVar[str]
     unused: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[tuple[str, str, str, int], ...]] = ()
-    assumed: ClassVar[Mapping[str, Settings]] = {}
     side: ClassVar[int] = 16
-    lora_targets: ClassVar[Mapping[str, str]]
+    longest_text: ClassVar[int | None] = None
+    masks: ClassVar[bool] = False
     negative: ClassVar[str | None] = None
+    lora_targets: ClassVar[Mapping[str, str]]
+    lora_marks: ClassVar[str | None] = None
 
     # ---- known without weights
 
@@ -114,11 +120,8 @@ class Family(ABC):
         """The most values that the embedding of a prompt has.
 
         Args:
-            settings: text encoder -> its configuration.
+            settings: text encoder -> its configuration, as `models.folder.part_settings` has it.
             length: the largest number of tokens, ``model.text_length``.
-
-        Raises:
-            KeyError, TypeError: a configuration lacks a value.
         """
 
     def check(self, folder: Path, without: Sequence[str]) -> None:  # noqa: B027
@@ -134,9 +137,10 @@ class Family(ABC):
     def layers_of(self, name: str) -> tuple[str, ...]:
         """diffusers' names of the layers that a LoRA file means by ``name``.
 
-        In the order of the layer's outputs; none if the family has no such layer.
+        In the order of the layer's outputs; none if the family has no such layer. Underscores may
+        stand for the dots in them.
         """
-        return (name,)
+        return (without_prefix(name),)
 
     def is_swapped(self, name: str) -> bool:
         """Whether diffusers has the two halves of this layer's outputs the other way round."""
@@ -165,9 +169,19 @@ class Family(ABC):
         A network that was made on the meta device lacks their values.
         """
 
-    def unused_weights(self, module: Any) -> list[str]:
-        """Names of weights, or prefixes of them, that no prediction depends on."""
+    def unused_weights(self, transformer: Settings) -> list[str]:
+        """Names of weights, or prefixes of them, that no prediction depends on.
+
+        They are never trained, and checkpoints of runs do not contain them.
+
+        Args:
+            transformer: the configuration of the transformer.
+        """
         return []
+
+    def uses(self, name: str, transformer: Settings) -> bool:
+        """Whether predictions depend on the weight of this name, or on the layer."""
+        return not name.startswith(tuple(self.unused_weights(transformer)))
 
     @abstractmethod
     def predict(

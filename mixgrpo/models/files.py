@@ -6,13 +6,16 @@ The libraries fill weights that a file lacks with random numbers, so they never 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor, nn
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from mixgrpo.files import json_files
@@ -23,7 +26,7 @@ from mixgrpo.files.weight_files import check_fits, read_shapes
 from mixgrpo.files.weight_sets import WeightSet, find_set
 from mixgrpo.models.family import Family
 
-_PREFIX = "text_model."  # prefix of CLIP's weight names in files written by older versions
+T = TypeVar("T")
 _LARGEST_JSON = 64 * MIB
 
 
@@ -36,8 +39,9 @@ def check_part(family: Family, folder: Path) -> tuple[list[Path], int]:
     """
     check_regular_files(folder)
     files = find_weights(folder)
-    own, names = _asked_for(family, folder)
-    found = {_as_loaded(name, own): shape for name, shape in read_shapes(files).items()}
+    module = _asked_for(family, folder)
+    own, names, as_loaded = module.state_dict(), _twins(module), _renaming(module)
+    found = {as_loaded(name): shape for name, shape in read_shapes(files).items()}
     found = {name: shape for name, shape in found.items() if not name.endswith("position_ids")}
     # A tensor with two names is in the file under either of them, or both.
     twins = {name: found[other] for name, other in names.items() if other in found}
@@ -102,8 +106,30 @@ def check_axes(folder: Path) -> None:
         )
 
 
-def _asked_for(family: Family, folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """The state dict of the part's module (meta device), and for shared tensors the other name."""
+def part_settings(family: Family, folder: Path) -> dict[str, Any]:
+    """The configuration of a part: a text encoder's with the library's defaults for what it lacks.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    content = read_object(folder / "config.json")
+    if family.weighted[folder.name][1] is None:
+        return content
+    config = _created(lambda: _read_config(family, folder), folder)
+    # Multimodal models have one of their own for the text.
+    found: dict[str, Any] = config.get_text_config().to_dict()
+    return found
+
+
+def _read_config(family: Family, folder: Path) -> PretrainedConfig:
+    found: PretrainedConfig = family.weighted[folder.name][1].from_pretrained(
+        folder, local_files_only=True
+    )
+    return found
+
+
+def _asked_for(family: Family, folder: Path) -> nn.Module:
+    """The part's module, on the meta device."""
     kind, settings = family.weighted[folder.name]
     content = read_object(folder / "config.json")
     if content.get("quantization_config") is not None:
@@ -111,31 +137,51 @@ def _asked_for(family: Family, folder: Path) -> tuple[Mapping[str, Tensor], dict
             f"{folder / 'config.json'} has a quantization_config, but quantised weights cannot be "
             "used; give the weights before quantisation"
         )
-    try:
-        with quiet(), torch.device("meta"):
+
+    def create() -> nn.Module:
+        with torch.device("meta"):
             if settings is None:
                 module: nn.Module = kind.from_config(content)
             else:
-                module = kind(settings.from_pretrained(folder, local_files_only=True))
+                module = kind(_read_config(family, folder))
+        return module
+
+    return _created(create, folder)
+
+
+def _created(create: Callable[[], T], folder: Path) -> T:
+    try:
+        with quiet():
+            return create()
     except Exception as error:  # whatever a library raises for a wrong value
         raise ValueError(
             f"no model can be created from {folder / 'config.json'} ({in_one_line(error)}); fetch "
             "it again"
         ) from error
+
+
+def _twins(module: nn.Module) -> dict[str, str]:
+    """The other name of each tensor that has two."""
     named = dict(module.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = {}
     for name, parameter in named.items():
         groups.setdefault(id(parameter), []).append(name)
-    twins = {
+    return {
         name: other for names in groups.values() for name in names for other in names
         if name != other
     }  # fmt: skip
-    return module.state_dict(), twins
 
 
-def _as_loaded(name: str, own: Mapping[str, Tensor]) -> str:
-    short = name.removeprefix(_PREFIX)
-    return short if name not in own and short in own else name
+def _renaming(module: nn.Module) -> Callable[[str], str]:
+    """What a library makes of the names in files, which older versions of it may have written."""
+    if not isinstance(module, PreTrainedModel):
+        return lambda name: name
+    own = module.state_dict()
+    renamings = [
+        step for step in get_model_conversion_mapping(module) if isinstance(step, WeightRenaming)
+    ]
+    prefix = module.base_model_prefix
+    return lambda name: rename_source_key(name, renamings, [], prefix, own)[0]
 
 
 @contextlib.contextmanager

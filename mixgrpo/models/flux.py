@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -20,6 +19,7 @@ from mixgrpo.maths.schedule import Spacing, dynamic_shift
 from mixgrpo.models import flux_names
 from mixgrpo.models.family import Family, Settings, Setup
 from mixgrpo.models.files import check_axes, read_object
+from mixgrpo.models.precision import cast_feed_forward, keep_times
 from mixgrpo.types import TextEmbedding
 
 _BLOCKS = r"(single_)?transformer_blocks\.\d+\."
@@ -47,15 +47,12 @@ class Flux(Family):
         ("pooled_projection_dim", "text_encoder", "hidden_size", 1),
         ("in_channels", "vae", "latent_channels", 4),
     )
-    assumed: ClassVar = {
-        "text_encoder": {"vocab_size": 49408, "eos_token_id": 49407, "max_position_embeddings": 77},
-        "text_encoder_2": {"vocab_size": 32128, "eos_token_id": 1},
-    }
     # Patterns of full paths: the bare name "proj_out" would also match the model's output layer.
     lora_targets: ClassVar = {
         "attention": f"{_BLOCKS}({_ATTENTION})",
         "all": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",
     }
+    lora_marks = r"single_transformer_blocks|single_blocks|double_blocks"
 
     def latent_channels(self, transformer: Settings) -> int:
         return int(transformer["in_channels"])
@@ -91,8 +88,7 @@ class Flux(Family):
         return list(map(len, tokenizer(list(prompts), verbose=False).input_ids))
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
-        module.register_forward_pre_hook(_note_times, with_kwargs=True)
-        module.time_text_embed.register_forward_pre_hook(_use_noted_times)
+        keep_times(module, ("timestep", "guidance"), 1000)
         if dtype != torch.float32:
             cast_once(module, dtype)
 
@@ -151,29 +147,10 @@ def cast_once(transformer: nn.Module, dtype: torch.dtype) -> None:
     for module in transformer.modules():
         if isinstance(module, (AdaLayerNormZero, AdaLayerNormZeroSingle)):
             module.register_forward_hook(partial(_cast_first_output, dtype))
-        elif isinstance(module, FeedForward):
-            module.register_forward_pre_hook(partial(_cast_input, dtype))
+        cast_feed_forward(module, dtype)
 
 
 def _cast_first_output(
     dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     return (outputs[0].to(dtype), *outputs[1:])
-
-
-def _cast_input(dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].to(dtype),)
-
-
-# diffusers casts sigma and guidance to the dtype of the activations before embedding them; in
-# bfloat16, sigma would keep only 8 bits. These two hooks pass the exact values to the embedding.
-# They are functions, not methods, so that they are copied with the module.
-
-
-def _note_times(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    times = (kwargs["timestep"], kwargs.get("guidance"))
-    transformer.time_text_embed.exact = [1000 * time for time in times if time is not None]
-
-
-def _use_noted_times(embedding: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (*embedding.exact, args[-1])

@@ -1,8 +1,8 @@
 """The names that other programs give to the layers of a FLUX transformer.
 
 Two sets of names are in use: those of the published model, where one layer computes queries, keys
-and values together, and those of diffusers, where each has a layer of its own. Programs put a
-prefix before them, and some write underscores instead of the dots.
+and values together, and those of diffusers, where each has a layer of its own. Some programs write
+underscores instead of the dots.
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_PREFIXES = re.compile(
-    r"(base_model\.model\.|module\.|model\.|diffusion_model\.|transformer\.|unet\.)+"
-    r"|lora_unet_|lora_transformer_|lycoris_"
-)
-_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
-_TEXT = re.compile(r"(base_model\.model\.)?(lora_te\d?_|text_encoders?[._\d])")
+from mixgrpo.models.lora_names import without_prefix
+
 _BLOCK = re.compile(
     r"(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)[._](\d+)[._](.+)"
 )
@@ -83,18 +79,6 @@ _PUBLISHED_BLOCKS = {
     "double_blocks": "transformer_blocks",
     "single_blocks": "single_transformer_blocks",
 }
-
-
-def is_of_text_encoder(name: str) -> bool:
-    """Whether a name in a LoRA file is that of a text encoder's layer."""
-    return _TEXT.match(name) is not None
-
-
-def without_prefix(name: str) -> str:
-    """The name of a layer without what programs put before it."""
-    name = _WRAPPERS.sub("", name)
-    prefix = _PREFIXES.match(name)
-    return name[prefix.end() :] if prefix else name
 
 
 def layers_of(name: str) -> tuple[str, ...]:

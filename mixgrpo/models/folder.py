@@ -15,8 +15,10 @@ from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.tokenizers import load_tokenizer
 from mixgrpo.files.weight_files import check_finite
 from mixgrpo.models.family import Family
-from mixgrpo.models.files import check_part, find_part, quiet, read_object
+from mixgrpo.models.files import check_part, find_part, part_settings, quiet, read_object
+from mixgrpo.models.registry import family_of
 
+_WITHOUT_MASKS = ("flash", "_native_flash")
 # What the libraries raise for files that they cannot load.
 _UNREADABLE = (
     *(SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError),
@@ -163,12 +165,11 @@ def check_sizes(family: Family, folder: Path, without: Sequence[str] = ()) -> No
     """Raises OSError, ValueError: the widths of two parts differ, so they are of two models."""
     if "transformer" in without:
         return
-    config = read_object(folder / "transformer" / "config.json")
+    config = part_settings(family, folder / "transformer")
     for key, part, theirs, factor in family.shared:
         if part in without:
             continue
-        other = read_object(folder / part / "config.json")
-        mine, wanted = config.get(key), other.get(theirs)
+        mine, wanted = config.get(key), part_settings(family, folder / part).get(theirs)
         if mine is not None and wanted is not None and mine != factor * wanted:
             raise ValueError(
                 f"{folder / 'transformer' / 'config.json'} has {key} {mine}, but {part} requires "
@@ -186,7 +187,7 @@ def read_tokenizer(family: Family, folder: Path) -> Any:
     """
     entry = read_object(folder.parent / "model_index.json").get(folder.name)
     part = family.tokenizers[folder.name]
-    config = {**family.assumed[part], **read_object(folder.parent / part / "config.json")}
+    config = part_settings(family, folder.parent / part)
     rows, ends = config["vocab_size"], config["eos_token_id"]
     remedy = f"fetch the tokenizer of {part}"
 
@@ -199,27 +200,51 @@ def read_tokenizer(family: Family, folder: Path) -> Any:
         tokenizer = load_tokenizer(load, folder, rows)
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from error
-    if part == "text_encoder" and ends == 2:  # in CLIP's older files, for the largest token
-        ends = rows - 1
-    if tokenizer.eos_token_id != ends:
+    if config["model_type"] == "clip_text_model" and ends == 2:
+        ends = rows - 1  # in CLIP's older files, 2 stands for the largest token
+    if tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
         raise ValueError(
             f"the tokenizer in {folder} ends a text by token {tokenizer.eos_token_id}, but {part} "
             f"expects {ends}; {remedy}"
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no padding token; {remedy}")
-    _check_length(tokenizer.model_max_length, config.get("max_position_embeddings"), folder, remedy)
+    # Texts are padded to it, except by the tokenizer that is told the length.
+    is_main = folder.name == family.main_tokenizer
+    most = None if is_main else config.get("max_position_embeddings")
+    _check_length(tokenizer.model_max_length, most, folder, remedy)
     return tokenizer
 
 
 def _check_length(length: Any, most: int | None, folder: Path, remedy: str) -> None:
-    """Checks model_max_length, to which texts for CLIP are padded; T5 has no longest text."""
+    """Checks model_max_length; ``most`` is the length of the encoder's longest text, if any."""
     if type(length) is not int or length < 1 or (most is not None and length > most):
         upto = "" if most is None else f" of at most {most}"
         raise ValueError(
             f"the tokenizer in {folder} has model_max_length {length!r} (tokenizer_config.json), "
             f"but it must be a positive whole number{upto}; {remedy}"
         )
+
+
+def checked_family(model: ModelConfig) -> Family:
+    """The family of a model whose knobs it can follow.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``family_of``; or a knob has a value that it cannot.
+    """
+    family = family_of(model)
+    if family.longest_text is not None and model.text_length > family.longest_text:
+        raise ValueError(
+            f"model.text_length is {model.text_length}, but {family.title} reads at most "
+            f"{family.longest_text} tokens; set --model.text_length to {family.longest_text} or "
+            "less"
+        )
+    if family.masks and model.attention in _WITHOUT_MASKS:
+        raise ValueError(
+            f"model.attention is {model.attention!r}, which takes no masks, but {family.title} "
+            "masks the padding of prompts; set --model.attention native"
+        )
+    return family
 
 
 def require_parts(path: str, parts: Sequence[str]) -> list[Path]:

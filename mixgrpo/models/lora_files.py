@@ -15,8 +15,8 @@ from torch import Tensor
 from mixgrpo.files.forms import SAFETENSORS, readable_form
 from mixgrpo.files.pickled import is_dense, read_pickled
 from mixgrpo.files.weight_files import read_shapes
-from mixgrpo.models.flux_names import is_of_text_encoder, without_prefix
 from mixgrpo.models.lora import Adapter, Lora
+from mixgrpo.models.lora_names import is_of_text_encoder, without_prefix
 from mixgrpo.models.lora_settings import (
     MERGE,
     PEFT_NAME,

@@ -16,12 +16,11 @@ from mixgrpo.config import ModelConfig
 from mixgrpo.files.fingerprint import fingerprint
 from mixgrpo.files.messages import in_one_line
 from mixgrpo.models import Text
-from mixgrpo.models.adapters import streamline, switched_off
+from mixgrpo.models.adapters import adapted_layers, streamline, switched_off
 from mixgrpo.models.compiled import compile_blocks, repeated_blocks
 from mixgrpo.models.family import Family, Setup
-from mixgrpo.models.folder import open_pipeline, require_parts
+from mixgrpo.models.folder import checked_family, open_pipeline, require_parts
 from mixgrpo.models.guidance import Guidance, guided
-from mixgrpo.models.registry import family_of
 from mixgrpo.models.stored import StoredWeights, draw_adapters, empty_transformer
 from mixgrpo.models.text import TextEncoders
 from mixgrpo.types import TextEmbedding, Velocity
@@ -70,7 +69,7 @@ class DiffusersPolicy:
         Raises:
             FileNotFoundError: if the folder or a part is missing.
         """
-        family = family_of(config)
+        family = checked_family(config)
         parts = require_parts(config.path, (*family.weighted, *family.tokenizers))
         return {part.name: fingerprint(part) for part in parts}
 
@@ -96,7 +95,7 @@ class DiffusersPolicy:
             FileNotFoundError: if the folder or one of its parts is missing.
             ValueError: if a part is damaged.
         """
-        family = family_of(config)
+        family = checked_family(config)
         require_parts(config.path, family.parts)
         compute = getattr(torch, config.compute_dtype)
         stored_as = trained_dtype(config) if config.train == "full" else compute
@@ -120,7 +119,7 @@ class DiffusersPolicy:
         Raises:
             FileNotFoundError: if the folder or one of its parts is missing.
         """
-        family = family_of(config)
+        family = checked_family(config)
         require_parts(config.path, family.parts)
         dtypes = {"default": getattr(torch, config.compute_dtype)}
         pipeline = open_pipeline(family, config.path, dtypes, without=())
@@ -136,15 +135,12 @@ class DiffusersPolicy:
             chosen = self.blocks(transformer)[:: self.config.checkpoint_every]
             transformer.enable_gradient_checkpointing(recompute(chosen))
         transformer.train()
-        if self.config.train == "full":
-            transformer.requires_grad_(True)
-        else:
+        if self.config.train == "lora":
             self._add_adapters(transformer, seed)
-        # An engine waits for the gradient of every trained weight.
-        without_effect = tuple(self.family.unused_weights(transformer))
+            return
         for name, parameter in transformer.named_parameters():
-            if without_effect and name.startswith(without_effect):
-                parameter.requires_grad_(False)
+            # An engine waits for the gradient of every trained weight.
+            parameter.requires_grad_(self.family.uses(name, transformer.config))
 
     def _add_adapters(self, transformer: Any, seed: int) -> None:
         transformer.requires_grad_(False)
@@ -152,7 +148,7 @@ class DiffusersPolicy:
             LoraConfig(
                 r=self.config.lora_rank,
                 lora_alpha=self.config.lora_alpha,
-                target_modules=self.family.lora_targets[self.config.lora_targets],
+                **adapted_layers(self.family, self.config.lora_targets, transformer.config),
             )
         )
         for parameter in transformer.parameters():

@@ -23,6 +23,7 @@ class Entry(NamedTuple):
 # do without.
 FAMILIES = {
     "flux": Entry("FluxTransformer2DModel", "mixgrpo.models.flux:FLUX"),
+    "qwen_image": Entry("QwenImageTransformer2DModel", "mixgrpo.models.qwen_image:QWEN_IMAGE"),
 }
 
 
@@ -52,6 +53,11 @@ def find_family(name: str) -> Family:
     module, _, variable = FAMILIES[name].place.partition(":")
     family: Family = getattr(importlib.import_module(module), variable)
     return family
+
+
+def other_families(family: Family) -> list[Family]:
+    """All families but this one."""
+    return [find_family(name) for name in FAMILIES if name != family.name]
 
 
 def name_of(config: Named, missing: str | None = None) -> str:

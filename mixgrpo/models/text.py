@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mixgrpo.config import ModelConfig
 from mixgrpo.files.fingerprint import fingerprint
 from mixgrpo.models.family import Family
-from mixgrpo.models.files import quiet, read_object
-from mixgrpo.models.folder import open_pipeline, require_parts
+from mixgrpo.models.files import part_settings, quiet
+from mixgrpo.models.folder import checked_family, open_pipeline, require_parts
 from mixgrpo.models.registry import family_of
 from mixgrpo.types import TextEmbedding
 
@@ -57,7 +57,7 @@ class TextEncoders:
         Raises:
             FileNotFoundError: if the folder or one of the encoders is missing.
         """
-        family = family_of(config)
+        family = checked_family(config)
         require_parts(config.path, family.text_parts)
         dtypes = {"default": getattr(torch, config.compute_dtype)}
         without = ("transformer", "vae", "scheduler")
@@ -71,23 +71,21 @@ class TextEncoders:
         Raises:
             FileNotFoundError: if the folder or a part is missing.
         """
-        parts = require_parts(config.path, family_of(config).text_parts)
+        parts = require_parts(config.path, checked_family(config).text_parts)
         digests = {part.name: fingerprint(part) for part in parts}
         return {**digests, "text_length": config.text_length, "dtype": config.compute_dtype}
 
     @staticmethod
     def bytes_per_prompt(config: ModelConfig) -> int:
-        """The most bytes of one prompt's embedding."""
+        """The most bytes of one prompt's embedding.
+
+        Raises:
+            OSError, ValueError: an encoder's configuration cannot be read.
+        """
         family = family_of(config)
-        paths = {part: Path(config.path) / part / "config.json" for part in family.encoders}
-        try:
-            settings = {part: read_object(path) for part, path in paths.items()}
-            values = family.embedding_values(settings, config.text_length)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{' and '.join(map(str, paths.values()))} cannot be read as the configurations of "
-                "text encoders; fetch them again"
-            ) from error
+        folder = Path(config.path)
+        settings = {part: part_settings(family, folder / part) for part in family.encoders}
+        values = family.embedding_values(settings, config.text_length)
         return values * getattr(torch, config.compute_dtype).itemsize
 
     @torch.no_grad()
@@ -98,7 +96,9 @@ class TextEncoders:
             return TextEmbedding.join([self._encode_one(prompt) for prompt in prompts])
 
     def _encode_one(self, prompt: str) -> TextEmbedding:
-        return self.family.encode(self.pipeline, prompt, self.text_length, self.device)
+        where = torch.device("cpu") if self.placement == "cpu" else self.device
+        text = self.family.encode(self.pipeline, prompt, self.text_length, where)
+        return text.to(self.device)
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
         tokenizer = getattr(self.pipeline, self.family.main_tokenizer)

@@ -1,0 +1,274 @@
+"""Qwen-Image: Qwen2.5-VL, packed latents, guidance that keeps the norm of every token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    QwenEmbedRope,
+)
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from mixgrpo.maths.schedule import Spacing, dynamic_shift
+from mixgrpo.models.family import Family, Settings, Setup
+from mixgrpo.models.files import check_axes, read_object
+from mixgrpo.models.precision import cast_feed_forward, keep_times
+from mixgrpo.types import TextEmbedding
+
+_BLOCKS = r"transformer_blocks\.\d+\."
+_ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+_FEED_FORWARD = r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)"
+_SCHEDULER = {  # Qwen-Image's own, for a folder that has none
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 8192,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "shift_terminal": 0.02,
+}
+# Of transformers that take more than noise and text, such as those that edit images.
+_VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+_LAYERS = 60
+
+
+class QwenImage(Family):
+    """Qwen-Image, arXiv 2508.02324; see ``Family``."""
+
+    name = "qwen_image"
+    title = "Qwen-Image"
+    pipeline = QwenImagePipeline
+    weighted: ClassVar = {
+        "transformer": (QwenImageTransformer2DModel, None),
+        "vae": (AutoencoderKLQwenImage, None),
+        "text_encoder": (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig),
+    }
+    tokenizers: ClassVar = {"tokenizer": "text_encoder"}
+    main_tokenizer = "tokenizer"
+    shared = (
+        ("joint_attention_dim", "text_encoder", "hidden_size", 1),
+        ("in_channels", "vae", "z_dim", 4),
+    )
+    longest_text = 1024
+    masks = True
+    negative = " "
+    lora_targets: ClassVar = {
+        "attention": f"{_BLOCKS}{_ATTENTION}",
+        "all": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",
+    }
+    lora_marks = r"(img|txt)_(mlp[._]net|mod[._]1)"
+
+    def latent_channels(self, transformer: Settings) -> int:
+        return int(transformer["in_channels"])
+
+    def spacing(self, scheduler: Settings, tokens: int, steps: int) -> Spacing:
+        defaults = FlowMatchEulerDiscreteScheduler().config
+        settings = {**defaults, **scheduler} if scheduler else _SCHEDULER
+        terminal = settings["shift_terminal"]
+        if terminal is not None:
+            terminal = _number(settings, "shift_terminal")
+        if not settings["use_dynamic_shifting"]:
+            return Spacing(_number(settings, "shift"), terminal)
+        shift = dynamic_shift(
+            tokens,
+            int(_number(settings, "base_image_seq_len")),
+            int(_number(settings, "max_image_seq_len")),
+            _number(settings, "base_shift"),
+            _number(settings, "max_shift"),
+        )
+        if settings.get("time_shift_type") == "linear":
+            shift = math.log(shift)
+        return Spacing(shift, terminal)
+
+    def embedding_values(self, settings: Mapping[str, Settings], length: int) -> int:
+        return int(length * settings["text_encoder"]["hidden_size"])
+
+    def check(self, folder: Path, without: Sequence[str]) -> None:
+        if "transformer" not in without:
+            check_axes(folder)
+            check_variant(folder)
+        if "vae" not in without:
+            check_statistics(folder)
+
+    def encode(
+        self, pipeline: Any, prompt: str, length: int, device: torch.device
+    ) -> TextEmbedding:
+        tokens, _ = pipeline.encode_prompt(
+            prompt=[prompt], device=device, max_sequence_length=length
+        )
+        return TextEmbedding(tokens)
+
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        return list(map(len, tokenizer(list(prompts), verbose=False).input_ids))
+
+    def prepare(self, module: Any, dtype: torch.dtype) -> None:
+        module.set_attn_processor({name: TextMasked() for name in module.attn_processors})
+        keep_times(module, ("timestep",), 1)
+        if dtype != torch.float32:
+            cast_once(module, dtype)
+
+    def mend(self, module: Any, device: torch.device) -> None:
+        old = module.pos_embed
+        # A new module, because the old one caches what it has computed.
+        module.pos_embed = QwenEmbedRope(old.theta, old.axes_dim, old.scale_rope)
+        module.pos_embed.pos_freqs = module.pos_embed.pos_freqs.to(device)
+        module.pos_embed.neg_freqs = module.pos_embed.neg_freqs.to(device)
+
+    def unused_weights(self, transformer: Settings) -> list[str]:
+        """What the last block computes for the text alone, which nothing reads."""
+        last = f"transformer_blocks.{transformer.get('num_layers', _LAYERS) - 1}."
+        names = ("attn.add_q_proj.", "attn.norm_added_q.", "attn.to_add_out.", "txt_mlp.")
+        return [last + name for name in names]
+
+    def predict(
+        self, module: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbedding, setup: Setup
+    ) -> Tensor:
+        size = (1, setup.height // self.side, setup.width // self.side)
+        predicted: Tensor = module(
+            hidden_states=x,
+            encoder_hidden_states=text.tokens,
+            timestep=sigma,
+            img_shapes=[[size]] * len(x),
+            attention_kwargs={"text_mask": _mask(text, x.device)},
+            return_dict=False,
+        )[0]
+        return predicted
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """The guided velocity, each token of which gets the norm of the conditional one's."""
+        guided = super().guide(conditional, unconditional, scale)
+        wanted = torch.linalg.vector_norm(conditional, dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(guided, dim=-1, keepdim=True)
+        return guided * (wanted / norm.clamp(min=torch.finfo(norm.dtype).tiny))
+
+    def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        vae = pipeline.vae
+        unpacked = QwenImagePipeline._unpack_latents(
+            latents, height, width, pipeline.vae_scale_factor
+        )
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device, non_blocking=True)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        z = unpacked * std + mean  # [N, 16, 1, h, w]: a film of one picture
+        decoded: Tensor = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+        return decoded[:, :, 0]
+
+
+QWEN_IMAGE = QwenImage()
+
+
+class TextMasked(QwenDoubleStreamAttnProcessor2_0):
+    """The attention, with the mask of the text's tokens among the arguments of attention.
+
+    The transformer's own argument for the mask makes the host wait for the GPU: the transformer
+    computes from it how long the texts are.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        text_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = super().__call__(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            encoder_hidden_states_mask if text_mask is None else text_mask,
+            attention_mask,
+            image_rotary_emb,
+        )
+        return outputs
+
+
+def _mask(text: TextEmbedding, device: torch.device) -> Tensor | None:
+    """[N, L] bool, true where a token is not padding; None if nothing is padding."""
+    if text.lengths is None:
+        return None
+    positions = torch.arange(text.tokens.shape[1], device=device)
+    return positions < text.lengths.to(device, non_blocking=True)[:, None]
+
+
+def check_variant(folder: Path) -> None:
+    """Raises OSError, ValueError: the transformer takes other inputs, or makes other outputs."""
+    path = folder / "transformer" / "config.json"
+    defaults = {"in_channels": 64, "out_channels": 16, "patch_size": 2}
+    config = {**defaults, **read_object(path)}
+    for key in _VARIANTS:
+        if config.get(key):
+            raise ValueError(
+                f"{path} has {key} {config[key]}, as transformers that need more than a prompt do; "
+                "fetch one that makes images from text, such as Qwen/Qwen-Image"
+            )
+    channels = [config[key] for key in defaults]
+    if channels[0] != (channels[1] or channels[0]) * channels[2] ** 2:
+        raise ValueError(
+            f"{path} has in_channels {channels[0]}, out_channels {channels[1]} and patch_size "
+            f"{channels[2]}, so that its output is not a latent; fetch it again"
+        )
+
+
+def check_statistics(folder: Path) -> None:
+    """Raises OSError, ValueError: the VAE's configuration lacks what turns latents into images."""
+    path = folder / "vae" / "config.json"
+    config = read_object(path)
+    for key, least in (("latents_mean", -math.inf), ("latents_std", 0.0)):
+        values = config.get(key)
+        if key not in config:
+            continue  # the library's own are Qwen-Image's
+        whole = isinstance(values, list) and len(values) == config.get("z_dim", 16)
+        if not whole or not all(_is_number(value) and value > least for value in values or []):
+            raise ValueError(
+                f"{path} has {key} {values}, but it must be a number for each channel of the "
+                "latents; fetch it again"
+            )
+
+
+def cast_once(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Casts what several matrix products read to their dtype; the outputs are the same.
+
+    The norms of the blocks return float32 under autocast, as do their modulations.
+    """
+    for module in transformer.modules():
+        if isinstance(module, Attention):
+            module.register_forward_pre_hook(partial(_cast_both, dtype), with_kwargs=True)
+        cast_feed_forward(module, dtype)
+
+
+def _cast_both(
+    dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    names = ("hidden_states", "encoder_hidden_states")
+    return args, {**kwargs, **{name: kwargs[name].to(dtype) for name in names}}
+
+
+def _number(settings: Settings, key: str) -> float:
+    value = settings[key]
+    if not _is_number(value):
+        raise ValueError(
+            f"the configuration of the scheduler has {key} {value!r}, which is not a number; fetch "
+            "the scheduler again, or set --sampling.shift"
+        )
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
