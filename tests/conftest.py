@@ -86,6 +86,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="session")
+def qwen_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The same with a Qwen-Image."""
+    from small_qwen import QwenWorld  # which imports diffusers
+
+    return QwenWorld.build(tmp_path_factory.mktemp("qwen_world"))
+
+
+@pytest.fixture(scope="session")
 def straight(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a run of four iterations, uninterrupted, all checkpoints kept. Read only."""
     folder = tmp_path_factory.mktemp("straight") / "run"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -12,6 +13,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from tiny_world import PROMPTS, VALIDATION_PROMPTS, World
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -31,16 +33,36 @@ SCHEDULER = {
 }
 
 
-def qwen_pipeline(words: Sequence[str] = (), seed: int = 0) -> QwenImagePipeline:
-    """A pipeline of 0.5M parameters, whose tokenizer knows the words of these texts."""
+class QwenWorld(World):
+    """The world of the tests with a Qwen-Image, guidance and prompts of unequal lengths."""
+
+    @property
+    def model(self) -> Path:
+        return self.root / "qwen"
+
+    @classmethod
+    def build(cls, root: Path) -> QwenWorld:
+        world = cls(root)
+        qwen_pipeline().save_pretrained(world.model)
+        world.prompts.write_text("\n".join(PROMPTS) + "\n")
+        world.validation_prompts.write_text("\n".join(VALIDATION_PROMPTS) + "\n")
+        return world
+
+    def base(self, folder: Path) -> dict[str, Any]:
+        guided = {"guidance__scale": 4.0, "model__text_length": 24, "sampling__shift": 0.0}
+        return {**super().base(folder), **guided}
+
+
+def qwen_pipeline(seed: int = 0, layers: int = 2) -> QwenImagePipeline:
+    """A pipeline of 0.6M parameters."""
     torch.manual_seed(seed)
-    tokenizer = qwen_tokenizer(tuple(words))
+    tokenizer = qwen_tokenizer()
     pipeline = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae=AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1),
         text_encoder=_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        transformer=qwen_transformer(),
+        transformer=qwen_transformer(layers),
     )
     for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
         part.eval()
@@ -53,7 +75,7 @@ def qwen_pipeline(words: Sequence[str] = (), seed: int = 0) -> QwenImagePipeline
     return pipeline
 
 
-def qwen_transformer(layers: int = 2) -> QwenImageTransformer2DModel:
+def qwen_transformer(layers: int) -> QwenImageTransformer2DModel:
     return QwenImageTransformer2DModel(
         num_layers=layers,
         attention_head_dim=32,
@@ -89,8 +111,8 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
 
 
 @functools.cache
-def qwen_tokenizer(words: tuple[str, ...]) -> Qwen2Tokenizer:
-    """Byte pairs in which each of the words is one token, and so are those of the template.
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte pairs in which each word of the prompts is one token, and so are those of the template.
 
     The pipeline drops the template's first 34 tokens by their number.
     """
@@ -102,7 +124,10 @@ def qwen_tokenizer(words: tuple[str, ...]) -> Qwen2Tokenizer:
     letters = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
     special = ["<|im_start|>", "<|im_end|>"]
     found: Qwen2Tokenizer = letters.train_new_from_iterator(
-        [template, *words], vocab_size=4000, new_special_tokens=special, show_progress=False
+        [template, *PROMPTS, *VALIDATION_PROMPTS],
+        vocab_size=4000,
+        new_special_tokens=special,
+        show_progress=False,
     )
     found.eos_token = "<|im_end|>"
     return found

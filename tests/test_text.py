@@ -602,7 +602,7 @@ def test_a_damaged_configuration_of_an_encoder(world, altered, tmp_path):
     path = altered / "text_encoder_2" / "config.json"
     path.write_text("{")
     model = EncoderConfig(path=str(altered), text_length=16)
-    refused(world, tmp_path / "o", f"{path} cannot be read", model=model)
+    refused(world, tmp_path / "o", f"{path} is not valid JSON", model=model)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def adapted_layers(family: Family, targets: str, transformer: Settings) -> dict[
     """
     chosen = {"target_modules": family.lora_targets[targets]}
     if unused := family.unused_weights(transformer):
-        chosen["exclude_modules"] = f"({'|'.join(map(re.escape, unused))}).*"
+        layers = "|".join(re.escape(prefix.removesuffix(".")) for prefix in unused)
+        chosen["exclude_modules"] = rf"({layers})(\..*)?"
     return chosen
 
 

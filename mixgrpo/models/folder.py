@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from mixgrpo.config import ModelConfig
 from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.tokenizers import load_tokenizer
 from mixgrpo.files.weight_files import check_finite
