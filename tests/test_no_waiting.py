@@ -15,14 +15,20 @@ import torch
 from fake_gpu import GPU, FakeGpu, HostWait, fake_gpu
 from on_device import Task
 from small import CPU, Recording, small_plan
+from small_qwen import WIDTH, qwen_pipeline
 from torch import Tensor
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.methods import grpo
+from mixgrpo.models.family import Family
 from mixgrpo.models.flux import FLUX
+from mixgrpo.models.guidance import Guidance
 from mixgrpo.models.policy import DiffusersPolicy
+from mixgrpo.models.qwen_image import QWEN_IMAGE
 from mixgrpo.shapes.architecture import TEXT_LENGTH, flux_pipeline
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity
+
+GUIDANCE = Guidance(4.0)
 
 
 @pytest.fixture
@@ -86,8 +92,10 @@ def test_what_only_queues_is_let_through(gpu: FakeGpu) -> None:
 # ---- the product
 
 
-def make_policy(gpu: FakeGpu, train: str, checkpointing: bool = False) -> DiffusersPolicy:
-    """A small FLUX as ``Flux.load`` would make it, on the fake GPU."""
+def make_policy(
+    gpu: FakeGpu, family: Family, train: str, checkpointing: bool = False
+) -> DiffusersPolicy:
+    """A small model as ``DiffusersPolicy.load`` would make it, on the fake GPU."""
     config = ModelConfig(
         train=train,
         height=64,
@@ -95,20 +103,30 @@ def make_policy(gpu: FakeGpu, train: str, checkpointing: bool = False) -> Diffus
         text_length=TEXT_LENGTH,
         gradient_checkpointing=checkpointing,
     )
-    pipeline = flux_pipeline()
-    pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    pipeline = flux_pipeline() if family is FLUX else qwen_pipeline()
+    if family is FLUX:
+        pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     pipeline.vae.to(torch.bfloat16)
     if train == "lora":
         pipeline.transformer.to(torch.bfloat16)
-    policy = DiffusersPolicy(FLUX, pipeline, config, CPU, text=mock.sentinel.text)
+    policy = DiffusersPolicy(family, pipeline, config, CPU, text=mock.sentinel.text)
     policy._make_trainable(seed=0)
     for module in (policy.module, pipeline.vae):
         gpu.place(module)
+    gpu.watching = False
+    family.mend(policy.module, GPU)
+    gpu.watching = True
     policy.device = GPU
     return policy
 
 
-def make_text(prompts: int) -> TextEmbedding:
+def make_text(family: Family, prompts: int) -> TextEmbedding:
+    """Of Qwen-Image with padding and negative prompts."""
+    if family is not FLUX:
+        tokens = torch.zeros(prompts + 1, TEXT_LENGTH, WIDTH, device=GPU, dtype=torch.bfloat16)
+        lengths = torch.arange(4, prompts + 4)
+        negative = TextEmbedding(tokens[prompts:, :6])
+        return TextEmbedding(tokens[:prompts], lengths=lengths, negative=negative)
     tokens = torch.zeros(prompts, TEXT_LENGTH, 128, device=GPU, dtype=torch.bfloat16)
     return TextEmbedding(tokens, torch.zeros(prompts, 64, device=GPU, dtype=torch.bfloat16))
 
@@ -122,19 +140,27 @@ def sampled(
     def finished(latents: Tensor, rows: range) -> None:
         images.append(policy.decode(latents) if decode else latents)
 
-    trajectory = task.rollout(velocity, make_text(task.prompts), finished)
+    trajectory = task.rollout(velocity, make_text(policy.family, task.prompts), finished)
     assert [len(batch) for batch in images] == [4, 4]
     assert {batch.device for batch in images} == {trajectory.states.device} == {GPU}
     return trajectory
 
 
-@pytest.mark.parametrize(("train", "shared", "solver"), [("lora", True, "euler"),
-                                                         ("full", False, "dpm")])  # fmt: skip
+def guided(policy: DiffusersPolicy) -> Velocity:
+    return policy.velocity(policy.module, GUIDANCE if policy.family is QWEN_IMAGE else None)
+
+
+@pytest.mark.parametrize(
+    ("family", "train", "shared", "solver"),
+    [(FLUX, "lora", True, "euler"), (FLUX, "full", False, "dpm"),
+     (QWEN_IMAGE, "lora", True, "euler")],
+    ids=["flux-lora", "flux-full", "qwen-lora"],
+)  # fmt: skip
 def test_a_rollout_that_decodes_only_queues(
-    gpu: FakeGpu, train: str, shared: bool, solver: str
+    gpu: FakeGpu, family: Family, train: str, shared: bool, solver: str
 ) -> None:
-    policy = make_policy(gpu, train)
-    velocity = policy.velocity(policy.module)
+    policy = make_policy(gpu, family, train)
+    velocity = guided(policy)
     plan = small_plan(steps=5, start=1, solver=solver, order=3)
     task = Task(plan, shared=shared, micro_batch=4)
     sampled(policy, velocity, task, decode=True)
@@ -151,12 +177,17 @@ def asking(velocity: Velocity) -> Velocity:
     return evaluate
 
 
-@pytest.mark.parametrize(("train", "checkpointing"), [("lora", False), ("lora", True),
-                                                      ("full", True)])  # fmt: skip
-def test_an_updates_losses_are_only_queued(gpu: FakeGpu, train: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "train", "checkpointing"),
+    [(FLUX, "lora", False), (FLUX, "lora", True), (FLUX, "full", True), (QWEN_IMAGE, "lora", True)],
+    ids=["flux-lora", "flux-lora-checkpointing", "flux-full-checkpointing", "qwen-lora"],
+)
+def test_an_updates_losses_are_only_queued(
+    gpu: FakeGpu, family: Family, train: str, checkpointing: bool
+) -> None:
     """With a reference policy too: without the adapters, or another one's velocity."""
-    policy = make_policy(gpu, train, checkpointing)
-    velocity = policy.velocity(policy.module)
+    policy = make_policy(gpu, family, train, checkpointing)
+    velocity = guided(policy)
     reference = policy.without_adapters(policy.module) if train == "lora" else velocity
     task = Task(small_plan(steps=3, start=0), micro_batch=4, optimizer_steps=2)
     trajectory = sampled(policy, velocity, task)

@@ -10,7 +10,13 @@ from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, size
 from mixgrpo.models.family import Family
 from mixgrpo.models.files import check_part
-from mixgrpo.models.folder import check_index, check_scheduler, check_together, read_tokenizer
+from mixgrpo.models.folder import (
+    check_index,
+    check_knobs,
+    check_scheduler,
+    check_together,
+    read_tokenizer,
+)
 from mixgrpo.models.registry import family_of
 
 _OTHER_PATH = "set --model.path to a diffusers pipeline folder"
@@ -30,6 +36,11 @@ def check_model(config: Config, processes: int) -> Iterator[Line]:
     except (OSError, ValueError) as caught:
         yield error("model", str(caught), remedy)
         return
+    try:
+        check_knobs(family, config.model)
+    except ValueError as caught:
+        fault, _, knob = str(caught).rpartition("; ")
+        yield error("model", fault, knob)
     whole = True
     for part in ("model_index.json", *family.parts):
         check = _weights if part in family.weighted else _small

@@ -24,18 +24,18 @@ _NAME = "tuned"
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def adapted_layers(family: Family, targets: str, transformer: Settings) -> dict[str, str]:
-    """PEFT's settings that choose which layers of a family's transformer get adapters.
+def adapted_layers(family: Family, targets: str, transformer: Settings) -> str:
+    """A pattern of the full names of the layers that get adapters: those with an effect.
 
     Args:
         targets: the value of ``model.lora_targets``.
         transformer: the configuration of the transformer.
     """
-    chosen = {"target_modules": family.lora_targets[targets]}
-    if unused := family.unused_weights(transformer):
-        layers = "|".join(re.escape(prefix.removesuffix(".")) for prefix in unused)
-        chosen["exclude_modules"] = rf"({layers})(\..*)?"
-    return chosen
+    chosen, unused = family.lora_targets[targets], family.unused_weights(transformer)
+    if not unused:
+        return chosen
+    layers = "|".join(re.escape(prefix.removesuffix(".")) for prefix in unused)
+    return rf"(?!({layers})(\.|$))({chosen})"
 
 
 def lora_of_run(weights: Mapping[str, Tensor], training: Mapping[str, Any], path: Path) -> Lora:

@@ -56,11 +56,11 @@ def _export_adapters(folder: Path, config: ModelConfig, adapters: Mapping[str, T
         key = "transformer." + name.replace(".default.weight", ".weight")
         state[key] = (fold(weight, scale) if ".lora_B." in name else weight).contiguous()
     transformer = read_object(Path(config.path) / "transformer" / "config.json")
-    layers = adapted_layers(family_of(config), config.lora_targets, transformer)
+    targets = adapted_layers(family_of(config), config.lora_targets, transformer)
     settings = {
         "transformer.r": config.lora_rank,
         "transformer.lora_alpha": config.lora_rank,
-        **{f"transformer.{name}": pattern for name, pattern in layers.items()},
+        "transformer.target_modules": targets,
     }
     header = {"format": "pt", HEADER: json.dumps(settings, indent=2, sort_keys=True)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -234,6 +234,12 @@ def checked_family(model: ModelConfig) -> Family:
         FileNotFoundError, ValueError: see ``family_of``; or a knob has a value that it cannot.
     """
     family = family_of(model)
+    check_knobs(family, model)
+    return family
+
+
+def check_knobs(family: Family, model: ModelConfig) -> None:
+    """Raises ValueError: a knob has a value that the family cannot follow."""
     if family.longest_text is not None and model.text_length > family.longest_text:
         raise ValueError(
             f"model.text_length is {model.text_length}, but {family.title} reads at most "
@@ -245,7 +251,6 @@ def checked_family(model: ModelConfig) -> Family:
             f"model.attention is {model.attention!r}, which takes no masks, but {family.title} "
             "masks the padding of prompts; set --model.attention native"
         )
-    return family
 
 
 def require_parts(path: str, parts: Sequence[str]) -> list[Path]:

@@ -148,7 +148,9 @@ class DiffusersPolicy:
             LoraConfig(
                 r=self.config.lora_rank,
                 lora_alpha=self.config.lora_alpha,
-                **adapted_layers(self.family, self.config.lora_targets, transformer.config),
+                target_modules=adapted_layers(
+                    self.family, self.config.lora_targets, transformer.config
+                ),
             )
         )
         for parameter in transformer.parameters():
