@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 from mixgrpo.config import EngineConfig
 from mixgrpo.engines import MakeOptimizer, Network
 from mixgrpo.engines.optimized import Optimized
-from mixgrpo.engines.shards import copy_part
+from mixgrpo.engines.shards import copy_part, load_buffers
 
 
 class FullySharded(Optimized):
@@ -117,7 +117,7 @@ def _shard(network: Network, mesh: DeviceMesh, offload: bool, device: torch.devi
     assert isinstance(network.module, FSDPModule)
     if network.stored is not None:
         network.module.to_empty(device=torch.device("cpu") if offload else device)
-        assert not list(network.module.buffers()), "buffers would have to be loaded too"
+        load_buffers(network.module, network.stored, device)
         for name, parameter in network.module.named_parameters():
             copy_part(parameter, network.stored[name])
     return network.module

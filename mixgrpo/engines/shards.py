@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -23,6 +24,18 @@ def part_of(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def load_buffers(module: nn.Module, stored: Mapping[str, Whole], device: torch.device) -> None:
+    """Replaces the buffers of a module, which may have no memory, by the stored ones.
+
+    Every process holds them whole: engines shard only parameters.
+    """
+    for path, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            whole = torch.empty_like(buffer, device=device)
+            copy_part(whole, stored[f"{path}.{name}" if path else name])
+            setattr(owner, name, whole)
+
+
 def copy_part(into: Tensor, whole: Whole) -> None:
     """Fills this process's part of ``into`` from ``whole``, of which only that part is read."""
     part, place = part_of(into), tuple(slice(0, size) for size in into.shape)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from mixgrpo.config import EngineConfig
 from mixgrpo.engines import Network
-from mixgrpo.engines.shards import copy_part
+from mixgrpo.engines.shards import copy_part, load_buffers
 
 
 def settings(knobs: EngineConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def partition(network: Network, config: dict[str, Any], device: torch.device) ->
 
     if network.stored is None:
         return  # DeepSpeed partitions weights that are already in memory
+    load_buffers(network.module, network.stored, device)
     for part in chain(network.blocks, [network.module]):
         fresh = []
         for module in part.modules():

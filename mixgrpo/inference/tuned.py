@@ -191,9 +191,9 @@ def _load_checkpoint(module: Any, path: Path, config: InferenceConfig) -> Tuned:
     if any("lora" in key for key in shapes):
         lora = lora_of_run(shards.whole(part), saved.position.config, path)
         return _adapters(module, lora, config)
-    # Weights that no prediction depends on are not in it; they stay the base model's.
+    # Buffers, and weights that no prediction depends on, are not in it; they stay the base model's.
     family = family_of(config.model)
-    own = {n: w for n, w in module.state_dict().items() if family.uses(n, module.config)}
+    own = {n: w.data for n, w in module.named_parameters() if family.uses(n, module.config)}
     return _full(module, own, config, shapes, partial(shards.fill, part, own))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from mixgrpo.models.lora import fold
 from mixgrpo.models.lora_files import LORA_NAMES
 from mixgrpo.models.lora_settings import HEADER
 from mixgrpo.models.registry import family_of
+from mixgrpo.models.stored import empty_transformer
 
 Read = Callable[[Iterable[str]], Iterable[Tensor]]
 
@@ -75,7 +77,13 @@ def _export_pipeline(
     source, target = Path(config.path), folder / "transformer"
     weights = find_part(source / "transformer")
     base, settings = read_shapes(weights.files()), read_object(source / "transformer/config.json")
-    check_fits({n: s for n, s in base.items() if family.uses(n, settings)}, shapes, source)
+    # Buffers, and weights that no prediction depends on, are not trained.
+    trained = {
+        name
+        for name, _ in empty_transformer(family, config.path, torch.float32).named_parameters()
+        if family.uses(name, settings)
+    }
+    check_fits({n: s for n, s in base.items() if n in trained}, shapes, source)
     check_folder(family, source)  # its other parts are copied
     target.mkdir(parents=True, exist_ok=True)
     written = {}

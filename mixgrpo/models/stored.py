@@ -26,7 +26,7 @@ def empty_transformer(family: Family, path: str, dtype: torch.dtype) -> Any:
 
 
 class StoredWeights(Mapping[str, Any]):
-    """The weights of a transformer by their names in ``module``, read from files.
+    """The weights and buffers of a transformer by their names in ``module``, read from files.
 
     The weights of adapters are not in the files; they are initialised from the seed.
 
@@ -37,11 +37,12 @@ class StoredWeights(Mapping[str, Any]):
 
     def __init__(self, folder: Path, module: nn.Module, seed: int) -> None:
         self.seed = seed
-        self.shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        state = module.state_dict()
+        self.shapes = {name: tensor.shape for name, tensor in state.items()}
         files = find_shards(folder)
         own = {
-            name.replace(_BASE, "."): parameter
-            for name, parameter in module.named_parameters()
+            name.replace(_BASE, "."): tensor
+            for name, tensor in state.items()
             if not _is_adapter(name)
         }
         check_fits(own, read_shapes(files), folder)
