@@ -71,29 +71,52 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero3 lora": {**ZERO3, **LORA},
     "fsdp - zero3": {**ZERO3, "run__resume": True},
     "fsdp lora - zero2": {**ZERO3, **LORA, "engine__zero_stage": 2, "run__resume": True},
+    # Of Qwen-Image with guidance: two evaluations before each backward pass, weights that are never
+    # trained, and tables that no engine knows of.
+    "qwen fsdp": FSDP,
+    "qwen ddp lora": {"engine__kind": "ddp", **LORA},
+    "qwen fsdp - zero3": {**ZERO3, "run__resume": True},
+    "qwen fsdp lora - zero2": {**ZERO3, **LORA, "engine__zero_stage": 2, "run__resume": True},
 }
 
 
 @pytest.fixture(scope="session")
-def alone(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def alone(
+    world: World, qwen_world: World, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """The same trainings in one process, with full weights and with adapters."""
     root = tmp_path_factory.mktemp("alone")
     return {
-        name: train_here(world.config(root / name, **SHORT, **knobs))
+        f"{family}{name}": train_here(of.config(root / f"{family}{name}", **SHORT, **knobs))
+        for family, of in (("", world), ("qwen ", qwen_world))
         for name, knobs in (("full", {}), ("lora", LORA))
     }
 
 
+def counterpart(alone: dict[str, Path], name: str) -> Path:
+    """The training in one process that a training in two must equal."""
+    family = "qwen " if name.startswith("qwen ") else ""
+    return alone[f"{family}{'lora' if 'lora' in name else 'full'}"]
+
+
 @pytest.fixture(scope="session")
 def two(
-    world: World, alone: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    world: World,
+    qwen_world: World,
+    alone: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Any], Path]:
     """What the engines did in two processes, and the folder of their trainings."""
     root = tmp_path_factory.mktemp("two")
     for name, knobs in RUNS.items():
         if "run__resume" in knobs:
-            copy_run(alone["lora" if "lora" in name else "full"], root / name, 1)
-    jobs = [world.arguments(root / name, **{**SHORT, **knobs}) for name, knobs in RUNS.items()]
+            copy_run(counterpart(alone, name), root / name, 1)
+    jobs = [
+        (qwen_world if name.startswith("qwen ") else world).arguments(
+            root / name, **{**SHORT, **knobs}
+        )
+        for name, knobs in RUNS.items()
+    ]
     (root / "jobs.json").write_text(json.dumps(jobs))
     return in_processes(2, root), root
 
@@ -214,16 +237,17 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_training_in_two_processes_equals_one(name, two, alone, world):
+def test_a_training_in_two_processes_equals_one(name, two, alone, world, qwen_world):
     """Tolerances as for two processes of DDP: see test_train."""
-    folder, reference = two[1] / name, alone["lora" if "lora" in name else "full"]
+    folder, reference = two[1] / name, counterpart(alone, name)
     one, found = ({r["iteration"]: r for r in training_records(run)} for run in (reference, folder))
     assert found.keys() == one.keys()
     for iteration, record in found.items():
         assert record["update/ratio_error_on_policy"] <= 1e-6
         for key in ("update/kl", "update/loss", "update/grad_norm", "reward/redness"):
             assert record[key] == pytest.approx(one[iteration][key], rel=1e-3, abs=1e-6), key
-    start = world.policy(**(LORA if "lora" in name else {})).module
+    own = qwen_world if name.startswith("qwen ") else world
+    start = own.policy(**(LORA if "lora" in name else {})).module
     for part in ("model", "ema"):
         a, b = (saved_tensors(checkpoint_folder(run, 2), part) for run in (reference, folder))
         assert a.keys() == b.keys()
