@@ -114,6 +114,11 @@ class TextEmbedding:
             lengths if padded else None,
         )
 
+    def padded_to(self, multiple: int) -> TextEmbedding:
+        """The same with lengths, and with padding up to a multiple of so many tokens."""
+        missing = -self.tokens.shape[1] % multiple
+        return replace(self, tokens=pad(self.tokens, (0, 0, 0, missing)), lengths=self.true_lengths)
+
     @property
     def true_lengths(self) -> Tensor:
         """[N] int64 on the CPU, the tokens of each prompt."""

@@ -26,7 +26,7 @@ from mixgrpo.maths.transitions import log_ratio
 from mixgrpo.methods.grpo import Objective, update
 from mixgrpo.models.compiled import compile_blocks
 from mixgrpo.models.guidance import Guidance
-from mixgrpo.models.policy import DiffusersPolicy
+from mixgrpo.models.policy import DiffusersPolicy, speed_up
 from mixgrpo.models.qwen_image import QWEN_IMAGE
 from mixgrpo.models.text import TextEncoders
 from mixgrpo.rollout import rollout, sample_ode
@@ -316,6 +316,20 @@ def test_padding_changes_nothing(base):
     assert (seen - found).abs().max() > 1e-3
 
 
+def test_compiled_blocks_see_few_lengths_of_texts(base):
+    """Each would be compiled anew."""
+    policy, seen = policy_of(qwen_pipeline(), compile="aot_eager"), set()
+    policy.module.transformer_blocks[0].register_forward_pre_hook(
+        lambda module, args, given: seen.add(tuple(given["encoder_hidden_states"].shape)),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        for text in (base.encode(TEXTS), base.encode(TEXTS[:1] * 2)):
+            found, expected = (p.velocity(p.module)(*inputs(p), text) for p in (policy, base))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert seen == {(2, 128, 64)}
+
+
 def inputs(policy: DiffusersPolicy) -> tuple[Tensor, Tensor]:
     return noise_of(policy), torch.tensor([0.3, 0.9])
 
@@ -345,6 +359,19 @@ def test_attention_without_masks_is_refused(qwen_world, attention):
     config = ModelConfig(path=str(qwen_world.model), attention=attention)
     with pytest.raises(ValueError, match=rf"'{attention}', which takes no masks, but Qwen-Image"):
         DiffusersPolicy.load(config, CPU, 0)
+
+
+@pytest.mark.parametrize("attention", ["_native_math", "flex"])
+def test_attention_backends_mask_too(base, attention):
+    policy = policy_of(qwen_pipeline())
+    try:
+        speed_up(policy.module, ModelConfig(attention=attention))
+        given = (*inputs(base), base.encode(TEXTS))
+        with torch.no_grad():
+            found, expected = (p.velocity(p.module)(*given) for p in (policy, base))
+    finally:
+        policy.module.set_attention_backend("native")  # diffusers remembers the last one
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 # ---- its real size

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-# Limit on graphs per block type: one per batch size, twice as many if adapters are switched off.
-_GRAPHS = 64
+# Limit on graphs per block type: one per batch size and length of texts, twice as many if adapters
+# are switched off.
+_GRAPHS = 128
 
 
 def compile_blocks(transformer: Any, backend: str | Callable[..., Any]) -> None:

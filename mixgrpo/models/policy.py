@@ -25,6 +25,8 @@ from mixgrpo.models.stored import StoredWeights, draw_adapters, empty_transforme
 from mixgrpo.models.text import TextEncoders
 from mixgrpo.types import TextEmbedding, Velocity
 
+_COMPILED_TOKENS = 128  # texts get multiples of so many tokens if the blocks are compiled
+
 
 class DiffusersPolicy:
     """A family's model; see ``mixgrpo.models.Policy``.
@@ -168,7 +170,11 @@ class DiffusersPolicy:
         return self._branch(module)
 
     def _branch(self, module: nn.Module) -> Velocity:
+        in_few_sizes = self.family.masks and self.config.compile != "off"
+
         def evaluate(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+            if in_few_sizes:  # each is compiled anew
+                text = text.padded_to(_COMPILED_TOKENS)
             with self._autocast():
                 predicted = self.family.predict(module, x, sigma, text, self.setup)
             return predicted.float()
