@@ -28,6 +28,7 @@ from gpu.parts import PARTS, Part
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.files.json_lines import read_objects
+from mixgrpo.planning.network import network_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "benchmark" / "gpu.sh"
@@ -307,7 +308,8 @@ def test_the_plan_of_the_published_size(tmp_path: Path) -> None:
     folder = FULL.write_folder(tmp_path)
     found = plan.planned_memory(FULL, knobs, Batches(12, 10), folder)
     assert (found.text, found.rewards, found.context) == (0, 0, 0)
-    assert found.weights == 2 * 11_901_408_320 + 4 * FULL.size.adapters(64, "all")
+    adapters = sum(network_of(knobs).adapted(64, "all"))
+    assert found.weights == 2 * 11_901_408_320 + 4 * adapters
     assert found.states == 12 * 10 * 2025 * 64 * 4
     measured: Mapping[str, Any] = {
         "batches": [12, 10], "images": 12, "tflop": 9890.0, "seconds": {"total": 30.0},

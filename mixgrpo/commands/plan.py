@@ -15,7 +15,8 @@ _USAGE = """\
 usage: python -m mixgrpo plan --recipe NAME [--gpus N] [--section.knob VALUE ...]
 Estimates the memory per GPU for full training and LoRA on 1, 8, 32 and N GPUs with every engine,
 and the time of an iteration. Loads nothing and needs no GPU; without the model's folder, it uses
-the sizes of FLUX.1-dev. The knobs are those of `python -m mixgrpo train --help`.
+the sizes of the family's published model, and those of FLUX.1-dev if model.family is auto. The
+knobs are those of `python -m mixgrpo train --help`.
   --gpus N           number of GPUs of the run (32)
   --gpus-per-node N  GPUs per machine (8)
   --gpu-memory GIB   memory of each GPU in GiB (80)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from mixgrpo.inference.config import InferenceConfig
+from mixgrpo.models.guidance import Guidance
 from mixgrpo.models.registry import family_of
-from mixgrpo.planning.activations import decoding_bytes, evaluation_bytes
-from mixgrpo.planning.device_memory import first_width
-from mixgrpo.planning.flux_size import FluxSize
+from mixgrpo.planning.decoder import decoder_of
 from mixgrpo.planning.memory import gib
+from mixgrpo.planning.network import Size, network_of
 from mixgrpo.planning.parts import count_parameters
 
 
@@ -33,15 +33,19 @@ class Memory:
 
 def estimate(config: InferenceConfig) -> Memory:
     """Computes the estimate from the files of the model folder, without loading it."""
-    folder, size = Path(config.model.path), getattr(torch, config.model.compute_dtype).itemsize
-    parameters = sum(count_parameters(folder / part) for part in family_of(config.model).weighted)
-    pixels = config.model.height * config.model.width
-    tokens = pixels // 256 + config.model.text_length
-    decoded = min(config.decode_batch, config.micro_batch)
+    model, value = config.model, getattr(torch, config.model.compute_dtype).itemsize
+    folder, size, network = Path(model.path), Size.of(model), network_of(model)
+    parameters = sum(count_parameters(folder / part) for part in family_of(model).weighted)
+    passes = Guidance(config.guidance.scale).passes if config.guidance.batched else 1
+    evaluation = network.evaluation(size, model.compute_dtype)
+    _, channels = network.latent_shape(size)
+    decoding = decoder_of(model).activations(
+        model.height, model.width, channels, model.compute_dtype
+    )
     return Memory(
-        weights=parameters * size,
-        evaluation=evaluation_bytes(FluxSize.of_folder(folder), tokens, config.micro_batch, size),
-        decoding=decoding_bytes(pixels, decoded, first_width(folder), size),
+        weights=parameters * value,
+        evaluation=config.micro_batch * passes * evaluation,
+        decoding=min(config.decode_batch, config.micro_batch) * decoding,
     )
 
 

@@ -35,6 +35,21 @@ class Setup:
     guidance: float
 
 
+@dataclass(frozen=True)
+class Published:
+    """A family's published model, whose sizes a plan assumes where there is no model folder.
+
+    Attributes:
+        name: its name in messages.
+        settings: transformer and vae -> what their configurations set otherwise than their classes.
+        encoders: text encoder -> its number of parameters.
+    """
+
+    name: str
+    settings: Mapping[str, Settings]
+    encoders: Mapping[str, int]
+
+
 class Family(ABC):
     """A model family that diffusers has a pipeline for.
 
@@ -58,6 +73,7 @@ class Family(ABC):
             family has no guidance by two predictions.
         lora_targets: value of ``model.lora_targets`` -> a pattern of the full names of layers.
         lora_marks: a pattern found in names of layers that only this family's LoRAs change.
+        published: the model whose sizes a plan assumes where there is no model folder.
     """
 
     name: ClassVar[str]
@@ -74,6 +90,7 @@ class Family(ABC):
     negative: ClassVar[str | None] = None
     lora_targets: ClassVar[Mapping[str, str]]
     lora_marks: ClassVar[str | None] = None
+    published: ClassVar[Published]
 
     # ---- known without weights
 
@@ -104,6 +121,14 @@ class Family(ABC):
     @abstractmethod
     def latent_channels(self, transformer: Settings) -> int:
         """Channels C of a latent token."""
+
+    @abstractmethod
+    def text_widths(self, transformer: Settings) -> tuple[int, int]:
+        """Values of a token in a text embedding, and of the pooled embedding; 0 if there is none.
+
+        Args:
+            transformer: the configuration of the transformer.
+        """
 
     @abstractmethod
     def spacing(self, scheduler: Settings, tokens: int, steps: int) -> Spacing:

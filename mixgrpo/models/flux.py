@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mixgrpo.maths.schedule import Spacing, dynamic_shift
 from mixgrpo.models import flux_names
-from mixgrpo.models.family import Family, Settings, Setup
+from mixgrpo.models.family import Family, Published, Settings, Setup
 from mixgrpo.models.files import check_axes, read_object
 from mixgrpo.models.precision import cast_feed_forward, keep_times
 from mixgrpo.types import TextEmbedding
@@ -54,8 +54,30 @@ class Flux(Family):
     }
     lora_marks = r"single_transformer_blocks|single_blocks|double_blocks"
 
+    published = Published(
+        "FLUX.1-dev",
+        settings={
+            "transformer": {"guidance_embeds": True},
+            "vae": {
+                "block_out_channels": [128, 256, 512, 512],
+                "down_block_types": ["DownEncoderBlock2D"] * 4,
+                "up_block_types": ["UpDecoderBlock2D"] * 4,
+                "layers_per_block": 2,
+                "latent_channels": 16,
+                "use_quant_conv": False,
+                "use_post_quant_conv": False,
+                "scaling_factor": 0.3611,
+                "shift_factor": 0.1159,
+            },
+        },
+        encoders={"text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656},
+    )
+
     def latent_channels(self, transformer: Settings) -> int:
         return int(transformer["in_channels"])
+
+    def text_widths(self, transformer: Settings) -> tuple[int, int]:
+        return int(transformer["joint_attention_dim"]), int(transformer["pooled_projection_dim"])
 
     def spacing(self, scheduler: Settings, tokens: int, steps: int) -> Spacing:
         return Spacing(dynamic_shift(tokens))

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from mixgrpo.config import Config
-from mixgrpo.planning.activations import (
-    Precision,
-    decoding_bytes,
-    double_block_bytes,
-    evaluation_bytes,
-    kept_bytes,
-)
-from mixgrpo.planning.flux_size import FluxSize, read_settings
+from mixgrpo.planning.branches import Branches
+from mixgrpo.planning.decoder import decoder_of
+from mixgrpo.planning.network import Network, Size, Trained, network_of
 from mixgrpo.planning.parts import bytes_of, reward_bytes, text_bytes, vae_bytes
 from mixgrpo.planning.spread import Spread
 
 GIB = 2**30
 CONTEXT = 2 * GIB  # used by CUDA and NCCL, or lost to fragmentation; an assumption
-_VAE_WIDTH = 128  # FLUX.1-dev's block_out_channels[0]
 
 
 @dataclass(frozen=True)
@@ -77,31 +70,31 @@ def device_memory(config: Config, spread: Spread, gpus: int) -> DeviceMemory:
 
     The float32 weights that ZeRO keeps in addition count as part of the optimizer.
     """
-    model, size = config.model, FluxSize.of_folder(Path(config.model.path))
+    model, network = config.model, network_of(config.model)
     compute = bytes_of(model.compute_dtype)
-    trained, frozen = _counts(config, size)
+    trained, frozen = network.counts(model)
     value = 4 if model.weights == "float32" else 2
     resting = compute if spread.half else value
     spread_out = 0 if spread.offload else 1  # with offload, these are on the CPU
     pictures = -(-config.batch.prompts // gpus) * config.batch.samples
-    tokens = (model.height // 16) * (model.width // 16)
+    tokens, channels = network.latent_shape(Size.of(model))
     of_reward = reward_bytes(config)
     visits = config.scoring.placement == "offload"
     return DeviceMemory(
         weights=spread_out * (trained * resting + frozen * compute) // spread.weights,
-        whole=_whole(config, size, trained, frozen, spread, resting),
-        gradients=_gradients(size, trained, spread, resting),
+        whole=_whole(config, network, spread, resting),
+        gradients=_gradients(network, trained, spread, resting),
         optimizer=spread_out * _optimizer(config, trained, spread) // spread.optimizer,
         average=trained * 4 // spread.weights if config.ema.decay else 0,
-        reference=_reference(config, size, spread, compute, value),
-        states=pictures * (2 * _window_size(config) + 2) * tokens * size.in_channels * 4,
-        kept=_kept(config, size, tokens, Precision.on_gpu(compute, _seen(config, spread))),
-        evaluating=_evaluating(config, size, tokens, Precision.on_gpu(compute, compute)),
+        reference=_reference(config, network, spread, compute, value),
+        states=pictures * (2 * _window_size(config) + 2) * tokens * channels * 4,
+        kept=_kept(config, network, _seen(config, spread)),
+        evaluating=_evaluating(config, network),
         rewards=0 if visits else of_reward,
         visiting=of_reward if visits else 0,
         text=text_bytes(config),
         vae=vae_bytes(config),
-        stepping=_stepping(config, size),
+        stepping=_stepping(config, network),
     )
 
 
@@ -113,37 +106,31 @@ def _window_size(config: Config) -> int:
     return end - first
 
 
-def _counts(config: Config, size: FluxSize) -> tuple[int, int]:
-    """Trained and frozen parameters."""
-    if config.model.train == "full":
-        return size.parameters, 0
-    return size.adapters(config.model.lora_rank, config.model.lora_targets), size.parameters
-
-
-def _whole(
-    config: Config, size: FluxSize, trained: int, frozen: int, spread: Spread, resting: int
-) -> int:
+def _whole(config: Config, network: Network, spread: Spread, resting: int) -> int:
     model, compute = config.model, bytes_of(config.model.compute_dtype)
+    trained, frozen = network.counts(model)
+    blocks = 2 * network.largest_block
     if not spread.gathered:
         if resting == compute:
             return 0
         # Backward passes need what autocast has cast; a recomputed block casts anew.
         every = model.checkpoint_every if model.gradient_checkpointing else 0
         recomputed = 1 / every if every else 0.0
-        at_work = min(trained, 2 * size.double_block * trained // size.parameters)
+        at_work = min(trained, blocks * trained // network.parameters)
         return compute * int((1 - recomputed) * trained + recomputed * at_work)
-    share = (trained + frozen) / size.parameters
-    everything = int(size.parameters * share)
+    share = (trained + frozen) / network.parameters
+    everything = int(network.parameters * share)
     # The current block and the next one, and the weights outside the blocks.
-    some = int((2 * size.double_block + size.outside) * share)
+    some = int((blocks + network.outside) * share)
     return compute * (everything if spread.gathered == "all" else some)
 
 
-def _gradients(size: FluxSize, trained: int, spread: Spread, resting: int) -> int:
+def _gradients(network: Network, trained: int, spread: Spread, resting: int) -> int:
     if spread.sums_whole:
         return trained * 4
     value = 4 if spread.gathered else resting
-    at_hand = 0 if spread.gradients == 1 else 2 * size.double_block * trained // size.parameters * 4
+    blocks = 2 * network.largest_block * trained // network.parameters
+    at_hand = 0 if spread.gradients == 1 else blocks * 4
     return (0 if spread.offload else trained * value // spread.gradients) + at_hand
 
 
@@ -152,71 +139,57 @@ def _optimizer(config: Config, trained: int, spread: Spread) -> int:
     return trained * (moments + (4 if spread.half else 0))
 
 
-def _stepping(config: Config, size: FluxSize) -> int:
+def _stepping(config: Config, network: Network) -> int:
     """Float32 weight, gradient, moments, codes and random numbers of the largest weight."""
     if config.update.optimizer == "adamw" and config.model.weights == "float32":
         return 0
-    full = config.model.train == "full"
-    largest = 6 * size.width**2 if full else config.model.lora_rank * 6 * size.width
-    return 10 * 4 * largest
+    model = config.model
+    if model.train == "full":
+        return 10 * 4 * network.largest_weight
+    return 10 * 4 * max(network.adapted(model.lora_rank, model.lora_targets))
 
 
-def _reference(config: Config, size: FluxSize, spread: Spread, compute: int, value: int) -> int:
+def _reference(config: Config, network: Network, spread: Spread, compute: int, value: int) -> int:
     """Bytes of the reference policy in full training; LoRA switches its adapters off instead."""
     if not config.update.kl or config.model.train == "lora":
         return 0
     if spread.weights == 1:
-        return size.parameters * value
-    whole = size.parameters * compute if spread.gathered == "all" else 0
-    return size.parameters * compute // spread.weights + whole
+        return network.parameters * value
+    whole = network.parameters * compute if spread.gathered == "all" else 0
+    return network.parameters * compute // spread.weights + whole
 
 
-def _seen(config: Config, spread: Spread) -> int:
-    """Bytes per weight in matrix products."""
+def _seen(config: Config, spread: Spread) -> str:
+    """Dtype of trained weights in matrix products, before autocast casts them."""
     cast = bool(spread.gathered) or spread.half or config.model.train == "lora"
     cast = cast or config.model.weights != "float32"
-    return bytes_of(config.model.compute_dtype) if cast else 4
+    return config.model.compute_dtype if cast else "float32"
 
 
-def _kept(config: Config, size: FluxSize, tokens: int, precision: Precision) -> int:
+def _trained(config: Config, weights: str) -> Trained:
     model = config.model
+    return Trained(model.train, model.lora_rank, model.lora_targets, weights, model.compute_dtype)
+
+
+def _kept(config: Config, network: Network, weights: str) -> int:
+    model, branches, size = config.model, Branches.of(config), Size.of(config.model)
     every = model.checkpoint_every if model.gradient_checkpointing else 0
-    kept = kept_bytes(
-        size,
-        tokens,
-        model.text_length,
-        config.update.micro_batch,
-        precision,
-        model.train == "full",
-        every,
-    )
+    kept = network.kept(size, _trained(config, weights)).peak(every)
     # The backward pass of a block needs about as much working memory as an evaluation.
-    at_work = evaluation_bytes(
-        size, tokens + model.text_length, config.update.micro_batch, precision.product
-    )
-    return kept + at_work
+    at_work = network.evaluation(size, model.compute_dtype)
+    return config.update.micro_batch * (branches.kept * kept + branches.updated * at_work)
 
 
-def _evaluating(config: Config, size: FluxSize, tokens: int, precision: Precision) -> int:
-    model, sampling, compute = config.model, config.sampling, precision.product
-    together = tokens + model.text_length
-    evaluation = evaluation_bytes(size, together, sampling.micro_batch, compute)
+def _evaluating(config: Config, network: Network) -> int:
+    model, sampling, size = config.model, config.sampling, Size.of(config.model)
+    evaluation = network.evaluation(size, model.compute_dtype)
     if model.compile != "off":  # a compiled block keeps what its backward pass would need
-        width = sampling.micro_batch * together * size.width
-        evaluation += width * double_block_bytes(precision, model.train == "full")
-    batch = min(sampling.decode_batch, sampling.micro_batch)
-    return max(
-        evaluation,
-        decoding_bytes(model.height * model.width, batch, first_width(Path(model.path)), compute),
+        evaluation += max(network.kept(size, _trained(config, model.compute_dtype)).blocks)
+    _, channels = network.latent_shape(size)
+    decoding = decoder_of(model).activations(
+        model.height, model.width, channels, model.compute_dtype
     )
-
-
-def first_width(model: Path) -> int:
-    """First width of a model folder's decoder; that of FLUX.1-dev if there is no folder."""
-    path = model / "vae" / "config.json"
-    if not path.is_file():
-        return _VAE_WIDTH
-    widths = read_settings(path).get("block_out_channels")
-    if not (isinstance(widths, list) and widths and isinstance(widths[0], int)):
-        raise ValueError(f"{path} has block_out_channels {widths}, which cannot be; fetch it again")
-    return widths[0]
+    return max(
+        sampling.micro_batch * Branches.of(config).sampled * evaluation,
+        min(sampling.decode_batch, sampling.micro_batch) * decoding,
+    )

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import torch
 
 from mixgrpo.config import Config
-from mixgrpo.files.weight_files import read_shapes
-from mixgrpo.files.weight_sets import find_shards
-from mixgrpo.models.registry import family_of
 from mixgrpo.planning.device_memory import DeviceMemory, device_memory
-from mixgrpo.planning.parts import count_parameters
+from mixgrpo.planning.network import network_of
+from mixgrpo.planning.settings import has_files
 from mixgrpo.planning.spread import spread_of
 
 
@@ -31,23 +26,14 @@ def training_memory(config: Config, processes: int = 1, per_node: int = 1) -> De
     Raises:
         FileNotFoundError: the model folder contains no transformer.
     """
-    folder = Path(config.model.path)
-    if not (folder / "transformer" / "config.json").is_file():
-        raise FileNotFoundError(f"there is no transformer in {folder}")
+    if not has_files(config.model):
+        raise FileNotFoundError(f"there is no transformer in {config.model.path}")
     return device_memory(config, spread_of(config.engine, processes, per_node), processes)
 
 
 def trained_weights(config: Config) -> int:
     """Number of trained weights: the transformer's, or r*(in + out) for each adapted layer."""
-    folder, model = Path(config.model.path) / "transformer", config.model
-    if model.train == "full":
-        return count_parameters(folder)
-    targets = family_of(model, missing="flux").lora_targets[model.lora_targets]
-    shapes = read_shapes(find_shards(folder))
-    layers = re.compile(f"({targets})" + r"\.weight")
-    return sum(
-        model.lora_rank * sum(w.shape) for name, w in shapes.items() if layers.fullmatch(name)
-    )
+    return network_of(config.model).counts(config.model)[0]
 
 
 def explain_training(config: Config, total: int, processes: int = 1, per_node: int = 1) -> str:

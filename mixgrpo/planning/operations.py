@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixgrpo.planning.flux_size import Products
+from mixgrpo.planning.network import Products
 
 
 def operations_per_picture(
@@ -12,6 +12,7 @@ def operations_per_picture(
     train_all: bool,
     recomputed: float,
     with_reference: bool,
+    differentiated: float = 1.0,
 ) -> float:
     """Floating-point operations of the transformer for one image in one iteration.
 
@@ -20,9 +21,11 @@ def operations_per_picture(
         train_all: whether all weights are trained, not only adapters.
         recomputed: fraction of the blocks that are recomputed in the backward pass.
         with_reference: whether a KL term also evaluates the reference policy.
+        differentiated: fraction of the update's evaluations that have a backward pass.
     """
-    forward = products.total * (1 + recomputed + with_reference)
-    return rollout * products.total + update * (forward + products.backward(train_all))
+    forward = products.total * (1 + with_reference)
+    backward = recomputed * products.total + products.backward(train_all)
+    return rollout * products.total + update * (forward + differentiated * backward)
 
 
 def seconds(operations: float, share: float, peak: float) -> float:

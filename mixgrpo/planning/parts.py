@@ -6,13 +6,11 @@ from pathlib import Path
 
 from mixgrpo.config import Config, RewardConfig
 from mixgrpo.files.weight_sets import find_shards
+from mixgrpo.planning.decoder import decoder_of
+from mixgrpo.planning.settings import family_for
 
-# Parameters of the published files: FLUX.1-dev's CLIP-L, T5-XXL encoder and autoencoder, and
-# for the rewards ViT-H/14 (three times) and BLIP-L with BERT.
+# Parameters of the rewards' published files: ViT-H/14 (three times), and BLIP-L with BERT.
 PUBLISHED = {
-    "text_encoder": 123_060_480,
-    "text_encoder_2": 4_762_310_656,
-    "vae": 83_819_683,
     "hpsv2": 986_109_441,
     "pickscore": 985_509_377,
     "clip_score": 986_660_225,
@@ -43,21 +41,20 @@ def count_parameters(folder: Path, missing: int = 0) -> int:
         return missing
 
 
-def _parameters_of(config: Config, part: str) -> int:
-    return count_parameters(Path(config.model.path) / part, PUBLISHED[part])
-
-
 def text_bytes(config: Config) -> int:
     """Bytes of the text encoders if they stay on the device."""
     if config.text.mode == "embeddings" or config.text.placement != "device":
         return 0
-    count = sum(_parameters_of(config, part) for part in ("text_encoder", "text_encoder_2"))
+    folder, published = Path(config.model.path), family_for(config.model).published.encoders
+    count = sum(count_parameters(folder / part, missing) for part, missing in published.items())
     return count * bytes_of(config.model.compute_dtype)
 
 
 def vae_bytes(config: Config) -> int:
     """Bytes of the autoencoder's weights."""
-    return _parameters_of(config, "vae") * bytes_of(config.model.compute_dtype)
+    missing = decoder_of(config.model).parameters
+    count = count_parameters(Path(config.model.path) / "vae", missing)
+    return count * bytes_of(config.model.compute_dtype)
 
 
 def reward_bytes(config: Config) -> int:

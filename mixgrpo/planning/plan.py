@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mixgrpo.config import Config
+from mixgrpo.planning.branches import Branches
 from mixgrpo.planning.device_memory import CONTEXT, GIB, DeviceMemory, device_memory
-from mixgrpo.planning.flux_size import FluxSize
+from mixgrpo.planning.network import Size, network_of
 from mixgrpo.planning.operations import operations_per_picture, seconds
+from mixgrpo.planning.settings import family_for, has_files
 from mixgrpo.planning.spread import Spread, spreads
 
 COMPARED = (1, 8, 32)  # numbers of GPUs, in addition to the requested one
@@ -106,15 +107,16 @@ def pace(
     """How long an iteration takes.
 
     Args:
-        rollout, update: model evaluations per image, averaged over the run.
+        rollout, update: model evaluations per image, averaged over the run; with guidance both
+            branches count.
         share, peak: fraction of a GPU's peak TFLOP/s that is reached, and the peak.
     """
     model, batch = config.model, config.batch
-    size = FluxSize.of_folder(Path(model.path))
-    products = size.products((model.height // 16) * (model.width // 16), model.text_length)
+    products = network_of(model).products(Size.of(model))
     recomputed = 1 / model.checkpoint_every if model.gradient_checkpointing else 0.0
     full, kl = model.train == "full", config.update.kl > 0
-    one = operations_per_picture(products, rollout, update, full, recomputed, kl)
+    share_of_update = Branches.of(config).differentiated
+    one = operations_per_picture(products, rollout, update, full, recomputed, kl, share_of_update)
     operations = one * batch.prompts * batch.samples / gpus
     return Pace(operations, seconds(operations, share, peak))
 
@@ -155,11 +157,10 @@ def report(config: Config, question: Question, rollout: float, update: float) ->
 
 def _heading(config: Config) -> str:
     model = config.model
-    known = (Path(model.path) / "transformer" / "config.json").is_file()
-    of = model.path if known else f"FLUX.1-dev ({model.path} does not exist)"
-    size = FluxSize.of_folder(Path(model.path))
+    name = family_for(model).published.name
+    of = model.path if has_files(model) else f"{name} ({model.path} does not exist)"
     return (
-        f"Estimated GiB per GPU for {of}: {size.parameters / 1e9:.2f}B parameters, "
+        f"Estimated GiB per GPU for {of}: {network_of(model).parameters / 1e9:.2f}B parameters, "
         f"{model.width}x{model.height}\n"
         "whole: weights gathered, or cast to the products' dtype; kept: activations of the "
         f"update's forward and backward passes of {config.update.micro_batch} evaluations; "

@@ -22,22 +22,11 @@ from torch import nn
 from mixgrpo.config import ModelConfig
 from mixgrpo.models.flux import FLUX
 from mixgrpo.models.policy import DiffusersPolicy, speed_up, trained_dtype
-from mixgrpo.planning.flux_size import FluxSize, Products
+from mixgrpo.planning.network import Network, Products, Size
 from mixgrpo.types import TextEmbedding
 
-# What differs from diffusers' defaults in FLUX.1-dev's published configurations.
-TRANSFORMER: dict[str, Any] = {"guidance_embeds": True}
-VAE: dict[str, Any] = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-}
+TRANSFORMER: dict[str, Any] = dict(FLUX.published.settings["transformer"])
+VAE: dict[str, Any] = dict(FLUX.published.settings["vae"])
 SMALL_TRANSFORMER: dict[str, Any] = {
     **TRANSFORMER,
     "num_layers": 2,
@@ -76,17 +65,9 @@ class Scale:
     lora_rank: int = 64
 
     @property
-    def size(self) -> FluxSize:
-        return FluxSize.from_config({**vars(FluxSize()), **self.transformer})
-
-    @property
-    def tokens(self) -> int:
-        """Latent tokens of an image."""
-        return (self.pixels // 16) ** 2
-
-    @property
     def products(self) -> Products:
-        return self.size.products(self.tokens, self.text_length)
+        size = Size(self.pixels, self.pixels, self.text_length)
+        return Network(FLUX, self.transformer).products(size)
 
     def knobs(self, **knobs: Any) -> ModelConfig:
         """A model's configuration at this scale."""

@@ -1,0 +1,40 @@
+"""What classifier-free guidance, with its two branches, does to memory and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixgrpo.assembly import make_guidance
+from mixgrpo.config import Config
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The branches of guidance; everything is 1 without it.
+
+    Attributes:
+        sampled: images that are evaluated together for each image that is sampled.
+        updated: the same in the update.
+        kept: branches whose activations the update keeps.
+        differentiated: fraction of the update's evaluations that have a backward pass.
+    """
+
+    sampled: int
+    updated: int
+    kept: int
+    differentiated: float
+
+    @classmethod
+    def of(cls, config: Config) -> Branches:
+        knobs = config.guidance
+        rollout, update, validation = (
+            make_guidance(knobs, scale).passes
+            for scale in (knobs.scale, knobs.update_scale, knobs.validation_scale)
+        )
+        kept = update if knobs.unconditional_gradient else 1
+        return cls(
+            sampled=max(rollout, validation) if knobs.batched else 1,
+            updated=update if knobs.batched else 1,
+            kept=kept,
+            differentiated=kept / update,
+        )
