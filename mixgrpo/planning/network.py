@@ -23,6 +23,7 @@ from mixgrpo.config import ModelConfig
 from mixgrpo.models.compiled import repeated_blocks
 from mixgrpo.models.family import Family
 from mixgrpo.planning.meter import LikeGpu, Meter
+from mixgrpo.planning.operations import Products
 from mixgrpo.planning.settings import Model, family_for, make_part, settings_of
 from mixgrpo.types import TextEmbedding
 
@@ -64,23 +65,6 @@ class Trained(NamedTuple):
     lora_targets: str
     weights: str
     compute: str
-
-
-@dataclass(frozen=True)
-class Products:
-    """Operations in products with weights, and in products between tokens (attention)."""
-
-    weights: int
-    attention: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.attention
-
-    def backward(self, train_all: bool) -> int:
-        """Operations of a backward pass: twice each product, or once for products with frozen
-        weights."""
-        return (2 if train_all else 1) * self.weights + 2 * self.attention
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from mixgrpo.planning.network import Products
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Products:
+    """Operations in products with weights, and in products between tokens (attention)."""
+
+    weights: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.attention
+
+    def backward(self, train_all: bool) -> int:
+        """Operations of a backward pass: twice each product, or once for products with frozen
+        weights."""
+        return (2 if train_all else 1) * self.weights + 2 * self.attention
 
 
 def operations_per_picture(

@@ -22,7 +22,8 @@ from torch import nn
 from mixgrpo.config import ModelConfig
 from mixgrpo.models.flux import FLUX
 from mixgrpo.models.policy import DiffusersPolicy, speed_up, trained_dtype
-from mixgrpo.planning.network import Network, Products, Size
+from mixgrpo.planning.network import Network, Size
+from mixgrpo.planning.operations import Products
 from mixgrpo.types import TextEmbedding
 
 TRANSFORMER: dict[str, Any] = dict(FLUX.published.settings["transformer"])
