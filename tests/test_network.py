@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-)
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from peft import LoraConfig
+from small_qwen import qwen_transformer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +21,7 @@ from mixgrpo.config import ModelConfig
 from mixgrpo.models.adapters import streamline
 from mixgrpo.models.family import Setup
 from mixgrpo.models.flux import FLUX, Flux
+from mixgrpo.models.qwen_image import QWEN_IMAGE
 from mixgrpo.planning.decoder import decoder_of
 from mixgrpo.planning.network import Network, Size, Trained, network_of
 from mixgrpo.planning.settings import settings_of
@@ -106,7 +105,7 @@ def forward(model: Any, image: int, text: int, batch: int) -> None:
     )
 
 
-def saved_bytes(model: Any, evaluate: Callable[[], None], dtype: torch.dtype) -> int:
+def saved_bytes(model: Any, evaluate: Callable[[], Any], dtype: torch.dtype) -> int:
     """Of all tensors that autograd keeps in a forward pass; weights left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -223,43 +222,32 @@ def test_flux_devs_evaluation_by_hand(dev: Network) -> None:
 # ---- other families
 
 
-class Joint(Flux):
-    """Qwen-Image's transformer."""
-
-    weighted: ClassVar[Any] = {"transformer": (QwenImageTransformer2DModel, None)}
-
-    def prepare(self, module: Any, dtype: torch.dtype) -> None:
-        """Nothing is registered."""
-
-    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        return int(transformer["joint_attention_dim"]), 0
-
-    def predict(
-        self, module: Any, x: Tensor, sigma: Tensor, text: TextEmbedding, setup: Setup
-    ) -> Tensor:
-        assert text.pooled is None
-        predicted: Tensor = module(
-            hidden_states=x,
-            encoder_hidden_states=text.tokens,
-            timestep=sigma,
-            img_shapes=[[(1, setup.height // 16, setup.width // 16)]] * len(x),
-            return_dict=False,
-        )[0]
-        return predicted
-
-
-def test_a_large_network_of_another_family() -> None:
-    """Qwen-Image: 60 blocks of 24 S D^2 + 4 S^2 D for S = 1024 + 64 tokens, and modulations."""
-    network = Network(Joint(), {})
+def test_qwen_images_numbers() -> None:
+    """60 blocks of 24 S D^2 + 4 S^2 D for S = 1024 + 64 tokens, and modulations."""
+    network = network_of(replace(NOWHERE, family="qwen_image"))
     assert network.parameters == 20_430_401_088
+    # Of the last block, the feed-forward of the text, its queries, and its attention's output.
+    feed_forward = 3072 * 4 * 3072 * 2 + 5 * 3072
+    assert network.unused == feed_forward + 2 * (3072**2 + 3072) + 128
     found = network.products(Size(512, 512, 64))
     assert found.attention == 60 * 4 * 1088**2 * 3072
     assert found.weights == pytest.approx(60 * 24 * 1088 * 3072**2, rel=5e-3)
     assert found.total == pytest.approx(15.7e12, rel=2e-3)
     assert network.products(Size(1024, 1024, 64)).total == pytest.approx(69.3e12, rel=1e-3)
-    kept = network.kept(Size(512, 512, 64), Trained("full", 1, "all", "bfloat16", "bfloat16"))
-    assert len(kept.blocks) == 60
-    assert set(kept.inputs[1:]) == {2 * 1088 * 3072}
+    decoder = decoder_of(replace(NOWHERE, family="qwen_image"))
+    assert decoder.parameters == 126_892_531
+
+
+def test_what_a_small_qwen_image_keeps_is_measured() -> None:
+    torch.manual_seed(0)
+    model, size = qwen_transformer(layers=4), Size(128, 128, 24)
+    network = Network(QWEN_IMAGE, model.config)
+    setup = Setup(model.config, size.height, size.width, 1.0)
+    text = TextEmbedding(torch.randn(2, size.text_length, model.config.joint_attention_dim))
+    x, sigma = torch.randn(2, 64, model.config.in_channels), torch.ones(2)
+    evaluate = partial(QWEN_IMAGE.predict, model, x, sigma, text, setup)
+    kept = network.kept(size, Trained("full", 1, "all", "float32", "float32"))
+    assert saved_bytes(model, evaluate, torch.float32) == pytest.approx(2 * kept.peak(0), rel=0.01)
 
 
 class Other(Flux):
@@ -287,7 +275,7 @@ class Other(Flux):
         )[0]
         return predicted.view_as(x)
 
-    def unused_weights(self, module: Any) -> list[str]:
+    def unused_weights(self, transformer: Mapping[str, Any]) -> list[str]:
         return ["transformer_blocks.5.attn.to_q"]
 
 

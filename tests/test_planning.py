@@ -301,6 +301,14 @@ def test_the_report_says_what_it_assumes() -> None:
         assert part in text
 
 
+def test_the_report_on_another_family(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model.family", "qwen_image", "--model.path", "no", "--guidance.scale", "4"]
+    assert main(["plan", "--recipe", "flux_mixgrpo", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "for Qwen-Image (no does not exist): 20.43B parameters, 720x720" in printed
+    assert "38.08 + 6.67 evaluations per image" in printed  # both branches
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--recipe", "flux_mixgrpo", "--gpus", "16", "--model.path", "no"]) == 0
     printed = capsys.readouterr().out

@@ -18,6 +18,7 @@ from mixgrpo.models.files import find_weights
 from mixgrpo.models.text import TextEncoders
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory
 from mixgrpo.planning.memory import trained_weights, training_memory
+from mixgrpo.planning.network import network_of
 from mixgrpo.rewards.registry import check_call
 from mixgrpo.rewards.weights import NotReadable, parse_dtype, read_heads
 from mixgrpo.run.scorable import options_of
@@ -170,12 +171,12 @@ def kept_checkpoints(config: Config) -> int:
 
 def exported_bytes(config: Config) -> int:
     """Bytes of the exported model: a float32 transformer and the base's other parts, or a LoRA."""
-    trained = trained_weights(config) * 4
     if config.model.train == "lora":
-        return trained
+        return trained_weights(config) * 4
+    transformer = network_of(config.model).parameters * 4
     folder = Path(config.model.path)
     others = (f for f in folder.rglob("*") if f.is_file() and "transformer" not in f.parts[-2:])
-    return trained + sum(file.stat().st_size for file in others)
+    return transformer + sum(file.stat().st_size for file in others)
 
 
 def missing_embedding_bytes(config: Config) -> int:

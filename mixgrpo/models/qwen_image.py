@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mixgrpo.maths.schedule import Spacing, dynamic_shift
-from mixgrpo.models.family import Family, Settings, Setup
+from mixgrpo.models.family import Family, Published, Settings, Setup
 from mixgrpo.models.files import check_axes, read_object
 from mixgrpo.models.precision import cast_feed_forward, keep_times
 from mixgrpo.types import TextEmbedding
@@ -71,8 +71,18 @@ class QwenImage(Family):
     }
     lora_marks = r"(img|txt)_(mlp[._]net|mod[._]1)"
 
+    # Its transformer and VAE have the defaults of their classes.
+    published = Published(
+        "Qwen-Image",
+        settings={"transformer": {}, "vae": {}},
+        encoders={"text_encoder": 8_292_166_656},
+    )
+
     def latent_channels(self, transformer: Settings) -> int:
         return int(transformer["in_channels"])
+
+    def text_widths(self, transformer: Settings) -> tuple[int, int]:
+        return int(transformer["joint_attention_dim"]), 0
 
     def spacing(self, scheduler: Settings, tokens: int, steps: int) -> Spacing:
         defaults = FlowMatchEulerDiscreteScheduler().config

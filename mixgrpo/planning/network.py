@@ -116,13 +116,12 @@ class Network:
         self.parameters = sum(sizes)
         self.largest_block, self.largest_weight = max(blocks), max(sizes)
         self.outside = self.parameters - sum(blocks)
-        unused = tuple(family.unused_weights(module))
         named = module.named_parameters()
-        self.unused = sum(p.numel() for name, p in named if name.startswith(unused))
+        self.unused = sum(p.numel() for name, p in named if not family.uses(name, self.config))
         self._layers = {
             name: tuple(layer.weight.shape)
             for name, layer in module.named_modules()
-            if isinstance(layer, nn.Linear) and not f"{name}.weight".startswith(unused)
+            if isinstance(layer, nn.Linear) and family.uses(f"{name}.weight", self.config)
         }
         self._thin, self.order = module, _leave_out_repetitions(module)
 
