@@ -210,7 +210,7 @@ def check(config: Config, world_size: int | None) -> None:
 
 
 def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
-    model, batch, update = config.model, config.batch, config.update
+    model, batch = config.model, config.batch
     yield from _value_complaints(config)
     yield from _sampling_complaints(config)
     for side in ("height", "width"):
@@ -229,13 +229,7 @@ def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
             f"({world_size}); set --batch.prompts to {_multiple(batch.prompts, world_size)}"
         )
     yield from _engine_complaints(config, world_size)
-    if batch.samples % update.optimizer_steps:
-        yield (
-            f"batch.samples ({batch.samples}) must be a multiple of update.optimizer_steps "
-            f"({update.optimizer_steps}), since each step uses an equal part of every group; set "
-            f"--batch.samples to {_multiple(batch.samples, update.optimizer_steps)} or "
-            "--update.optimizer_steps to a divisor"
-        )
+    yield from _split_complaints(config, world_size or 1)
     yield from _resume_complaints(config.run)
     yield from _emphasis_complaints(config)
     yield from _text_complaints(config.text)
@@ -244,6 +238,25 @@ def _complaints(config: Config, world_size: int | None) -> Iterator[str]:
     weights = {name: reward.weight for name, reward in config.rewards.items()}
     if config.rewards and not any(weights.values()):
         yield f"reward weights are {weights}; at least one must be positive"
+
+
+def _split_complaints(config: Config, world_size: int) -> Iterator[str]:
+    """Checks that the samples can be divided among the optimizer steps."""
+    batch, steps = config.batch, config.update.optimizer_steps
+    if config.update.split == "samples" and batch.samples % steps:
+        yield (
+            f"batch.samples ({batch.samples}) must be a multiple of update.optimizer_steps "
+            f"({steps}), since each step uses an equal part of every group; set "
+            f"--batch.samples to {_multiple(batch.samples, steps)} or "
+            "--update.optimizer_steps to a divisor"
+        )
+    if config.update.split == "groups" and batch.prompts % (world_size * steps):
+        yield (
+            f"batch.prompts ({batch.prompts}) must be a multiple of update.optimizer_steps times "
+            f"the number of processes ({steps} x {world_size}), since update.split is 'groups' and "
+            "each step uses an equal part of every process's prompts; set --batch.prompts to "
+            f"{_multiple(batch.prompts, world_size * steps)} or --update.split samples"
+        )
 
 
 def _guidance_complaints(guidance: GuidanceConfig) -> Iterator[str]:
@@ -303,10 +316,12 @@ def _emphasis_complaints(config: Config) -> Iterator[str]:
     """Checks which parts of a rollout are trained, and how they are weighted."""
     advantage, update, samples = config.advantage, config.update, config.batch.samples
     kept, parts = advantage.best_of, update.optimizer_steps
-    if kept and not (0 < kept <= samples and kept % 2 == 0 and kept % parts == 0):
+    whole = update.split == "groups"
+    if kept and not (0 < kept <= samples and kept % 2 == 0 and (whole or kept % parts == 0)):
+        divisible = "" if whole else f", a multiple of update.optimizer_steps ({parts}),"
         yield (
-            f"advantage.best_of is {kept}; it must be even, a multiple of update.optimizer_steps "
-            f"({parts}), and at most batch.samples ({samples}), or 0 to train on all"
+            f"advantage.best_of is {kept}; it must be even{divisible} and at most batch.samples "
+            f"({samples}), or 0 to train on all"
         )
     weights, steps = update.step_weight, config.sampling.steps
     if isinstance(weights, list):

@@ -62,6 +62,9 @@ class ModelConfig:
     lora_targets: Literal["attention", "all"] = "all"
     """projections that get adapters: those of attention only, or those of the feed-forward layers
     too"""
+    lora_init: Literal["uniform", "gaussian"] = "uniform"
+    """how the first matrix of an adapter is drawn, the second being 0: uniform, within 1 /
+    sqrt(inputs) of 0; gaussian, with standard deviation 1 / lora_rank; both as PEFT does"""
     weights: Literal["float32", "bfloat16_stochastic"] = "float32"
     """dtype of trained weights and gradients: float32, or bfloat16 with stochastic rounding in the
     optimizer, which halves their memory"""
@@ -301,7 +304,10 @@ class UpdateConfig:
     """The policy update."""
 
     optimizer_steps: int = 4
-    """optimizer steps per iteration; each uses an equal part of every group"""
+    """optimizer steps per iteration"""
+    split: Literal["samples", "groups"] = "samples"
+    """what the optimizer steps divide among them: samples, each uses an equal part of every group;
+    groups, each uses all samples of an equal part of the prompts"""
     micro_batch: int = 12
     """model evaluations per forward and backward pass"""
     clip: float = 1e-4

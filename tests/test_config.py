@@ -231,6 +231,16 @@ COMPLAINTS = {
         "best_of is 3; it must be even",
     ),
     "best_of in parts": ({"advantage.best_of": 6}, 1, r"best_of is 6.*optimizer_steps \(4\)"),
+    "best_of of whole groups": (
+        {"advantage.best_of": 7, "update.split": "groups"},
+        1,
+        r"best_of is 7; it must be even and at most batch.samples \(12\)",
+    ),
+    "groups": (
+        {"update.split": "groups"},
+        16,
+        r"batch.prompts \(32\).*\(4 x 16\).*'groups'.*--batch.prompts to 64 or --update.split",
+    ),
     "no steps": (
         {"update.step_fraction": 0.0},
         1,

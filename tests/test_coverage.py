@@ -118,6 +118,15 @@ def test_the_rollout_and_the_update_count_the_same(
     assert found.update_alone == 6 * size
 
 
+def test_whole_groups_share_their_first_step_in_one_optimizer_step() -> None:
+    """Update of G = 12, w = 4, 4 optimizer steps: 1 + 12*3 instead of 4*(1 + 3*3)."""
+    by_samples = recipe("flux_mixgrpo", run__iterations=1)
+    by_groups = recipe("flux_mixgrpo", run__iterations=1, update__split="groups")
+    assert (by_samples.mean.update, by_groups.mean.update) == (40, 37)
+    assert by_groups.mean.rollout == by_samples.mean.rollout
+    assert report(by_groups).splitlines()[:8] == report(by_samples).splitlines()[:8]
+
+
 def test_a_share_of_the_transitions_is_the_expected_number() -> None:
     """Each of 2 pictures trains one of 2 steps: 4 equal cases of 1 + 0, 1 + 1, 1 + 1, 0 + 2."""
     group = Group(samples=2, chosen=2, parts=1, shared=True)

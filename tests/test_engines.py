@@ -19,6 +19,7 @@ from engine_processes import (
     learn,
     make_engine,
 )
+from peft import LoraConfig, get_peft_model
 from processes import Command
 from safetensors.torch import load_file
 from tiny_world import (
@@ -291,7 +292,7 @@ def test_deepspeeds_own_settings_are_kept(two):
 
 def test_stored_weights_are_those_that_are_loaded(world):
     """Also with adapters beside them, whose first values need no order."""
-    for knobs in ({}, LORA):
+    for knobs in ({}, LORA, {**LORA, "model__lora_init": "gaussian"}):
         loaded = world.policy(**knobs).module
         model = world.config(world.root, **knobs).model
         empty = DiffusersPolicy.load(model, torch.device("cpu"), seed=7, empty=True)
@@ -315,6 +316,23 @@ def test_adapters_are_drawn_within_their_bound():
     assert not torch.equal(drawn, draw_adapter("b.lora_A.default.weight", drawn.shape, 7))
     assert not torch.equal(drawn, draw_adapter("a.lora_A.default.weight", drawn.shape, 8))
     assert not draw_adapter("a.lora_B.default.weight", torch.Size([5, 2]), 7).any()
+
+
+def test_gaussian_adapters_have_pefts_spread():
+    """PEFT's own, drawn beside: the mean and the deviation of 64 x 100 numbers."""
+    name, shape = "a.lora_A.default.weight", torch.Size([64, 100])
+    drawn = draw_adapter(name, shape, 7, "gaussian")
+    torch.manual_seed(0)
+    chosen = LoraConfig(r=64, target_modules=["0"], init_lora_weights="gaussian")
+    module = torch.nn.Sequential(torch.nn.Linear(100, 5))
+    theirs = get_peft_model(module, chosen).base_model.model[0]
+    for weight in (drawn, theirs.lora_A["default"].weight):
+        assert abs(weight.mean().item()) < 4 / 64 / 6400**0.5
+        assert weight.std().item() == pytest.approx(1 / 64, rel=0.04)
+    assert drawn.abs().max() > 3 / 64  # beyond any bound of a uniform one
+    assert torch.equal(drawn, draw_adapter(name, shape, 7, "gaussian"))
+    assert not torch.equal(drawn, draw_adapter(name, shape, 8, "gaussian"))
+    assert not draw_adapter("a.lora_B.default.weight", torch.Size([5, 2]), 7, "gaussian").any()
 
 
 def test_a_saved_state_fills_tensors_in_place_and_replaces_the_rest():

@@ -38,7 +38,9 @@ from mixgrpo.methods.grpo import (
     evaluations_of_all,
     parts_of_groups,
     passes,
+    shares,
     update,
+    whole_groups,
 )
 from mixgrpo.rollout import rollout
 from mixgrpo.types import TextEmbedding, Trajectory, Velocity
@@ -338,6 +340,49 @@ def test_every_sample_is_in_exactly_one_optimizer_step(optimizer_steps: int) -> 
     for part in parts:
         shares = trajectory.group[part].bincount(minlength=3).tolist()
         assert shares == [6 // optimizer_steps] * 3
+
+
+@pytest.mark.parametrize("optimizer_steps", [1, 2, 4])
+def test_every_group_is_in_exactly_one_optimizer_step(optimizer_steps: int) -> None:
+    """The same prompts are in a step whether one process has all four, or each of more a part."""
+    trajectory = small_trajectory(SmallNet(), prompts=4, samples=3)
+    parts = list(whole_groups(trajectory, optimizer_steps))
+    assert sorted(torch.cat(parts).tolist()) == list(range(12))
+    for position, part in enumerate(parts):
+        prompts = list(range(position, 4, optimizer_steps))
+        assert trajectory.group[part].tolist() == [p for p in prompts for _ in range(3)]
+    for processes in (1, 2, 4):
+        if (each := 4 // processes) % optimizer_steps:
+            continue
+        local = small_trajectory(SmallNet(), prompts=each, samples=3)
+        divided = list(whole_groups(local, optimizer_steps))
+        for position, part in enumerate(divided):
+            mine = [local.group[part] + rank * each for rank in range(processes)]
+            assert torch.cat(mine).tolist() == trajectory.group[parts[position]].tolist()
+
+
+def test_an_optimizer_step_of_whole_groups_averages_over_them() -> None:
+    """Each of the two steps has the plain gradient of one group; the weights stay as they are."""
+    net = SmallNet()
+    trajectory, advantages = small_trajectory(net), drawn_advantages(8)
+    policy = off_policy(net)
+    engine, counted = Recording(policy), Counted(policy)
+    by_groups = replace(knobs(2), split="groups")
+    metrics = update(engine, counted, trajectory, advantages, objective(), by_groups)
+    for found, rows in zip(engine.gradients, (range(4), range(4, 8)), strict=True):
+        expected = 2 * plain_gradient(policy, policy, trajectory, advantages, rows)
+        assert relative_error(found, expected) < 1e-4
+    # Window of 3: each group's first step is evaluated once, not once in each optimizer step.
+    assert counted.evaluations == 2 * (1 + 4 * 2)
+    assert float(metrics["evaluations_per_image"]) == 18 / 8
+
+
+@pytest.mark.parametrize("split", ["samples", "groups"])
+def test_the_knob_says_how_samples_are_divided(split: str) -> None:
+    trajectory = small_trajectory(SmallNet())
+    expected = {"samples": [[0, 1, 4, 5], [2, 3, 6, 7]], "groups": [[0, 1, 2, 3], [4, 5, 6, 7]]}
+    found = [part.tolist() for part in shares(trajectory, replace(knobs(2), split=split))]
+    assert found == expected[split]
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -1,8 +1,9 @@
 """The policy update: the clipped objective over the window (MixGRPO, arXiv 2507.21802, eq. 9).
 
-Each optimizer step uses an equal share of every group and evaluates each distinct (state, step)
-pair once. At the first window step, samples of a group that were drawn from the same initial noise
-still have the same state, so one forward and one backward pass serve all of them.
+Each optimizer step uses an equal share of every group, or an equal share of the groups, and
+evaluates each distinct (state, step) pair once. At the first window step, samples of a group that
+were drawn from the same initial noise still have the same state, so one forward and one backward
+pass serve all of them.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def update(
     evaluated = 0
     emphasis = emphasis or whole(trajectory, engine.world_size)
     trained = emphasis.trained.view(-1, *emphasis.weights.shape)  # [world, B, w]
-    for index, samples in enumerate(parts_of_groups(trajectory, knobs.optimizer_steps)):
+    for index, samples in enumerate(shares(trajectory, knobs)):
         everyone = evaluations_of_all(trajectory, samples, trained)
         needed, parts = everyone[engine.rank], passes(everyone, knobs.micro_batch)
         scale = 1 / int(trained[engine.rank, samples].sum())
@@ -183,6 +184,23 @@ def parts_of_groups(trajectory: Trajectory, parts: int) -> Iterator[Tensor]:
     indices = torch.arange(len(trajectory))
     for part in indices.view(prompts, -1).chunk(parts, dim=1):
         yield part.reshape(-1)
+
+
+def shares(trajectory: Trajectory, knobs: UpdateConfig) -> Iterator[Tensor]:
+    """Yields the samples of each optimizer step, divided as ``knobs.split`` says."""
+    split = whole_groups if knobs.split == "groups" else parts_of_groups
+    return split(trajectory, knobs.optimizer_steps)
+
+
+def whole_groups(trajectory: Trajectory, parts: int) -> Iterator[Tensor]:
+    """Yields the samples [B/parts] of each optimizer step: all those of every ``parts``-th prompt.
+
+    Processes hold consecutive prompts, whose number ``parts`` must divide, so that it depends on a
+    prompt's position in the iteration alone and not on the number of processes.
+    """
+    groups = torch.arange(len(trajectory)).view(len(trajectory.text), -1)
+    for part in range(parts):
+        yield groups[part::parts].reshape(-1)
 
 
 def evaluations_of_all(

@@ -110,7 +110,7 @@ class DiffusersPolicy:
         policy._make_trainable(seed)
         if empty:
             folder = Path(config.path) / "transformer"
-            policy.stored = StoredWeights(folder, policy.module, seed)
+            policy.stored = StoredWeights(folder, policy.module, seed, config.lora_init)
         speed_up(policy.module, config)
         return policy
 
@@ -158,7 +158,7 @@ class DiffusersPolicy:
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(trained_dtype(self.config))
-        draw_adapters(transformer, seed)
+        draw_adapters(transformer, seed, self.config.lora_init)
         streamline(transformer)
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:

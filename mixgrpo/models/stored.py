@@ -35,8 +35,11 @@ class StoredWeights(Mapping[str, Any]):
         ValueError: if they are damaged or belong to another model.
     """
 
-    def __init__(self, folder: Path, module: nn.Module, seed: int) -> None:
+    def __init__(
+        self, folder: Path, module: nn.Module, seed: int, lora_init: str = "uniform"
+    ) -> None:
         self.seed = seed
+        self.lora_init = lora_init
         state = module.state_dict()
         self.shapes = {name: tensor.shape for name, tensor in state.items()}
         files = find_shards(folder)
@@ -50,7 +53,7 @@ class StoredWeights(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if _is_adapter(name):
-            return draw_adapter(name, self.shapes[name], self.seed)
+            return draw_adapter(name, self.shapes[name], self.seed, self.lora_init)
         return self.slices[name.replace(_BASE, ".")]
 
     def __iter__(self) -> Iterator[str]:
@@ -61,22 +64,27 @@ class StoredWeights(Mapping[str, Any]):
 
 
 @torch.no_grad()
-def draw_adapters(module: nn.Module, seed: int) -> None:
+def draw_adapters(module: nn.Module, seed: int, lora_init: str = "uniform") -> None:
     """Initialises the adapters of a module that are not on the meta device."""
     for name, parameter in module.named_parameters():
         if _is_adapter(name) and not parameter.is_meta:
-            parameter.copy_(draw_adapter(name, parameter.shape, seed))
+            parameter.copy_(draw_adapter(name, parameter.shape, seed, lora_init))
 
 
-def draw_adapter(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """The initial weight: zeros for ``lora_B``, uniform in +-1/sqrt(inputs) for ``lora_A``.
+def draw_adapter(name: str, shape: torch.Size, seed: int, lora_init: str = "uniform") -> Tensor:
+    """The initial weight: zeros for ``lora_B``, random numbers for ``lora_A`` [rank, inputs].
 
     It depends only on the seed and the name, not on the order or way of loading.
+
+    Args:
+        lora_init: uniform, in +-1/sqrt(inputs); gaussian, with standard deviation 1/rank.
     """
     if ".lora_B." in name:
         return torch.zeros(shape)
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    if lora_init == "gaussian":
+        return torch.empty(shape).normal_(0.0, 1 / shape[0], generator=generator)
     bound = shape[1] ** -0.5
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

@@ -20,7 +20,7 @@ class Group:
     Attributes:
         samples: G, the number of images.
         chosen: number of images that the update uses.
-        parts: optimizer steps of an iteration; each uses an equal part of the chosen images.
+        parts: equal parts of the chosen images, each of which an optimizer step of its own uses.
         shared: whether the images start from the same noise.
     """
 

@@ -67,11 +67,11 @@ class Coverage:
 
     @property
     def group(self) -> Group:
-        batch = self.config.batch
+        batch, update = self.config.batch, self.config.update
         return Group(
             samples=batch.samples,
             chosen=self.config.advantage.best_of or batch.samples,
-            parts=self.config.update.optimizer_steps,
+            parts=1 if update.split == "groups" else update.optimizer_steps,
             shared=self.config.sampling.shared_noise,
         )
 
@@ -121,7 +121,7 @@ def _of_these(coverage: Coverage) -> str:
 
 
 def _steps_table(coverage: Coverage) -> str:
-    parts, most = coverage.group.parts, max(coverage.iterations)
+    parts, most = coverage.config.update.optimizer_steps, max(coverage.iterations)
     lines = ["step   sigma  iterations  optimizer steps"]
     for step, (sigma, count) in enumerate(zip(coverage.sigmas, coverage.iterations, strict=True)):
         note = "#" * -(-_BAR * count // most) if count else _why_untrained(coverage, step)
