@@ -243,3 +243,10 @@ def test_the_noise():
         noise = assembly.make_noise(config, (4, 8), torch.device("cpu"), batch, 6)
         assert (noise.seed, noise.iteration, noise.prompts) == (3, 6, [4, 7])
         assert (noise.samples, noise.shared) == (2, shared)
+
+
+def test_the_adapters(world):
+    knobs = {"model__train": "lora", "model__lora_rank": 2, "model__lora_init": "gaussian"}
+    named = world.policy(**knobs).module.named_parameters()
+    drawn = torch.cat([weight.flatten() for name, weight in named if ".lora_A." in name])
+    assert drawn.std().item() == pytest.approx(1 / 2, rel=0.02)
