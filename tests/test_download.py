@@ -106,6 +106,18 @@ def test_flux_is_fetched_without_its_single_file_twins(calls: Callable[[], list[
     assert not any(word.startswith(("*", "flux1", "ae")) for word in included)
 
 
+def test_qwen_image_is_fetched_part_by_part(calls: Callable[[], list[str]]) -> None:
+    assert main(["download", "qwen_image"]) == 0
+    _, fetched = calls()
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    included = ["model_index.json", "LICENSE", *(f"{part}/*" for part in parts)]
+    assert fetched.split(" --include ") == [
+        "download Qwen/Qwen-Image",
+        *included[:-1],
+        "scheduler/* --local-dir data/models/Qwen-Image",
+    ]
+
+
 def test_a_processor_and_a_tokenizer_come_along(calls: Callable[[], list[str]]) -> None:
     assert main(["download", "pickscore", "imagereward"]) == 0
     fetched = [line.split()[1] for line in calls() if "--dry-run" not in line]
@@ -131,9 +143,13 @@ def test_every_name_brings_what_it_promises(calls: Callable[[], list[str]], name
         assert not there & set(ITEMS[other].brings)
 
 
-def test_the_recipe_expects_what_is_fetched() -> None:
-    """Each path of the FLUX recipe under data/models is brought, or holds what is brought."""
-    recipe = yaml.safe_load((RECIPES / "flux_mixgrpo.yaml").read_text())
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("flux_mixgrpo", 7), ("qwen_image_mixgrpo", 7), ("qwen_image_mixgrpo_ocr", 1)],
+)
+def test_the_recipe_expects_what_is_fetched(name: str, count: int) -> None:
+    """Each path of the recipe under data/models is brought, or holds what is brought."""
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     paths = [recipe["model"]["path"]]
     for reward in recipe["rewards"].values():
         values = [
@@ -142,7 +158,7 @@ def test_the_recipe_expects_what_is_fetched() -> None:
             *reward.get("options", {}).values(),
         ]
         paths += [value for value in values if str(value).startswith("data/")]
-    assert len(paths) == 7
+    assert len(paths) == count
     brought = {path for item in ITEMS.values() for path in item.brings}
     folders = {str(Path(path).parent) for path in brought}
     assert set(paths) <= brought | folders
@@ -196,7 +212,7 @@ def test_an_unknown_name(
     calls: Callable[[], list[str]], capsys: pytest.CaptureFixture[str], name: str, hint: str
 ) -> None:
     assert main(["download", "hpsv2", name]) == 2
-    fails(capsys, repr(name), hint, "Known: flux, hpsv2, pickscore, imagereward, clip, prompts")
+    fails(capsys, repr(name), hint, "Known: flux, qwen_image, hpsv2, pickscore, imagereward")
     assert calls() == [], "nothing is fetched before all names are known"
 
 

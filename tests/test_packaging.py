@@ -565,10 +565,15 @@ ON_GPUS = {
         f"scripts/finetune/finetune_flux_{name}.sh": f"train --recipe flux_{name}"
         for name in ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "dancegrpo")
     },
+    "scripts/finetune/finetune_qwen_image_mixgrpo_ocr.sh": "train --recipe qwen_image_mixgrpo_ocr",
     "scripts/inference/inference_flux.sh": "sample --recipe flux",
+    "scripts/inference/inference_qwen_image.sh": "sample --recipe qwen_image",
     "scripts/evaluate/eval_reward.sh": "evaluate",
     "scripts/preprocess/preprocess_flux.sh": "preprocess --model.path data/models/FLUX.1-dev "
     "--prompts_files data/prompts.txt data/prompts_test.txt --output data/embeddings/flux",
+    "scripts/preprocess/preprocess_qwen_image.sh": "preprocess --model.path "
+    "data/models/Qwen-Image --model.text_length 256 --prompts_files data/ocr/prompts.txt "
+    "data/ocr/prompts_test.txt --output data/embeddings/qwen_image",
 }
 
 

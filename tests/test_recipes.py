@@ -28,6 +28,7 @@ METHODS = (
     "flowgrpo_fast", "grpo_guard",
 )  # fmt: skip
 FLUX = [f"flux_{method}" for method in METHODS]
+THEIRS = "qwen_image_mixgrpo_ocr"  # verl-omni's; its neighbours are below
 
 # Recipe -> its neighbour, and every knob that differs from it.
 FLASH = {"tail.solver": "dpm"}
@@ -124,6 +125,81 @@ DIFFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "shapes_flowgrpo_fast": ("shapes_flowgrpo", {**FAST, "update.kl": 0.0, "update.clip": 8e-5}),
     "shapes_grpo_guard": ("shapes_flowgrpo", {**GUARD, "update.kl": 0.0, "update.clip": 4.5e-5}),
+    "qwen_image_mixgrpo": (
+        "flux_mixgrpo",
+        {
+            "model.family": "qwen_image",
+            "model.path": "data/models/Qwen-Image",
+            "model.train": "lora",
+            "model.lora_init": "gaussian",
+            "model.height": 512,
+            "model.width": 512,
+            "model.text_length": 256,
+            "guidance.scale": 4.0,
+            "text.placement": "offload",
+            "engine.reduce": "once",
+            "sampling.shift": 0.0,
+            "update.learning_rate": 3e-4,
+        },
+    ),
+    "qwen_image_mixgrpo_ocr_long": (
+        "qwen_image_mixgrpo_ocr",
+        {
+            "sampling.steps": 50,
+            "window.strategy": "progressive",
+            "window.size": 4,
+            "window.stride": 4,
+            "window.iters_per_window": 12,
+            "window.envelope": None,
+            "window.seed": None,
+        },
+    ),
+    "words_mixgrpo_ocr": (
+        "qwen_image_mixgrpo_ocr",
+        {
+            "run.iterations": 90,
+            "model.path": "data/words/qwen_image",
+            "model.lora_rank": 16,
+            "model.lora_alpha": 32,
+            "model.compute_dtype": "float32",
+            "model.height": 32,
+            "model.width": 64,
+            "model.text_length": 32,
+            "model.gradient_checkpointing": False,
+            "text.placement": "device",
+            "engine.kind": "auto",
+            "sampling.micro_batch": 96,
+            "sampling.decode_batch": 96,
+            "batch.prompts_file": "data/words/prompts.txt",
+            "batch.prompts": 8,
+            "batch.samples": 12,
+            "rewards.text.kind": "ocr",
+            "rewards.text.model": None,
+            "rewards.text.options.task": None,
+            "rewards.text.options.urls": None,
+            "rewards.text.options.concurrency": None,
+            "rewards.text.options.detect": False,
+            **dict.fromkeys(f"rewards.rapidocr.{knob}" for knob in ("kind", "weight", "options")),
+            **{
+                f"rewards.{verdict}.{knob}": value
+                for verdict in ("word_right", "look_right", "all_right")
+                for knob, value in (
+                    ("kind", f"mixgrpo.words.judge:{verdict}"),
+                    ("weight", 0.0),
+                    ("options", {}),
+                )
+            },
+            "scoring.micro_batch": 48,
+            "update.micro_batch": 96,
+            "validation.before": True,
+            "validation.prompts_file": "data/words/prompts_test.txt",
+            "validation.prompts": 128,
+            "validation.steps": 10,
+            "validation.seed": 617,
+            "validation.pictures": 16,
+            "checkpoint.keep": 2,
+        },
+    ),
 }
 
 
@@ -138,16 +214,17 @@ def recipe(name: str) -> Config:
 
 def test_every_method_has_a_recipe_for_both_worlds() -> None:
     wanted = {f"{world}_{method}" for world in ("flux", "shapes") for method in METHODS}
-    assert wanted <= {path.stem for path in RECIPES.glob("*.yaml")}
-    assert wanted == DIFFERENCES.keys() | {"flux_mixgrpo", "shapes_mixgrpo"}
+    there = {path.stem for path in RECIPES.glob("*.yaml")}
+    assert wanted <= there
+    assert there == DIFFERENCES.keys() | {"flux_mixgrpo", "shapes_mixgrpo"} | {THEIRS}
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_recipe_differs_from_its_neighbour_in_the_method_alone(name: str) -> None:
     neighbour, expected = DIFFERENCES[name]
     before, after = flatten(recipe(neighbour)), flatten(recipe(name))
-    assert before.keys() == after.keys()
-    found = {key: value for key, value in after.items() if value != before[key]}
+    keys = before.keys() | after.keys()  # options and rewards that a recipe lacks are None
+    found = {key: after.get(key) for key in keys if after.get(key) != before.get(key)}
     assert found.pop("run.folder") == f"runs/{name}"
     assert found == expected
 
@@ -275,7 +352,7 @@ def test_flux_recipes_run(world: World, small_model: Path, folder: Path, name: s
     assert all(record["update/ratio_error_on_policy"] < 1e-6 for record in found)
 
 
-# ---- verl-omni's windows, as scripts/README.md maps them
+# ---- verl-omni's keys, as scripts/README.md maps them
 
 TO_OURS = {
     "sde_type": "sampling.transition",
@@ -285,7 +362,125 @@ TO_OURS = {
     "iters_per_group": "window.iters_per_window",
     "sde_window_seed": "window.seed",
     "noise_level": "sampling.eta",
+    "num_inference_steps": "sampling.steps",
+    "true_cfg_scale": "guidance.scale",
+    "pipeline.height": "model.height",
+    "max_sequence_length": "model.text_length",
+    "model_dtype": "model.compute_dtype",
+    "lora_rank": "model.lora_rank",
+    "lora_alpha": "model.lora_alpha",
+    "lora_init_weights": "model.lora_init",
+    "target_modules": "model.lora_targets",
+    "train_files": "batch.prompts_file",
+    "val_files": "validation.prompts_file",
+    "train_batch_size": "batch.prompts",
+    "rollout.n": "batch.samples",
+    "ppo_mini_batch_size": "update.optimizer_steps",
+    "ppo_micro_batch_size_per_gpu": "update.micro_batch",
+    "optim.lr": "update.learning_rate",
+    "optim.weight_decay": "update.weight_decay",
+    "optim.betas": "update.betas",
+    "lr_warmup_steps": "update.warmup",
+    "clip_grad": "update.max_grad_norm",
+    "clip_ratio": "update.clip",
+    "adv_clip_max": "advantage.clip",
+    "global_std": "advantage.kind",
+    "kl_loss_coef": "update.kl",
+    "reward_model.model_path": "rewards.text.model",
+    "total_training_steps": "run.iterations",
+    "save_freq": "checkpoint.every",
+    "max_actor_ckpt_to_keep": "checkpoint.keep",
+    "test_freq": "validation.every",
+    "val_before_train": "validation.before",
+    "val_max_samples": "validation.prompts",
+    "log_val_generations": "validation.pictures",
 }
+# The values of its run_qwen_image_ocr_lora_mixgrpo.sh and of its defaults, in ours.
+PUBLISHED = {
+    "sde_type": "flow_sde",
+    "sample_strategy": "random",
+    "sde_window_range": [0, 5],
+    "sde_window_size": 2,
+    "sde_window_seed": 42,
+    "noise_level": 1.2,
+    "num_inference_steps": 10,
+    "true_cfg_scale": 4.0,
+    "pipeline.height": 512,
+    "max_sequence_length": 256,
+    "model_dtype": "bfloat16",
+    "lora_rank": 64,
+    "lora_alpha": 128,
+    "lora_init_weights": "gaussian",
+    "target_modules": "all",
+    "train_batch_size": 32,
+    "rollout.n": 16,
+    "ppo_mini_batch_size": 2,  # 16 of 32 prompts each
+    "ppo_micro_batch_size_per_gpu": 16,
+    "optim.lr": 3e-4,
+    "optim.weight_decay": 1e-4,
+    "optim.betas": [0.9, 0.999],
+    "lr_warmup_steps": 0,
+    "clip_grad": 1.0,
+    "clip_ratio": 1e-4,
+    "adv_clip_max": 5.0,
+    "global_std": "global_std",
+    "kl_loss_coef": 0.0,
+    "reward_model.model_path": "Qwen/Qwen3-VL-8B-Instruct",
+    "total_training_steps": 150,
+    "save_freq": 30,
+    "max_actor_ckpt_to_keep": 0,
+    "test_freq": 30,
+    "val_before_train": False,
+    "val_max_samples": 0,
+    "log_val_generations": 8,
+}
+
+
+def test_the_recipe_for_text_rendering_has_verl_omnis_values() -> None:
+    config = recipe(THEIRS)
+    check(config, 4)
+    found = flatten(config)
+    assert {key: found[TO_OURS[key]] for key in PUBLISHED} == PUBLISHED
+    ours = {
+        "batch.prompts_file",
+        "validation.prompts_file",
+    }  # its data set is not in the repository
+    unused = {"window.iters_per_window"}
+    assert {TO_OURS[key] for key in TO_OURS.keys() - PUBLISHED.keys()} == ours | unused
+    for knob, value in {
+        "model.family": "qwen_image",
+        "model.train": "lora",
+        "model.width": 512,
+        "sampling.shift": 0.0,
+        "sampling.log_ratio": "normal",
+        "sampling.shared_noise": False,
+        "window.convention": "verl_omni",
+        "guidance.update_scale": None,
+        "guidance.unconditional_gradient": True,
+        "guidance.negative_prompt": None,
+        "update.split": "groups",
+        "rewards.text.options.task": "transcribe",
+        "validation.steps": 50,
+        "validation.seed": 42,
+    }.items():
+        assert found[knob] == value, knob
+    assert {name for name, reward in config.rewards.items() if reward.weight} == {"text"}
+
+
+def test_the_long_variant_trains_every_step() -> None:
+    config = recipe("qwen_image_mixgrpo_ocr_long")
+    check(config, 4)
+    windows = make_windows(config)
+    starts = [windows.at(i).start for i in range(config.run.iterations)]
+    assert list(dict.fromkeys(starts)) == [*range(0, 45, 4), 45]
+    assert windows.at(149).stop == 49  # the last of the 50 steps is never stochastic
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"), [("qwen_image_mixgrpo", 32), ("words_mixgrpo_ocr", 2)]
+)
+def test_the_other_recipes_for_qwen_image_can_be_divided(name: str, processes: int) -> None:
+    check(recipe(name), processes)
 
 
 def windows_of(**theirs: Any) -> WindowSchedule:
@@ -339,11 +534,13 @@ def test_a_seed_of_verl_omni_gives_its_windows() -> None:
 
 def test_the_readme_maps_every_key() -> None:
     readme = (RECIPES.parent / "README.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)`", readme, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| `([\w.]+)`", readme, re.MULTILINE))
     assert TO_OURS.items() <= rows.items()
-    assert set(TO_OURS.values()) <= flatten(Config()).keys()
+    assert set(TO_OURS.values()) <= flatten(recipe(THEIRS)).keys()
 
 
 def test_the_readme_names_every_recipe() -> None:
     readme = (RECIPES.parent / "README.md").read_text()
-    assert all(f"\n| `{method}` |" in readme for method in METHODS)
+    others = [path.stem for path in RECIPES.glob("*.yaml") if path.stem.startswith(("q", "w"))]
+    assert len(others) == 4
+    assert all(f"\n| `{name}` |" in readme for name in (*METHODS, *others))
