@@ -168,6 +168,7 @@ DIFFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
             "model.gradient_checkpointing": False,
             "text.placement": "device",
             "engine.kind": "auto",
+            "engine.gather": "once",
             "sampling.micro_batch": 96,
             "sampling.decode_batch": 96,
             "batch.prompts_file": "data/words/prompts.txt",
