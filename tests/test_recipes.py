@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_qwen import qwen_pipeline
 from test_flux_dev import PARAMETERS, flux_dev, small_transformer, trained
 from tiny_world import World, train_here, training_records
 
@@ -295,16 +296,17 @@ def test_flux_recipes_build_flux_dev(world: World, policies: dict[str, Any], nam
 
 
 @pytest.fixture(scope="module")
-def small_model(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FLUX folder with one block of each kind."""
-    folder = tmp_path_factory.mktemp("small") / "model"
+def small_models(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """model.family -> a FLUX folder with one block of each kind, a Qwen-Image folder with two."""
+    folder = tmp_path_factory.mktemp("small")
     pipeline = world.policy().pipeline
     pipeline.transformer = small_transformer()
-    pipeline.save_pretrained(folder)
-    return folder
+    for family, each in (("auto", pipeline), ("qwen_image", qwen_pipeline())):
+        each.save_pretrained(folder / family)
+    return {family: folder / family for family in ("auto", "qwen_image")}
 
 
-def dry(world: World, model: Path, folder: Path) -> dict[str, Any]:
+def dry(world: World, model: Path, folder: Path, prompts: int) -> dict[str, Any]:
     """All that a dry run changes beside the rewards' models.
 
     bfloat16 and micro-batches of three would take a CPU four times as long.
@@ -322,7 +324,7 @@ def dry(world: World, model: Path, folder: Path) -> dict[str, Any]:
         "sampling.decode_batch": 24,
         "update.micro_batch": 24,
         "batch.prompts_file": str(world.prompts),
-        "batch.prompts": 1,
+        "batch.prompts": prompts,
         "validation.prompts_file": str(world.validation_prompts),
         "validation.prompts": 1,
         "log.wandb": "disabled",
@@ -330,10 +332,13 @@ def dry(world: World, model: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", FLUX)
-def test_flux_recipes_run(world: World, small_model: Path, folder: Path, name: str) -> None:
-    """Two iterations of a prompt at 32x32 pixels; steps, samples and all else as published."""
-    config, overridden = recipe(name), dry(world, small_model, folder)
+@pytest.mark.parametrize("name", [*FLUX, "qwen_image_mixgrpo", THEIRS])
+def test_recipes_run(world: World, small_models: dict[str, Path], folder: Path, name: str) -> None:
+    """Two iterations at 32x32 pixels, of a prompt, or of one for each optimizer step where these
+    take whole groups; steps, samples and all else as published."""
+    config = recipe(name)
+    prompts = config.update.optimizer_steps if config.update.split == "groups" else 1
+    overridden = dry(world, small_models[config.model.family], folder, prompts)
     for path, value in overridden.items():
         section, knob = path.split(".")
         setattr(getattr(config, section), knob, value)
