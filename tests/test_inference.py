@@ -50,6 +50,7 @@ from mixgrpo.models.policy import DiffusersPolicy
 from mixgrpo.noise import Noise
 from mixgrpo.rollout import sample_ode
 from mixgrpo.run.pictures import to_bytes
+from mixgrpo.text.prompt_files import PromptList
 
 STEPS = 4
 PROMPTS = 3
@@ -583,7 +584,7 @@ def test_metadata_of_the_prompts_is_in_the_manifest(knobs, tmp_path):
 
 
 def test_line_breaks_in_prompts_are_told_apart_from_those_between_prompts(knobs):
-    both, two = (settings_of(knobs(), texts) for texts in (["a\nb"], ["a", "b"]))
+    both, two = (settings_of(knobs(), PromptList.plain(texts)) for texts in (["a\nb"], ["a", "b"]))
     assert both["fingerprints.prompts"] != two["fingerprints.prompts"]
 
 
