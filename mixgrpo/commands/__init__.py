@@ -22,6 +22,7 @@ COMMANDS = {
     "hosts": "run a command on all hosts of a hostfile; `hosts check` compares the hosts",
     "download": "fetch models and prompts from Hugging Face",
     "shapes": "rebuild the checkpoints and captions of the Shapes world",
+    "words": "build, draw and measure the world of words",
 }
 
 

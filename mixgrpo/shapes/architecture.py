@@ -118,17 +118,27 @@ def clip_words() -> CLIPTokenizer:
     tokens = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
     for word in VOCABULARY:
-        symbols = _merge([*word[:-1], word[-1] + "</w>"], merges)
-        while len(symbols) > 1:
-            merges.append((symbols[0], symbols[1]))
-            symbols = [symbols[0] + symbols[1], *symbols[2:]]
-            tokens.append(symbols[0])
+        tokens += merge_whole([*word[:-1], word[-1] + "</w>"], merges)
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
         model_max_length=TEXT_LENGTH,
     )
+
+
+def merge_whole(symbols: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Appends to the merges of a byte-pair encoding what makes one token of the symbols.
+
+    Returns the tokens that this adds to the vocabulary.
+    """
+    added = []
+    symbols = _merge(symbols, merges)
+    while len(symbols) > 1:
+        merges.append((symbols[0], symbols[1]))
+        symbols = [symbols[0] + symbols[1], *symbols[2:]]
+        added.append(symbols[0])
+    return added
 
 
 def _merge(symbols: list[str], merges: list[tuple[str, str]]) -> list[str]:

@@ -6,8 +6,6 @@ draws clean images that do not always follow the text, which preference training
 
 from __future__ import annotations
 
-import copy
-import logging
 import random
 
 import torch
@@ -17,10 +15,9 @@ from torch import Tensor, nn
 from mixgrpo.maths.schedule import shift_time
 from mixgrpo.shapes.architecture import TEXT_LENGTH
 from mixgrpo.shapes.data import training_pictures
+from mixgrpo.shapes.fitting import fit
 from mixgrpo.shapes.scenes import Scene, alter
 from mixgrpo.shapes.train_vae import encode
-
-logger = logging.getLogger(__name__)
 
 BATCH = 64
 GUIDANCE = 3.5
@@ -53,29 +50,19 @@ def train_flux(
             "clip": pipeline.text_encoder,
             "t5": pipeline.text_encoder_2,
         }
-    ).train()
-    average = copy.deepcopy(model)
+    )
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.05)
-    for step in range(steps):
+
+    def loss(step: int) -> Tensor:
         chosen = torch.randint(pictures, (BATCH,), generator=generator)
         wrong = (torch.rand(BATCH, generator=generator) < wrong_captions)[:, None]
         clip_ids, t5_ids = (
             torch.where(wrong, altered[chosen], true[chosen])
             for true, altered in zip(true_ids, wrong_ids, strict=True)
         )
-        loss = _loss(model, latents[chosen], clip_ids, t5_ids, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        _follow(average, model, min(0.999, (1 + step) / (10 + step)))
-        if step % 200 == 0 or step == steps - 1:
-            logger.info("flux step %d loss %.4f", step, loss.item())
-    model.load_state_dict(average.state_dict())
-    model.eval()
+        return _loss(model, latents[chosen], clip_ids, t5_ids, generator)
+
+    fit(model, loss, steps, 1.5e-3, "flux", decay=1e-3, average=True)
 
 
 def _loss(
@@ -115,8 +102,3 @@ def pack(pipeline: FluxPipeline, latents: Tensor) -> Tensor:
     config = pipeline.vae.config
     scaled = (latents - config.shift_factor) * config.scaling_factor
     return FluxPipeline._pack_latents(scaled, *scaled.shape)
-
-
-@torch.no_grad()
-def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

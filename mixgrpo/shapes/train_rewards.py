@@ -9,7 +9,6 @@ trained on the judge.
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,10 +26,9 @@ from mixgrpo.rewards.imagereward import VisionSize, to_imagereward_keys
 from mixgrpo.rewards.imagereward_model import ImageRewardModel
 from mixgrpo.rewards.images import OPENAI_MEAN, OPENAI_STD, normalise
 from mixgrpo.shapes.architecture import TEXT_LENGTH, clip_text_sizes, clip_words
+from mixgrpo.shapes.fitting import fit
 from mixgrpo.shapes.renderer import SIZE, render, render_between
 from mixgrpo.shapes.scenes import LOOKS, VOCABULARY, Scene, alter, draw, split
-
-logger = logging.getLogger(__name__)
 
 PAIRS = 48
 PATCH = 16
@@ -199,19 +197,13 @@ def contrastive(logits: Tensor, captions: list[str]) -> Tensor:
 def _fit(
     model: nn.Module, loss: Callable[[Pairs, Tensor], Tensor], steps: int, seed: int, name: str
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
-    model.train()
-    for step, batch in enumerate(pairs(steps, seed)):
-        value = loss(batch, normalise(batch.images, OPENAI_MEAN, OPENAI_STD))
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            logger.info("%s step %d loss %.4f", name, step, value.item())
-    model.eval()
+    batches = pairs(steps, seed)
+
+    def next_loss(step: int) -> Tensor:
+        batch = next(batches)
+        return loss(batch, normalise(batch.images, OPENAI_MEAN, OPENAI_STD))
+
+    fit(model, next_loss, steps, LEARNING_RATE, name, decay=0.02, warmup=0.1)
 
 
 def _tokens(tokenizer: Any, captions: list[str]) -> dict[str, Tensor]:

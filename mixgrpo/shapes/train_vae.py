@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from mixgrpo.shapes.data import training_pictures
-
-logger = logging.getLogger(__name__)
+from mixgrpo.shapes.fitting import fit
 
 BATCH = 8
 # Shapes cover a tenth of an image; unweighted, their colours are learnt long after the background.
@@ -25,23 +22,15 @@ def train_vae(vae: AutoencoderKL, steps: int, seed: int, pictures: int = 8192) -
     """
     images, _ = training_pictures(pictures, seed)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-    vae.train()
-    for step in range(steps):
+
+    def loss(step: int) -> Tensor:
         batch = images[torch.randint(pictures, (BATCH,), generator=generator)] * 2 - 1
         posterior = vae.encode(batch).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        loss = _weighted_l1(decoded, batch) + 1e-5 * posterior.kl().mean() / 1024
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            logger.info("vae step %d loss %.4f", step, loss.item())
-    vae.eval()
+        return _weighted_l1(decoded, batch) + 1e-5 * posterior.kl().mean() / 1024
+
+    fit(vae, loss, steps, 2e-3, "vae", decay=1e-4)
     latents = encode(vae, images[:1024])
     vae.register_to_config(
         shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
