@@ -26,7 +26,7 @@ LEVELS = (
     ("types", "config", "noise", "devices", "files"),
     ("checks", "maths", "rewards", "engines", "hosts", "downloads"),
     ("shapes", "checkpoint", "rollout", "methods"),
-    ("models",),
+    ("models", "words"),
     ("text",),
     ("run",),
     ("assembly",),
@@ -58,6 +58,7 @@ MAY_IMPORT = {
     "mixgrpo.hosts": ("mixgrpo.files",),
     "mixgrpo.downloads": (),
     "mixgrpo.shapes": ("mixgrpo.maths", "mixgrpo.rewards", "mixgrpo.types"),
+    "mixgrpo.words": ("mixgrpo.shapes", "mixgrpo.maths", "mixgrpo.rewards"),
     "mixgrpo.checkpoint": ("mixgrpo.files", "mixgrpo.engines.distributed"),
     "mixgrpo.rollout": ("mixgrpo.maths", "mixgrpo.noise", "mixgrpo.types"),
     "mixgrpo.methods.emphasis": (

@@ -297,7 +297,7 @@ def parse_benchmark(words: list[str]) -> None:
 
 def runs_here(name: str, config: Any) -> bool:
     """Whether a command is run: all that it reads is in the repository, or made by others."""
-    if name in ("benchmark", "tests", "download", "shapes"):
+    if name in ("benchmark", "tests", "download", "shapes", "words"):
         return False
     if name in ("schedule", "plan", "report", "export", "hosts check"):
         return True

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import QwenImagePipeline
 
 from mixgrpo.words.architecture import qwen_image_pipeline
 from mixgrpo.words.signs import draw, split
@@ -35,27 +34,15 @@ def write_prompts(folder: Path) -> None:
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def build_vae(folder: Path) -> None:
-    """Builds the pipeline with a trained VAE; the other parts are untrained."""
+def build_pipeline(folder: Path) -> None:
+    """Trains the VAE, then the transformer and the text encoder on its latents."""
     pipeline = qwen_image_pipeline(seed=0)
     train_vae(pipeline.vae, VAE_STEPS, seed=1)
-    _save(pipeline, folder / "qwen_image")
-
-
-def build_qwen(folder: Path) -> None:
-    """Trains the transformer and the text encoder of the pipeline, with its existing VAE."""
-    pipeline = QwenImagePipeline.from_pretrained(folder / "qwen_image", dtype=torch.float32)
     train_qwen(pipeline, QWEN_STEPS, 2, QWEN_PICTURES, WRONG_CAPTIONS, DROPPED_CAPTIONS)
-    _save(pipeline, folder / "qwen_image")
-
-
-def _save(pipeline: QwenImagePipeline, folder: Path) -> None:
-    """Saves in float16, which halves the size."""
-    pipeline.to(torch.float16).save_pretrained(folder)
+    pipeline.to(torch.float16).save_pretrained(folder / "qwen_image")  # halves the size
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
     "prompts": write_prompts,
-    "vae": build_vae,
-    "qwen_image": build_qwen,
+    "qwen_image": build_pipeline,
 }
