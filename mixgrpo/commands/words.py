@@ -89,14 +89,11 @@ def _build(chosen: argparse.Namespace) -> int:
 
 
 def _render(chosen: argparse.Namespace) -> int:
-    import torch
+    from mixgrpo.words import signs
 
-    from mixgrpo.words import renderer, signs
-
-    rng = random.Random(0)
-    drawn = signs.draw(signs.split(test=True), chosen.count, rng)
-    pictures = torch.stack([renderer.render(sign, rng) for sign in drawn])
-    _report(chosen, {"rendered": pictures}, [sign.caption for sign in drawn])
+    drawn = signs.draw(signs.split(test=True), chosen.count, random.Random(0))
+    captions = [sign.caption for sign in drawn]
+    _report(chosen, {"rendered": _rendered(captions)}, captions)
     return 0
 
 
@@ -110,8 +107,18 @@ def _measure(chosen: argparse.Namespace) -> int:
         f"guidance {guidance:g}": measure.draw_signs(pipeline, captions, guidance)
         for guidance in chosen.guidance
     }
-    _report(chosen, pictures, captions)
+    _report(chosen, {"rendered": _rendered(captions), **pictures}, captions)
     return 0
+
+
+def _rendered(captions: Sequence[str]) -> Tensor:
+    """What the captions describe [N, 3, 32, 64]."""
+    import torch
+
+    from mixgrpo.words import renderer, signs
+
+    rng = random.Random(0)
+    return torch.stack([renderer.render(signs.parse(caption), rng) for caption in captions])
 
 
 def _report(

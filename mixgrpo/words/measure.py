@@ -10,6 +10,7 @@ from diffusers import QwenImagePipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from mixgrpo.rewards.ocr import Ocr
 from mixgrpo.words import judge
 from mixgrpo.words.renderer import HEIGHT, WIDTH
 from mixgrpo.words.train_qwen import NEGATIVE
@@ -39,25 +40,32 @@ def draw_signs(
 ) -> Tensor:
     """The pipeline's pictures [N, 3, 32, 64] in [0, 1], guided away from the negative prompt."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = [
-        pipeline(
-            list(captions[start : start + BATCH]),
-            negative_prompt=[NEGATIVE] * len(captions[start : start + BATCH]),
+    pictures = []
+    for start in range(0, len(captions), BATCH):
+        part = list(captions[start : start + BATCH])
+        drawn = pipeline(
+            part,
+            negative_prompt=[NEGATIVE] * len(part) if guidance > 1 else None,
             true_cfg_scale=guidance,
             height=HEIGHT,
             width=WIDTH,
             num_inference_steps=steps,
             generator=generator,
             output_type="pt",
-        ).images
-        for start in range(0, len(captions), BATCH)
-    ]
+        )
+        pictures.append(drawn.images)
     return torch.cat(pictures)
 
 
 def measure(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """The means of the judge's verdicts on pictures [N, 3, 32, 64] of captions."""
-    return {name: float(getattr(judge, name)(images, captions).mean()) for name in VERDICTS}
+    """The means of the judge's verdicts on pictures [N, 3, 32, 64] of captions, and what is read.
+
+    ``ocr`` is the mean of the reward of that name, which reads each picture as one line, and
+    ``read`` the fraction of words that it reads without a mistake.
+    """
+    found = {name: float(getattr(judge, name)(images, captions).mean()) for name in VERDICTS}
+    scores = Ocr(detect=False)(images, captions)
+    return {**found, "ocr": float(scores.mean()), "read": float((scores == 1).float().mean())}
 
 
 def grid(rows: Sequence[Tensor], titles: Sequence[str], captions: Sequence[str]) -> Image.Image:
