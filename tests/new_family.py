@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from mixgrpo.maths.schedule import Spacing
-from mixgrpo.models.family import Family, Settings, Setup
+from mixgrpo.models.family import Family, Published, Settings, Setup
+from mixgrpo.models.flux import FLUX
 from mixgrpo.types import TextEmbedding
 
 _CLIP = (CLIPTextModelWithProjection, CLIPTextConfig)
@@ -47,9 +48,35 @@ class StableDiffusion3(Family):
         ("attention", "all"), rf"transformer_blocks\.\d+\.attn2?\.({_PROJECTIONS})"
     )
     negative = ""
+    published = Published(
+        "Stable Diffusion 3.5 Medium",
+        settings={
+            "transformer": {
+                "sample_size": 128,
+                "num_layers": 24,
+                "num_attention_heads": 24,
+                "attention_head_dim": 64,
+                "caption_projection_dim": 1536,
+                "joint_attention_dim": 4096,
+                "pooled_projection_dim": 2048,
+                "pos_embed_max_size": 384,
+                "dual_attention_layers": list(range(13)),
+                "qk_norm": "rms_norm",
+            },
+            "vae": FLUX.published.settings["vae"],  # with other factors
+        },
+        encoders={
+            "text_encoder": 123_650_304,
+            "text_encoder_2": 694_659_840,
+            "text_encoder_3": 4_762_310_656,
+        },
+    )
 
     def latent_channels(self, transformer: Settings) -> int:
         return int(transformer["in_channels"])
+
+    def text_widths(self, transformer: Settings) -> tuple[int, int]:
+        return int(transformer["joint_attention_dim"]), int(transformer["pooled_projection_dim"])
 
     def spacing(self, scheduler: Settings, tokens: int, steps: int) -> Spacing:
         shift = float(scheduler.get("shift", 3.0))

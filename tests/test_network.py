@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from new_family import SD3, StableDiffusion3
 from peft import LoraConfig
 from small_qwen import qwen_transformer
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.models.adapters import streamline
 from mixgrpo.models.family import Setup
-from mixgrpo.models.flux import FLUX, Flux
+from mixgrpo.models.flux import FLUX
 from mixgrpo.models.qwen_image import QWEN_IMAGE
 from mixgrpo.planning.decoder import decoder_of
 from mixgrpo.planning.network import Network, Size, Trained, network_of
@@ -250,30 +250,8 @@ def test_what_a_small_qwen_image_keeps_is_measured() -> None:
     assert saved_bytes(model, evaluate, torch.float32) == pytest.approx(2 * kept.peak(0), rel=0.01)
 
 
-class Other(Flux):
-    """Stable Diffusion 3's transformer: blocks of several kinds, patches by a convolution."""
-
-    weighted: ClassVar[Any] = {"transformer": (SD3Transformer2DModel, None)}
-    lora_targets: ClassVar[Any] = {"all": r"transformer_blocks\.\d+\.attn2?\.(to_q|to_k|to_v)"}
-
-    def prepare(self, module: Any, dtype: torch.dtype) -> None:
-        """Nothing is registered."""
-
-    def latent_channels(self, transformer: Mapping[str, Any]) -> int:
-        return 4 * int(transformer["in_channels"])
-
-    def predict(
-        self, module: Any, x: Tensor, sigma: Tensor, text: TextEmbedding, setup: Setup
-    ) -> Tensor:
-        rows = setup.height // 8
-        predicted: Tensor = module(
-            hidden_states=x.view(len(x), -1, rows, setup.width // 8),
-            timestep=1000 * sigma,
-            pooled_projections=text.pooled,
-            encoder_hidden_states=text.tokens,
-            return_dict=False,
-        )[0]
-        return predicted.view_as(x)
+class Other(StableDiffusion3):
+    """Blocks of several kinds, patches by a convolution; one layer has no effect."""
 
     def unused_weights(self, transformer: Mapping[str, Any]) -> list[str]:
         return ["transformer_blocks.5.attn.to_q"]
@@ -305,11 +283,12 @@ def test_another_family() -> None:
     trained = ModelConfig(train="full")
     assert network.unused == 128 * 128 + 128
     assert network.counts(trained) == (network.parameters - network.unused, network.unused)
-    assert len(network.adapted(2, "all")) == 2 * (6 * 3 - 1 + 3 * 3)
+    # In the last block the text has no output.
+    assert len(network.adapted(2, "all")) == 2 * (6 * 8 - 1 - 1 + 3 * 4)
 
     def evaluate(size: Size = size) -> None:
         setup = Setup(model.config, size.height, size.width, 1.0)
-        x = torch.randn(2, size.height * size.width // 256, 64)
+        x = torch.randn(2, size.height * size.width // 64, 16)
         text = TextEmbedding(torch.randn(2, size.text_length, 96), torch.randn(2, 48))
         family.predict(model, x, torch.ones(2), text, setup)
 
@@ -322,6 +301,13 @@ def test_another_family() -> None:
     for parameter in model.transformer_blocks[5].attn.to_q.parameters():
         parameter.requires_grad_(False)
     assert saved_bytes(model, evaluate, torch.float32) == pytest.approx(2 * kept.peak(0), rel=0.01)
+
+
+def test_sd3s_numbers() -> None:
+    network = Network(SD3, SD3.published.settings["transformer"])
+    assert network.parameters == 2_243_171_520
+    # 333 tokens of a prompt: 77 of the CLIPs, 256 of T5.
+    assert network.products(Size(512, 512, 333)).total == pytest.approx(2.44e12, rel=2e-3)
 
 
 # ---- settings
