@@ -174,11 +174,12 @@ def test_the_memory_that_it_takes(world, published):
     vae = published.parent / "vae"
     vae.mkdir()
     (vae / "config.json").write_text(json.dumps({"block_out_channels": [128, 256, 512, 512]}))
-    config = InferenceConfig(SampledModelConfig(path=str(published.parent)), micro_batch=1)
+    model = SampledModelConfig(family="flux", path=str(published.parent))
+    config = InferenceConfig(model, micro_batch=1)
     needed = estimate(config)
     assert needed.weights == 2 * PARAMETERS
-    assert needed.evaluation == (4096 + 512) * 3072 * 20 * 2
-    assert needed.decoding == 1024 * 1024 * 256 * 5 * 2
+    assert needed.evaluation == pytest.approx((4096 + 512) * 3072 * 20 * 2, rel=0.02)
+    assert needed.decoding == pytest.approx(1024 * 1024 * 256 * 5 * 2, rel=0.02)
     said = explain(config, 24 * 2**30)
     assert "24.0 GiB are not enough: sampling needs about 22.2 GiB for weights in bfloat16" in said
     assert "bfloat16, 0.5 GiB" in said
