@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixgrpo.models.family import Family
-from mixgrpo.planning.meter import Meter
+from mixgrpo.planning.meter import LikeGpu, Meter
 from mixgrpo.planning.settings import Model, cannot_be, family_for, make_part, settings_of
 
 # A convolution's working memory, in multiples of the largest feature map; an assumption.
@@ -49,7 +49,7 @@ class Decoder:
         meter = Meter(vae)
         latents = torch.empty(1, family.tokens(height, width), channels, device="meta")
         try:
-            with torch.no_grad(), meter:
+            with torch.no_grad(), LikeGpu(torch.float32), meter:  # whose attention is fused
                 family.decode(pipeline, latents, height, width)
         except Exception as error:  # whatever a library raises for settings that do not fit
             raise cannot_be("vae", error) from error
