@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_world import ROOT
 
-from mixgrpo.rewards.ocr import quoted_text
+from mixgrpo.rewards.rendered_text import quoted_text
 from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import PromptBatches, read_prompts
 
