@@ -14,9 +14,9 @@ from mixgrpo.words.train_qwen import train_qwen
 from mixgrpo.words.train_vae import train_vae
 
 VAE_STEPS = 3000
-QWEN_STEPS = 1500
+QWEN_STEPS = 2000
 QWEN_PICTURES = 8192
-WRONG_CAPTIONS = 0.1
+WRONG_CAPTIONS = 0.2
 DROPPED_CAPTIONS = 0.1
 TRAINING_PROMPTS = 2000
 TEST_PROMPTS = 256

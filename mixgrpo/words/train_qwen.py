@@ -20,7 +20,7 @@ from mixgrpo.words.renderer import HEIGHT, WIDTH
 from mixgrpo.words.signs import alter
 from mixgrpo.words.train_vae import encode, flat, training_pictures
 
-BATCH = 64
+BATCH = 32
 NEGATIVE = " "
 # The letters are determined at high noise.
 SHIFT = 2.0
@@ -41,7 +41,7 @@ def train_qwen(
     pictures: int,
     wrong_captions: float,
     dropped_captions: float,
-    rate: float = 2e-3,
+    rate: float = 1.5e-3,
 ) -> None:
     """Fits the transformer and the text encoder in place; the VAE is used as it is.
 
