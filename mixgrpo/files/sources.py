@@ -29,6 +29,7 @@ def identify(modules: Iterable[str]) -> dict[str, str]:
     """
     waiting = list(modules)
     own = {_top(name) for name in waiting}
+    is_source = functools.cache(lambda top: _is_source(top, own))
     found: dict[str, str] = {}
     seen: set[str] = set()
     while waiting:
@@ -36,7 +37,7 @@ def identify(modules: Iterable[str]) -> dict[str, str]:
         if name in seen or _top(name) in sys.stdlib_module_names:
             continue
         seen.add(name)
-        if not _is_source(_top(name), own):
+        if not is_source(_top(name)):
             found |= _versions(_top(name))
             continue
         path = _file(name)
@@ -109,6 +110,7 @@ def _imported(source: bytes, package: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
+@functools.lru_cache(maxsize=1024)  # each is read from a file of its own
 def _versions(top: str) -> dict[str, str]:
     """Names of the distributions that hold a package -> versions."""
     return {name: importlib.metadata.version(name) for name in _distributions().get(top, ())}

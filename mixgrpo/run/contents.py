@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -54,15 +55,13 @@ def contents_of(config: Config) -> dict[str, str]:
         "validation.prompts_file": _digest_of_prompts(config.validation.prompts_file),
         "model.path": _digest_of_model(config),
     }
+    digest_of_code = functools.cache(_digest_of_code)  # rewards may share a module
     for name, knobs in config.rewards.items():
         for knob, value in dotted(asdict(knobs)).items():
             if knob.partition(".")[0] in ("model", "checkpoint", "options"):
                 found[f"rewards.{name}.{knob}"] = _digest_of_paths(value)
         if knobs.kind not in KNOWN:
-            sources = identify([knobs.kind.partition(":")[0]])
-            found[f"rewards.{name}.code"] = (
-                _digest(json.dumps(sources).encode()) if sources else None
-            )
+            found[f"rewards.{name}.code"] = digest_of_code(knobs.kind.partition(":")[0])
     return {f"{PREFIX}{key}": digest for key, digest in found.items() if digest is not None}
 
 
@@ -84,6 +83,11 @@ def _digest_of_model(config: Config) -> str | None:
     except FileNotFoundError:
         return None
     return _digest(json.dumps(parts, sort_keys=True).encode())
+
+
+def _digest_of_code(module: str) -> str | None:
+    sources = identify([module])
+    return _digest(json.dumps(sources).encode()) if sources else None
 
 
 def _digest_of_paths(value: Any) -> str | None:
