@@ -46,7 +46,7 @@ def make_policy(**knobs: Any) -> DiffusersPolicy:
         **{"compute_dtype": "float32", "gradient_checkpointing": False, **knobs},
     )
     policy = DiffusersPolicy(FLUX, flux_pipeline(), config, CPU)
-    policy._make_trainable(seed=0)
+    policy.make_trainable(seed=0)
     return policy
 
 

@@ -83,7 +83,7 @@ def flux_dev(world: Any, **knobs: Any) -> DiffusersPolicy:
         dtype = torch.float32 if config.train == "full" else torch.bfloat16
         pipeline.transformer = FluxTransformer2DModel(**TRANSFORMER).to(dtype)
         policy = DiffusersPolicy(FLUX, pipeline, config, META)
-        policy._make_trainable(seed=0)
+        policy.make_trainable(seed=0)
     return policy
 
 

@@ -110,7 +110,7 @@ def make_policy(
     if train == "lora":
         pipeline.transformer.to(torch.bfloat16)
     policy = DiffusersPolicy(family, pipeline, config, CPU, text=mock.sentinel.text)
-    policy._make_trainable(seed=0)
+    policy.make_trainable(seed=0)
     for module in (policy.module, pipeline.vae):
         gpu.place(module)
     gpu.watching = False

@@ -59,7 +59,7 @@ def policy_of(pipeline: QwenImagePipeline, **knobs: Any) -> DiffusersPolicy:
 def trained(layers: int = 2, **knobs: Any) -> DiffusersPolicy:
     """A policy to train, the adapters of which are not zero."""
     policy = policy_of(qwen_pipeline(layers=layers), **knobs)
-    policy._make_trainable(seed=0)
+    policy.make_trainable(seed=0)
     if knobs.get("train") == "lora":
         perturbed(policy.module, 0.02)
     return policy
@@ -209,6 +209,7 @@ def test_schedules_are_the_schedulers(side, steps):
         {"use_dynamic_shifting": False},
         {"use_dynamic_shifting": True},
         {**SCHEDULER, "shift_terminal": None},
+        {**SCHEDULER, "shift_terminal": 0},
         {**SCHEDULER, "time_shift_type": "linear"},
         {**SCHEDULER, "max_shift": 1.5, "shift_terminal": 0.1},
     ],
@@ -265,12 +266,14 @@ def test_prompts_are_embedded_each_for_itself(base):
 
 def test_long_prompts_are_cut_and_counted(base):
     words = "a red circle"
-    assert QWEN_IMAGE.count_tokens(base.pipeline.tokenizer, [words, TEXTS[1]]) == [3, 12]
-    text = TextEncoders(QWEN_IMAGE, base.pipeline, 6, CPU, "device")
+    count = [len(base.encode([text]).tokens[0]) for text in (words, TEXTS[1])]
+    assert QWEN_IMAGE.count_tokens(base.pipeline.tokenizer, [words, TEXTS[1]]) == count
+    assert count == [3 + 5, 12 + 5]
+    text = TextEncoders(QWEN_IMAGE, base.pipeline, 8, CPU, "device")
     cut = text.encode(TEXTS)
-    assert cut.tokens.shape == (2, 6, 64)
+    assert cut.tokens.shape == (2, 8, 64)
     assert cut.lengths is None
-    assert torch.equal(cut.tokens[:1], base.encode(TEXTS[:1]).tokens[:, :6])
+    assert torch.equal(cut.tokens[:1], base.encode(TEXTS[:1]).tokens[:, :8])
     assert text.count_truncated([words, *TEXTS]) == 2
 
 

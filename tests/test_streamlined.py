@@ -40,7 +40,7 @@ def make_policy(train: str, dtype: str) -> DiffusersPolicy:
     if train == "lora":
         nn.Module.to(pipeline.transformer, getattr(torch, dtype))
     policy = DiffusersPolicy(FLUX, pipeline, config, CPU)
-    policy._make_trainable(seed=0)
+    policy.make_trainable(seed=0)
     adapters = [p for n, p in policy.module.named_parameters() if ".lora_" in n]
     perturbed(nn.ParameterList(adapters), 0.02)
     return policy

@@ -39,7 +39,6 @@ class Policy(Text, Protocol):
         module: the trained network; an engine may wrap it.
         latent_shape: (S, C) of one image's latent.
         compute_dtype: dtype of the network's matrix products.
-        negative: the family's own negative prompt; None if it has no classifier-free guidance.
         stored: if the network is on the meta device, its weights by name, which can be sliced like
             tensors.
     """
@@ -47,7 +46,6 @@ class Policy(Text, Protocol):
     module: nn.Module
     latent_shape: tuple[int, int]
     compute_dtype: torch.dtype
-    negative: str | None
     stored: Mapping[str, Any] | None
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:

@@ -181,7 +181,7 @@ class Family(ABC):
 
     @abstractmethod
     def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-        """Each prompt's tokens by the main tokenizer, before truncation."""
+        """The tokens of each prompt's embedding, by the main tokenizer and before truncation."""
 
     # ---- the network
 

@@ -45,7 +45,6 @@ class DiffusersPolicy:
     ) -> None:
         self.family = family
         self.pipeline = pipeline
-        self.negative = family.negative
         self.stored: Mapping[str, Any] | None = None
         if pipeline.transformer.device.type != "meta":
             pipeline.transformer.to(device)
@@ -107,7 +106,7 @@ class DiffusersPolicy:
         pipeline = open_pipeline(family, config.path, dtypes, without, **given)
         text = stored or TextEncoders(family, pipeline, config.text_length, device, text_placement)
         policy = cls(family, pipeline, config, device, text)
-        policy._make_trainable(seed)
+        policy.make_trainable(seed)
         if empty:
             folder = Path(config.path) / "transformer"
             policy.stored = StoredWeights(folder, policy.module, seed, config.lora_init)
@@ -130,7 +129,8 @@ class DiffusersPolicy:
             module.requires_grad_(False).eval()
         return policy
 
-    def _make_trainable(self, seed: int) -> None:
+    def make_trainable(self, seed: int) -> None:
+        """Makes the weights chosen by ``config.train`` trainable, and freezes all others."""
         transformer = self.pipeline.transformer
         self.pipeline.vae.requires_grad_(False).eval()
         if self.config.gradient_checkpointing:

@@ -43,6 +43,8 @@ _SCHEDULER = {  # Qwen-Image's own, for a folder that has none
 # Of transformers that take more than noise and text, such as those that edit images.
 _VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 _LAYERS = 60
+# Behind the prompt, the pipeline's template has these tokens, which its embedding contains.
+_END = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 class QwenImage(Family):
@@ -87,9 +89,8 @@ class QwenImage(Family):
     def spacing(self, scheduler: Settings, tokens: int, steps: int) -> Spacing:
         defaults = FlowMatchEulerDiscreteScheduler().config
         settings = {**defaults, **scheduler} if scheduler else _SCHEDULER
-        terminal = settings["shift_terminal"]
-        if terminal is not None:
-            terminal = _number(settings, "shift_terminal")
+        # None and 0 both mean that the schedule is not stretched.
+        terminal = _number(settings, "shift_terminal") if settings["shift_terminal"] else None
         if not settings["use_dynamic_shifting"]:
             return Spacing(_number(settings, "shift"), terminal)
         shift = dynamic_shift(
@@ -122,7 +123,8 @@ class QwenImage(Family):
         return TextEmbedding(tokens)
 
     def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-        return list(map(len, tokenizer(list(prompts), verbose=False).input_ids))
+        ended = [prompt + _END for prompt in prompts]
+        return list(map(len, tokenizer(ended, verbose=False).input_ids))
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
         module.set_attn_processor({name: TextMasked() for name in module.attn_processors})

@@ -271,7 +271,7 @@ def _policy(family: Family, module: nn.Module, knobs: ModelConfig) -> DiffusersP
     others: Any = SimpleNamespace(transformer=module, vae=nn.Identity())
     text: Any = SimpleNamespace()
     policy = DiffusersPolicy(family, others, knobs, torch.device("meta"), text)
-    policy._make_trainable(seed=0)
+    policy.make_trainable(seed=0)
     return policy
 
 

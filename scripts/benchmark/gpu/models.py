@@ -122,7 +122,7 @@ def build(scale: Scale, knobs: ModelConfig, device: torch.device) -> DiffusersPo
         transformer=transformer, vae=vae, scheduler=scheduler, **dict.fromkeys(names)
     )
     policy = DiffusersPolicy(FLUX, pipeline, knobs, device, text=NoText())  # type: ignore[arg-type]
-    policy._make_trainable(seed=0)
+    policy.make_trainable(seed=0)
     speed_up(policy.module, knobs)
     return policy
 
