@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from small import SHAPE, SmallNet, small_text
+from torch import Tensor
 
 from mixgrpo.commands import main
 from mixgrpo.commands.plan import parse
@@ -17,6 +19,7 @@ from mixgrpo.files.weight_sets import NAME
 from mixgrpo.inference.config import InferenceConfig, SampledModelConfig
 from mixgrpo.inference.memory import estimate
 from mixgrpo.models.flux import FLUX
+from mixgrpo.models.guidance import Guidance, guided
 from mixgrpo.planning.branches import Branches
 from mixgrpo.planning.device_memory import CONTEXT, DeviceMemory, device_memory
 from mixgrpo.planning.memory import trained_weights, training_memory
@@ -35,6 +38,7 @@ from mixgrpo.planning.plan import (
     with_knobs,
 )
 from mixgrpo.planning.spread import Spread, spreads
+from mixgrpo.types import TextEmbedding
 
 README = Path(__file__).parent.parent / "mixgrpo" / "engines" / "README.md"
 ENCODERS = FLUX.published.encoders
@@ -228,12 +232,12 @@ def test_a_part_without_weights_has_the_size_of_its_settings(world: Any, tmp_pat
 @pytest.mark.parametrize(
     ("knobs", "expected"),
     [
-        ({}, Branches(1, 1, 1, 1.0)),
-        ({"scale": 4.0}, Branches(1, 1, 2, 1.0)),
-        ({"scale": 4.0, "batched": True}, Branches(2, 2, 2, 1.0)),
-        ({"scale": 4.0, "unconditional_gradient": False}, Branches(1, 1, 1, 0.5)),
-        ({"scale": 4.0, "batched": True, "update_scale": 1.0}, Branches(2, 1, 1, 1.0)),
-        ({"validation_scale": 4.0, "batched": True}, Branches(2, 1, 1, 1.0)),
+        ({}, Branches(1, 1, 1, 1.0, 0)),
+        ({"scale": 4.0}, Branches(1, 1, 2, 1.0, 1)),
+        ({"scale": 4.0, "batched": True}, Branches(2, 2, 2, 1.0, 0)),
+        ({"scale": 4.0, "unconditional_gradient": False}, Branches(1, 1, 1, 0.5, 0)),
+        ({"scale": 4.0, "batched": True, "update_scale": 1.0}, Branches(2, 1, 1, 1.0, 0)),
+        ({"validation_scale": 4.0, "batched": True}, Branches(2, 1, 1, 1.0, 0)),
     ],
 )
 def test_branches_of_guidance(knobs: dict[str, Any], expected: Branches) -> None:
@@ -252,6 +256,43 @@ def test_guidance_keeps_both_branches(dev: Network) -> None:
     assert batched.evaluating == 2 * sampled
     assert apart.kept - evaluation == 2 * (plain.kept - evaluation)
     assert batched.kept == 2 * plain.kept
+
+
+@pytest.mark.parametrize(("engine", "value"), [("ddp", 4), ("fsdp", 2), ("zero2", 2)])
+def test_the_gradient_of_one_branch_waits_for_the_other(engine: str, value: int) -> None:
+    """Whole, in the dtype of what the products see; nothing waits in one batch."""
+    plain, apart, batched = (
+        memory(named(engine), **knobs).gradients
+        for knobs in (
+            {},
+            {"guidance__scale": 4.0},
+            {"guidance__scale": 4.0, "guidance__batched": True},
+        )
+    )
+    assert apart - plain == value * P
+    assert batched == plain
+    (found,) = rows(recipe(guidance__scale=4.0), [1], 8)[:1]
+    saved = {r.knob: r.saved for r in remedies(recipe(guidance__scale=4.0), found)}
+    assert 0 < saved["--guidance.batched true"] <= 4 * P
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_autograd_adds_the_branches_before_an_engine_sees_them(batched: bool) -> None:
+    """What the estimate of waiting gradients rests on."""
+    net, order = SmallNet(), []
+    text = replace(small_text(2), negative=small_text(1, seed=9))
+
+    def velocity(x: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        x = x.detach().requires_grad_()
+        x.register_hook(lambda _: order.append("branch"))
+        return net(x, sigma, text)
+
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: order.append("weight"))
+    guide = guided(velocity, FLUX.guide, Guidance(4.0, batched))
+    guide(torch.ones(2, *SHAPE), torch.full((2,), 0.5), text).square().sum().backward()
+    assert [order.count(name) for name in ("weight", "branch")] == [4, 1 if batched else 2]
+    assert order[0] == ("weight" if batched else "branch")
 
 
 def test_sampling_with_guidance_in_one_batch(world: Any) -> None:

@@ -17,12 +17,14 @@ class Branches:
         updated: the same in the update.
         kept: branches whose activations the update keeps.
         differentiated: fraction of the update's evaluations that have a backward pass.
+        waiting: backward passes whose gradients wait for that of another branch.
     """
 
     sampled: int
     updated: int
     kept: int
     differentiated: float
+    waiting: int
 
     @classmethod
     def of(cls, config: Config) -> Branches:
@@ -37,4 +39,5 @@ class Branches:
             updated=update if knobs.batched else 1,
             kept=kept,
             differentiated=kept / update,
+            waiting=0 if knobs.batched else kept - 1,
         )

@@ -83,7 +83,8 @@ def device_memory(config: Config, spread: Spread, gpus: int) -> DeviceMemory:
     return DeviceMemory(
         weights=spread_out * (trained * resting + frozen * compute) // spread.weights,
         whole=_whole(config, network, spread, resting),
-        gradients=_gradients(network, trained, spread, resting),
+        gradients=_gradients(network, trained, spread, resting)
+        + Branches.of(config).waiting * trained * _value_of_gradients(spread, compute, resting),
         optimizer=spread_out * _optimizer(config, trained, spread) // spread.optimizer,
         average=trained * 4 // spread.weights if config.ema.decay else 0,
         reference=_reference(config, network, spread, compute, value),
@@ -132,6 +133,15 @@ def _gradients(network: Network, trained: int, spread: Spread, resting: int) -> 
     blocks = 2 * network.largest_block * trained // network.parameters
     at_hand = 0 if spread.gradients == 1 else blocks * 4
     return (0 if spread.offload else trained * value // spread.gradients) + at_hand
+
+
+def _value_of_gradients(spread: Spread, compute: int, resting: int) -> int:
+    """Bytes of a value of the gradients that a backward pass computes.
+
+    Where a weight is used by two branches, autograd holds the whole gradient of one, before any
+    engine shards it, until it can add that of the other.
+    """
+    return compute if spread.gathered or spread.half else resting
 
 
 def _optimizer(config: Config, trained: int, spread: Spread) -> int:

@@ -84,6 +84,7 @@ _REMEDIES: tuple[dict[str, Any], ...] = (
     {"scoring.placement": "offload"},
     {"scoring.placement": "cpu"},
     {"model.gradient_checkpointing": True},
+    {"guidance.batched": True},
     {"update.micro_batch": 1},
     {"sampling.micro_batch": 1, "sampling.decode_batch": 1},
     {"model.train": "lora"},
