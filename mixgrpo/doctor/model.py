@@ -59,7 +59,8 @@ def _guidance(config: Config) -> Iterator[Line]:
     try:
         make_guides(config)
     except (OSError, ValueError) as caught:
-        yield error("model", str(caught), "set --guidance.scale 1")
+        fault, _, remedy = str(caught).partition("; ")
+        yield error("model", fault, remedy)
 
 
 def _weights(family: Family, folder: Path, remedy: str) -> Line:

@@ -27,8 +27,9 @@ def negative_for(model: ModelConfig, scale: float, negative: str | None) -> str 
     family = family_of(model)
     if family.negative is None:
         raise ValueError(
-            f"guidance.scale is {scale:g}, but {family.title} has no classifier-free guidance; set "
-            "--guidance.scale 1 and, for a model distilled for guidance, its --model.guidance"
+            f"guidance has scale {scale:g}, but {family.title} has no classifier-free guidance; "
+            "set --guidance.scale 1 and no other scale of guidance (a model that is distilled for "
+            "guidance has --model.guidance instead)"
         )
     return family.negative if negative is None else negative
 
