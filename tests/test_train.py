@@ -395,7 +395,7 @@ def test_a_non_finite_loss_stops_before_the_step(straight, world, folder, monkey
     # iteration; the third belongs to iteration 2.
     plain = DiffusersPolicy.velocity
     monkeypatch.setattr(
-        DiffusersPolicy, "velocity", lambda self, module: PoisonedFrom(plain(self, module), first=3)
+        DiffusersPolicy, "velocity", lambda self, *given: PoisonedFrom(plain(self, *given), first=3)
     )
     with pytest.raises(TrainingStopped) as stopped:
         train_here(world.config(folder))
