@@ -6,7 +6,11 @@ The libraries fill weights that a file lacks with random numbers, so they never 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,21 +119,19 @@ def part_settings(family: Family, folder: Path) -> dict[str, Any]:
     content = read_object(folder / "config.json")
     if family.weighted[folder.name][1] is None:
         return content
-    config = _created(lambda: _read_config(family, folder), folder)
+    config = _created(partial(_read_config, family.weighted[folder.name][1], folder), folder)
     # Multimodal models have one of their own for the text.
     found: dict[str, Any] = config.get_text_config().to_dict()
     return found
 
 
-def _read_config(family: Family, folder: Path) -> PretrainedConfig:
-    found: PretrainedConfig = family.weighted[folder.name][1].from_pretrained(
-        folder, local_files_only=True
-    )
+def _read_config(kind: Any, folder: Path) -> PretrainedConfig:
+    found: PretrainedConfig = kind.from_pretrained(folder, local_files_only=True)
     return found
 
 
 def _asked_for(family: Family, folder: Path) -> nn.Module:
-    """The part's module, on the meta device."""
+    """The part's module on the meta device, which must not be changed."""
     kind, settings = family.weighted[folder.name]
     content = read_object(folder / "config.json")
     if content.get("quantization_config") is not None:
@@ -138,15 +140,28 @@ def _asked_for(family: Family, folder: Path) -> nn.Module:
             "used; give the weights before quantisation"
         )
 
-    def create() -> nn.Module:
-        with torch.device("meta"):
-            if settings is None:
-                module: nn.Module = kind.from_config(content)
-            else:
-                module = kind(_read_config(family, folder))
-        return module
+    asked = _Asked(kind, settings, json.dumps(content, sort_keys=True), folder)
+    return _created(partial(_empty, asked), folder)
 
-    return _created(create, folder)
+
+@dataclass(frozen=True)
+class _Asked:
+    """A class of modules, that of its configuration, and the configuration's content."""
+
+    kind: Any
+    settings: Any
+    content: str
+    folder: Path = field(compare=False)
+
+
+@functools.lru_cache(maxsize=16)  # a folder is checked more than once before it is loaded
+def _empty(asked: _Asked) -> nn.Module:
+    with torch.device("meta"):
+        if asked.settings is None:
+            module: nn.Module = asked.kind.from_config(json.loads(asked.content))
+        else:
+            module = asked.kind(_read_config(asked.settings, asked.folder))
+    return module
 
 
 def _created(create: Callable[[], T], folder: Path) -> T:
