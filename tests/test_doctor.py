@@ -309,6 +309,12 @@ def test_a_broken_model(change: Callable[[Path], None], words: list[str], tmp_pa
     assert "--model.path" in line.remedy
 
 
+def test_guidance_of_a_family_that_has_none(tmp_path: Path) -> None:
+    line = only(check_model(shapes(tmp_path, guidance__validation_scale=4.0), 1), "error")
+    assert "guidance has scale 4, but FLUX has no" in line.text
+    assert line.remedy.startswith("set --guidance.scale 1 and no other scale")
+
+
 def test_clip_names_of_older_versions_are_known(tmp_path: Path) -> None:
     path = copy_of_model(tmp_path) / "text_encoder" / "model.safetensors"
     save_file({f"text_model.{name}": value for name, value in load_file(path).items()}, path)

@@ -1,1 +1,1 @@
-"""Downloads from Hugging Face of what a run on FLUX.1-dev needs."""
+"""Downloads from Hugging Face of what a run on a published model needs."""
