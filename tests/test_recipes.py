@@ -158,7 +158,6 @@ DIFFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "words_mixgrpo_ocr": (
         "qwen_image_mixgrpo_ocr",
         {
-            "run.iterations": 90,
             "model.path": "data/words/qwen_image",
             "model.lora_rank": 16,
             "model.lora_alpha": 32,
@@ -193,9 +192,11 @@ DIFFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
             },
             "scoring.micro_batch": 48,
             "update.micro_batch": 96,
+            "update.learning_rate": 1e-3,
+            "checkpoint.every": 50,
+            "validation.every": 50,
             "validation.before": True,
             "validation.prompts_file": "data/words/prompts_test.txt",
-            "validation.prompts": 128,
             "validation.steps": 10,
             "validation.seed": 617,
             "validation.pictures": 16,
