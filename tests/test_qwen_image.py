@@ -222,10 +222,19 @@ def test_other_schedulers_in_the_folder_are_followed(settings):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("max_shift", "x"), ("shift_terminal", "x"), ("base_image_seq_len", None)]
+    ("key", "value", "reason"),
+    [
+        ("max_shift", "x", "is not a number"),
+        ("max_shift", 1e9, "makes the shift inf"),
+        ("shift_terminal", "x", "is not a number"),
+        ("shift_terminal", 1.0, "is not between 0 and 1"),
+        ("base_image_seq_len", None, "is not a number"),
+        ("base_image_seq_len", 8192, "leaves no range"),
+        ("use_karras_sigmas", True, "spaces the steps in another way"),
+    ],
 )
-def test_a_damaged_scheduler_is_named(key, value):
-    with pytest.raises(ValueError, match=rf"{key} {value!r}, which is not a number; fetch"):
+def test_a_damaged_scheduler_is_named(key, value, reason):
+    with pytest.raises(ValueError, match=rf"{key} {value!r}, which {reason}; fetch"):
         QWEN_IMAGE.spacing({**SCHEDULER, key: value}, 1024, 10)
 
 

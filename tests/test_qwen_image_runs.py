@@ -377,7 +377,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "distilled": (settings(NET, guidance_embeds=True), ["guidance_embeds True"]),
     "axes": (settings(NET, axes_dims_rope=[8, 8, 8]), ["axes_dims_rope [8, 8, 8]"]),
     "no_mean": (settings(VAE, latents_mean=None), ["latents_mean None", "fetch it again"]),
-    "short_std": (settings(VAE, latents_std=[1.0]), ["latents_std [1.0]"]),
+    "short_std": (settings(VAE, latents_std=[1.0]), ["latents_std [1.0]", "list of 16 positive"]),
+    "long_std": (settings(VAE, latents_std=[0.123456] * 17), ["..., but it must be a list of 16"]),
     "std_of_zero": (settings(VAE, latents_std=[0.0] * 16), ["latents_std [0.0, "]),
     "vocabulary": (text_setting(vocab_size=600), ["of another size"]),
     "another_end": (text_setting(eos_token_id=7), ["ends a text by token ", "expects 7"]),
@@ -386,6 +387,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "text_config": (text_setting(hidden_size="x"), ["no model can be created"]),
     "ddim": (settings("scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
              ["of a DDIMScheduler"]),
+    "no_tokenizer": (settings("model_index.json", tokenizer=None),
+                     ["model_index.json has tokenizer None", "fetch it again"]),
     "other_vae": (settings("model_index.json", vae=["diffusers", "AutoencoderKL"]),
                   ["AutoencoderKL instead of", "Qwen-Image pipeline folder"]),
 }  # fmt: skip
@@ -449,7 +452,7 @@ def test_families_are_not_taken_for_each_other(world, qwen_world):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             DiffusersPolicy.load(config, CPU, 0)
         assert "\n" not in str(caught.value)
-        assert str(path) in str(caught.value)
+        assert f"{str(path)!r} (model.path) is a model of the family" in str(caught.value)
     for family, path in ((FLUX, qwen_world.model), (QWEN_IMAGE, world.model)):
         with pytest.raises(ValueError, match=f"set --model.path to a diffusers {family.title} pip"):
             check_folder(family, path)

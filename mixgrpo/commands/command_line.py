@@ -19,7 +19,7 @@ import jsonargparse
 
 from mixgrpo.config import Config
 from mixgrpo.files.home import expand_home
-from mixgrpo.files.messages import in_one_line
+from mixgrpo.files.messages import in_one_line, shortened
 from mixgrpo.run.guard import Guard, stops
 
 GRACE = 900  # seconds for saving and exiting, for commands without run.grace
@@ -156,11 +156,6 @@ def no_such_knob(knob: str, known: Iterable[str]) -> str:
     hint = f"did you mean {names[nearest[0]]}?" if nearest else "--help lists all knobs"
     shown = shortened(knob)
     return f"there is no knob {shown if shown and shown.isprintable() else repr(shown)}; {hint}"
-
-
-def shortened(text: str) -> str:
-    """At most 60 characters of a text, for a message."""
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def carry_out(

@@ -52,8 +52,9 @@ def _told(lines: Iterable[Line]) -> list[Line]:
 
 def _parsed(arguments: Sequence[str]) -> tuple[Config, int]:
     # Imported here because the packages that these modules import may be missing.
-    from mixgrpo.commands.command_line import shortened, take_option
+    from mixgrpo.commands.command_line import take_option
     from mixgrpo.commands.train import parse
+    from mixgrpo.files.messages import shortened
 
     processes, words = take_option(arguments, "--processes")
     if processes is not None and not re.fullmatch("[1-9][0-9]{0,5}", processes):

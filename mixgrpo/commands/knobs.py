@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from mixgrpo.commands.command_line import no_such_knob, shortened
+from mixgrpo.commands.command_line import no_such_knob
 from mixgrpo.commands.recipes import read_recipe
 from mixgrpo.commands.values import convert, free, is_text
 from mixgrpo.commands.yaml_nodes import (
@@ -23,6 +23,7 @@ from mixgrpo.commands.yaml_nodes import (
     kind_of,
     where,
 )
+from mixgrpo.files.messages import shortened
 
 REWARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PRINT = "--print_config"

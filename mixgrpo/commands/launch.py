@@ -20,7 +20,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mixgrpo.commands import COMMANDS
-from mixgrpo.commands.command_line import complain, grace_of, shortened
+from mixgrpo.commands.command_line import complain, grace_of
+from mixgrpo.files.messages import shortened
 from mixgrpo.hosts.job import PARENT
 from mixgrpo.run.guard import Guard, speak, stops
 

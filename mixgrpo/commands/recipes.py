@@ -9,9 +9,9 @@ from pathlib import Path
 
 from yaml.nodes import MappingNode
 
-from mixgrpo.commands.command_line import shortened
 from mixgrpo.commands.yaml_nodes import compose, kind_of
 from mixgrpo.files.home import expand_home
+from mixgrpo.files.messages import shortened
 from mixgrpo.files.regular import read_regular
 
 MOST_BYTES = 2**18  # of a recipe; those in scripts/recipes have 3 KB

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from mixgrpo.commands.command_line import shortened
+from mixgrpo.files.messages import shortened
 
 MOST_LEVELS = 20  # of nesting
 MOST_NODES = 20_000  # with every alias replaced by what it stands for

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixgrpo.assembly import make_guides
+from mixgrpo.assembly import make_guides, spacing_for
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, size
+from mixgrpo.maths.schedule import make_sigmas
 from mixgrpo.models.family import Family
 from mixgrpo.models.files import check_part
 from mixgrpo.models.folder import (
@@ -39,8 +40,7 @@ def check_model(config: Config, processes: int) -> Iterator[Line]:
     try:
         check_knobs(family, config.model)
     except ValueError as caught:
-        fault, _, knob = str(caught).rpartition("; ")
-        yield error("model", fault, knob)
+        yield _with_remedy(caught)
     whole = True
     for part in ("model_index.json", *family.parts):
         check = _weights if part in family.weighted else _small
@@ -49,6 +49,7 @@ def check_model(config: Config, processes: int) -> Iterator[Line]:
         yield line
     if whole:
         yield from _guidance(config)
+        yield from _schedule(config)
         try:
             check_together(family, folder)
         except (OSError, ValueError) as caught:
@@ -59,8 +60,20 @@ def _guidance(config: Config) -> Iterator[Line]:
     try:
         make_guides(config)
     except (OSError, ValueError) as caught:
-        fault, _, remedy = str(caught).partition("; ")
-        yield error("model", fault, remedy)
+        yield _with_remedy(caught)
+
+
+def _schedule(config: Config) -> Iterator[Line]:
+    try:
+        for steps in (config.sampling.steps, config.validation.steps):
+            make_sigmas(steps, spacing_for(config, steps))
+    except (OSError, ValueError) as caught:
+        yield _with_remedy(caught)
+
+
+def _with_remedy(caught: Exception) -> Line:
+    fault, _, remedy = str(caught).rpartition("; ")
+    return error("model", fault, remedy)
 
 
 def _weights(family: Family, folder: Path, remedy: str) -> Line:

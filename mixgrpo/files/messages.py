@@ -1,4 +1,4 @@
-"""Errors of libraries, as a part of a message in one line."""
+"""What messages quote: errors of libraries in one line, and the beginnings of long texts."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def in_one_line(error: BaseException, with_kind: bool = False) -> str:
         return kind
     whole = f"{kind}: {text}" if with_kind else text
     return whole if len(whole) <= _MOST else f"{whole[: _MOST - 3]}..."
+
+
+def shortened(text: str) -> str:
+    """At most 60 characters of a text, for a message."""
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -186,15 +186,22 @@ def read_tokenizer(family: Family, folder: Path) -> Any:
             the encoder's embedding, another token ends a text, there is no padding token, or
             model_max_length is not a length of texts that the encoder can read.
     """
-    entry = read_object(folder.parent / "model_index.json").get(folder.name)
+    index = folder.parent / "model_index.json"
+    entry = read_object(index).get(folder.name)
     part = family.tokenizers[folder.name]
     config = part_settings(family, folder.parent / part)
     rows, ends = config["vocab_size"], config["eos_token_id"]
     remedy = f"fetch the tokenizer of {part}"
+    name = entry[-1] if isinstance(entry, list) and entry else entry
+    kind = getattr(transformers, str(name), None)
+    if kind is None:
+        raise ValueError(
+            f"{index} has {folder.name} {entry}, but it must name a tokenizer of transformers; "
+            "fetch it again"
+        )
 
     def load() -> Any:
         with quiet():
-            kind = getattr(transformers, entry[-1])  # type: ignore[index]
             return kind.from_pretrained(folder, local_files_only=True)
 
     try:

@@ -23,10 +23,12 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mixgrpo.maths.schedule import Spacing, dynamic_shift
+from mixgrpo.files.messages import shortened
+from mixgrpo.maths.schedule import Spacing
 from mixgrpo.models.family import Family, Published, Settings, Setup
 from mixgrpo.models.files import check_axes, read_object
 from mixgrpo.models.precision import cast_feed_forward, keep_times
+from mixgrpo.models.scheduler import is_number, spacing_from
 from mixgrpo.types import TextEmbedding
 
 _BLOCKS = r"transformer_blocks\.\d+\."
@@ -89,20 +91,7 @@ class QwenImage(Family):
     def spacing(self, scheduler: Settings, tokens: int, steps: int) -> Spacing:
         defaults = FlowMatchEulerDiscreteScheduler().config
         settings = {**defaults, **scheduler} if scheduler else _SCHEDULER
-        # None and 0 both mean that the schedule is not stretched.
-        terminal = _number(settings, "shift_terminal") if settings["shift_terminal"] else None
-        if not settings["use_dynamic_shifting"]:
-            return Spacing(_number(settings, "shift"), terminal)
-        shift = dynamic_shift(
-            tokens,
-            int(_number(settings, "base_image_seq_len")),
-            int(_number(settings, "max_image_seq_len")),
-            _number(settings, "base_shift"),
-            _number(settings, "max_shift"),
-        )
-        if settings.get("time_shift_type") == "linear":
-            shift = math.log(shift)
-        return Spacing(shift, terminal)
+        return spacing_from(settings, tokens)
 
     def embedding_values(self, settings: Mapping[str, Settings], length: int) -> int:
         return int(length * settings["text_encoder"]["hidden_size"])
@@ -242,15 +231,17 @@ def check_statistics(folder: Path) -> None:
     """Raises OSError, ValueError: the VAE's configuration lacks what turns latents into images."""
     path = folder / "vae" / "config.json"
     config = read_object(path)
-    for key, least in (("latents_mean", -math.inf), ("latents_std", 0.0)):
+    channels = config.get("z_dim", 16)
+    wanted = (("latents_mean", -math.inf, "numbers"), ("latents_std", 0.0, "positive numbers"))
+    for key, least, kind in wanted:
         values = config.get(key)
         if key not in config:
             continue  # the library's own are Qwen-Image's
-        whole = isinstance(values, list) and len(values) == config.get("z_dim", 16)
-        if not whole or not all(_is_number(value) and value > least for value in values or []):
+        whole = isinstance(values, list) and len(values) == channels
+        if not whole or not all(is_number(value) and value > least for value in values or []):
             raise ValueError(
-                f"{path} has {key} {values}, but it must be a number for each channel of the "
-                "latents; fetch it again"
+                f"{path} has {key} {shortened(str(values))}, but it must be a list of {channels} "
+                f"{kind}, one for each channel of the latents; fetch it again"
             )
 
 
@@ -270,17 +261,3 @@ def _cast_both(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     names = ("hidden_states", "encoder_hidden_states")
     return args, {**kwargs, **{name: kwargs[name].to(dtype) for name in names}}
-
-
-def _number(settings: Settings, key: str) -> float:
-    value = settings[key]
-    if not _is_number(value):
-        raise ValueError(
-            f"the configuration of the scheduler has {key} {value!r}, which is not a number; fetch "
-            "the scheduler again, or set --sampling.shift"
-        )
-    return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -43,7 +44,7 @@ def family_of(config: Named, missing: str | None = None) -> Family:
     Raises:
         FileNotFoundError: the family is ``auto``, there is no model folder, and nothing is
             ``missing``.
-        ValueError: the family is not known.
+        ValueError: the family is not known, or is not that of the folder.
     """
     return find_family(name_of(config, missing))
 
@@ -62,13 +63,12 @@ def other_families(family: Family) -> list[Family]:
 
 def name_of(config: Named, missing: str | None = None) -> str:
     """The name of a model's family; raises the errors of ``family_of``."""
-    if config.family in FAMILIES:
-        return config.family
     known = ", ".join(FAMILIES)
-    if config.family != "auto":
+    if config.family not in ("auto", *FAMILIES):
         raise ValueError(f"model.family is {config.family!r}; set it to one of auto, {known}")
     index = Path(config.path) / "model_index.json"
     if not index.exists():
+        missing = missing if config.family == "auto" else config.family
         if missing is not None:
             return missing
         absent = index if index.parent.exists() else index.parent
@@ -76,12 +76,32 @@ def name_of(config: Named, missing: str | None = None) -> str:
             f"model.path is {config.path!r}, but {str(absent)!r} does not exist; set --model.path "
             "to a diffusers pipeline folder"
         )
-    content = read_object(index)
+    try:
+        content = read_object(index)
+    except ValueError as error:
+        raise ValueError(
+            f"the model in {config.path!r} (model.path) cannot be used: {error}; fetch it again"
+        ) from error
+    found = _named_by(content)
+    if config.family == "auto":
+        if found is not None:
+            return found
+        raise ValueError(
+            f"the model in {config.path!r} (model.path) cannot be used: {index} describes a "
+            f"{content.get('_class_name')}, which is none of the known families ({known}); set "
+            "--model.path to a folder of one of them"
+        )
+    if found not in (None, config.family):
+        raise ValueError(
+            f"model.family is {config.family!r}, but {config.path!r} (model.path) is a model of "
+            f"the family {found!r}; set --model.family auto, or --model.path to another folder"
+        )
+    return config.family
+
+
+def _named_by(index: Mapping[str, object]) -> str | None:
+    """The family whose transformer this content of model_index.json names; None if none is."""
     for name, entry in FAMILIES.items():
-        if content.get("transformer") == ["diffusers", entry.transformer]:
+        if index.get("transformer") == ["diffusers", entry.transformer]:
             return name
-    raise ValueError(
-        f"the model in {config.path!r} (model.path) cannot be used: {index} describes a "
-        f"{content.get('_class_name')}, which is none of the known families ({known}); set "
-        "--model.path to a folder of one of them"
-    )
+    return None
