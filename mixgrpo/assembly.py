@@ -257,8 +257,9 @@ def make_guides(config: Config) -> Guides:
         make_guidance(knobs, scale)
         for scale in (knobs.scale, knobs.update_scale, knobs.validation_scale)
     )
-    largest = max(rollout.scale, update.scale, validation.scale)
-    negative = negative_for(config.model, largest, knobs.negative_prompt)
+    names = ("scale", "update_scale", "validation_scale")
+    scales = {f"guidance.{name}": getattr(knobs, name) for name in names}
+    negative = negative_for(config.model, scales, knobs.negative_prompt)
     return Guides(rollout, update, validation, negative)
 
 

@@ -203,9 +203,14 @@ def test_knobs_that_cannot_be(knobs: dict[str, object], words: str) -> None:
 def test_a_distilled_model_says_which_knob_is_meant() -> None:
     config = with_guidance(validation_scale=4.0)
     config.model.family = "flux"
-    with pytest.raises(ValueError, match=r"guidance has scale 4, but FLUX.*--model\.guidance"):
+    with pytest.raises(
+        ValueError,
+        match=r"^guidance.validation_scale is 4, but FLUX.*--guidance"
+        r".validation_scale 1 .*--model\.guidance",
+    ):
         make_guides(config)
-    assert negative_for(ModelConfig(family="flux"), 1.0, None) is None
+    without = {"guidance.scale": 1.0, "guidance.update_scale": None}
+    assert negative_for(ModelConfig(family="flux"), without, None) is None
 
 
 def test_each_phase_has_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:

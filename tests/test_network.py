@@ -346,6 +346,10 @@ def test_settings_that_make_no_decoder(content: str, tmp_path: Path) -> None:
         decoder_of(ModelConfig(path=str(tmp_path))).activations(64, 64, 64, "float32")
 
 
-def test_settings_that_make_no_network() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_layers": "many"}, {"num_layers": 0, "num_single_layers": 0}, {"axes_dims_rope": [2]}],
+)
+def test_settings_that_make_no_network(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^transformer/config.json .* cannot be used .*; fetch"):
-        Network(FLUX, {**SMALL, "num_layers": "many"})
+        Network(FLUX, {**SMALL, **settings}).products(Size(32, 32, 8))

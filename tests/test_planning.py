@@ -350,6 +350,14 @@ def test_the_report_on_another_family(capsys: pytest.CaptureFixture[str]) -> Non
     assert "38.08 + 6.67 evaluations per image" in printed  # both branches
 
 
+@pytest.mark.parametrize("command", ["plan", "schedule"])
+def test_guidance_that_a_family_does_not_have(command: str, capfd: Any) -> None:
+    words = ["--model.family", "flux", "--model.path", "no", "--guidance.update_scale", "4"]
+    assert main([command, "--recipe", "flux_mixgrpo", *words]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "guidance.update_scale is 4, but FLUX has no classifier-free guidance" in line
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--recipe", "flux_mixgrpo", "--gpus", "16", "--model.path", "no"]) == 0
     printed = capsys.readouterr().out

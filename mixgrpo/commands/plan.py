@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 
-from mixgrpo.commands.command_line import carry_out, complain, shortened, take_option
+from mixgrpo.commands.command_line import carry_out, complain, take_option
 from mixgrpo.commands.train import parse as parse_recipe
 from mixgrpo.config import Config
+from mixgrpo.files.messages import shortened
 from mixgrpo.planning.plan import Question, report
 
 _USAGE = """\
@@ -80,9 +81,11 @@ def _number(option: str, text: str, name: str) -> float:
 
 
 def _show(config: Config, question: Question) -> None:
+    from mixgrpo.assembly import make_guides
     from mixgrpo.checks import check
     from mixgrpo.planning.coverage_report import Coverage
 
     check(config, None)
+    make_guides(config)  # says what is wrong with them
     mean, samples = Coverage(config).mean, config.batch.samples
     print(report(config, question, mean.rollout / samples, mean.update / samples))

@@ -245,7 +245,9 @@ class _Painter:
 
 def _negative(config: InferenceConfig) -> str | None:
     knobs = config.guidance
-    return negative_for(model_config(config), knobs.scale, knobs.negative_prompt)
+    return negative_for(
+        model_config(config), {"guidance.scale": knobs.scale}, knobs.negative_prompt
+    )
 
 
 def _warn_of_truncation(policy: Policy, prompts: Sequence[str]) -> None:

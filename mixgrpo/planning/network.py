@@ -6,6 +6,7 @@ its own, the second keeps nothing that the first keeps already.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -24,7 +25,7 @@ from mixgrpo.models.compiled import repeated_blocks
 from mixgrpo.models.family import Family
 from mixgrpo.planning.meter import LikeGpu, Meter
 from mixgrpo.planning.operations import Products
-from mixgrpo.planning.settings import Model, family_for, make_part, settings_of
+from mixgrpo.planning.settings import Model, cannot_be, family_for, make_part, settings_of
 from mixgrpo.types import TextEmbedding
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ class Network:
         self.family = family
         self.config: Mapping[str, Any] = dict(module.config)
         blocks = [sum(map(Tensor.numel, b.parameters())) for b in repeated_blocks(module)]
+        if not blocks:
+            raise cannot_be("transformer", ValueError("it has no blocks"))
         sizes = [parameter.numel() for parameter in module.parameters()]
         self.parameters = sum(sizes)
         self.largest_block, self.largest_weight = max(blocks), max(sizes)
@@ -187,11 +190,11 @@ class Network:
             torch.autograd.graph.saved_tensors_hooks(meter.keep, lambda tensor: tensor),
             meter,
         ):
-            if like_gpu:
-                with LikeGpu(compute):
+            try:
+                with LikeGpu(compute) if like_gpu else contextlib.nullcontext():
                     self.family.predict(policy.module, x, sigma, text, policy.setup)
-            else:
-                self.family.predict(policy.module, x, sigma, text, policy.setup)
+            except Exception as error:  # whatever a library raises for settings that do not fit
+                raise cannot_be("transformer", error) from error
         return meter
 
 

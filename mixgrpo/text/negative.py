@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mixgrpo.config import ModelConfig
@@ -12,24 +12,28 @@ from mixgrpo.text.prompt_files import NEGATIVE
 from mixgrpo.types import Metadata, TextEmbedding
 
 
-def negative_for(model: ModelConfig, scale: float, negative: str | None) -> str | None:
-    """The negative prompt of guidance with this scale; None without guidance.
+def negative_for(
+    model: ModelConfig, scales: Mapping[str, float | None], negative: str | None
+) -> str | None:
+    """The negative prompt of guidance with any of these scales; None without guidance.
 
     Args:
+        scales: knob -> its value.
         negative: the knob; None is the family's own.
 
     Raises:
         FileNotFoundError: there is no model folder.
         ValueError: the family is unknown, or has no classifier-free guidance.
     """
-    if scale <= 1:
+    above = {knob: scale for knob, scale in scales.items() if scale is not None and scale > 1}
+    if not above:
         return None
     family = family_of(model)
     if family.negative is None:
+        knob, scale = next(iter(above.items()))
         raise ValueError(
-            f"guidance has scale {scale:g}, but {family.title} has no classifier-free guidance; "
-            "set --guidance.scale 1 and no other scale of guidance (a model that is distilled for "
-            "guidance has --model.guidance instead)"
+            f"{knob} is {scale:g}, but {family.title} has no classifier-free guidance; set "
+            f"--{knob} 1 and, for a model distilled for guidance, its --model.guidance"
         )
     return family.negative if negative is None else negative
 

@@ -78,11 +78,15 @@ def _to_encode(
 ) -> list[str]:
     """The prompts of all files, and the negative prompts where the family has guidance."""
     prompts = [prompt for file in files for prompt in file.texts]
-    default = (
-        family_of(model).negative if config.negative_prompt is None else config.negative_prompt
-    )
-    if default is None:
-        return prompts
+    family = family_of(model)
+    if family.negative is None:
+        if config.negative_prompt is None:
+            return prompts
+        raise ValueError(
+            f"negative_prompt is {config.negative_prompt!r}, but {family.title} has no "
+            "classifier-free guidance; leave --negative_prompt out"
+        )
+    default = family.negative if config.negative_prompt is None else config.negative_prompt
     return [*prompts, default, *(n for f in files for n in negative_prompts(f.metadata, default))]
 
 
