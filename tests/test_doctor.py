@@ -311,8 +311,8 @@ def test_a_broken_model(change: Callable[[Path], None], words: list[str], tmp_pa
 
 def test_guidance_of_a_family_that_has_none(tmp_path: Path) -> None:
     line = only(check_model(shapes(tmp_path, guidance__validation_scale=4.0), 1), "error")
-    assert "guidance has scale 4, but FLUX has no" in line.text
-    assert line.remedy.startswith("set --guidance.scale 1 and no other scale")
+    assert "guidance.validation_scale is 4, but FLUX has no" in line.text
+    assert line.remedy.startswith("set --guidance.validation_scale 1")
 
 
 def test_clip_names_of_older_versions_are_known(tmp_path: Path) -> None:
