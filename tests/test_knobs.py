@@ -468,10 +468,19 @@ def test_a_plain_value_is_read_by_the_type_of_its_knob(read, knob, text, value):
         ("rewards: {a: {kind: ''}}", "rewards.a.kind is empty"),
         ("rewards: {a: {kind: x, options: [1]}}", "options is a list of 1; it must be a mapping"),
         ("rewards: {a: {kind: x, model: None}}", "it must be a path or null"),
+        ('guidance: {negative_prompt: "a\\tb"}', "negative_prompt contains the character '\\t'"),
     ],
 )
 def test_a_value_that_is_not_there(refused, text, words):
     assert words in refused(text)
+
+
+@pytest.mark.parametrize("prompt", ["", " "])
+def test_a_negative_prompt_may_be_blank(prompt, tmp_path):
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text(f"guidance: {{negative_prompt: '{prompt}'}}")
+    for words in (["--recipe", str(recipe)], ["--guidance.negative_prompt", prompt]):
+        assert parse(words).guidance.negative_prompt == prompt
 
 
 # ---- words of a command line

@@ -27,6 +27,7 @@ from mixgrpo.files.messages import shortened
 
 REWARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PRINT = "--print_config"
+_MAY_BE_BLANK = ("negative_prompt",)  # " " is that of Qwen-Image, and "" that of others
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 
 
@@ -300,6 +301,8 @@ def _put_inside(values: dict[str, Any], name: str, keys: list[str], node: Node) 
 
 def _check_not_empty(section: Any, key: str, name: str, value: Any, node: Node) -> None:
     (default,) = (each.default for each in fields(section) if each.name == key)
+    if key in _MAY_BE_BLANK:
+        return
     if isinstance(value, str) and not value.strip() and default != "":
         raise ValueError(f"{name} is empty; give a value, or leave it out{where(node)}")
 

@@ -115,7 +115,7 @@ def _one_of(kind: Any, node: Node, knob: str) -> Any:
     if not fitting:
         raise _wrong(kind, node, knob)
     (each,) = fitting  # no knob has two types for a list, or for a single value
-    if is_list or get_origin(each) is Annotated:
+    if is_list or get_origin(each) is Annotated or (each is str and isinstance(node, ScalarNode)):
         return convert(each, node, knob)  # its message says more
     try:
         return convert(each, node, knob)
