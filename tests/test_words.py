@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import random
 from collections import Counter
@@ -367,3 +368,34 @@ def test_the_command_measures_and_draws_a_grid(tmp_path, capsys):
 def test_the_command_refuses_what_it_does_not_know(capsys):
     assert main(["words", "bild"]) == 1
     assert "'build', 'render', 'measure'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["measure", "--folder", "nowhere"], "'nowhere/prompts_test.txt' does not exist; build it"),
+        (["measure", "--guidance", "1", "nan"], "--guidance is 'nan'; it must be a number from 1"),
+        (["measure", "--guidance", "0.5"], "--guidance is '0.5'; it must be a number from 1"),
+        (["render", "--picture", "a.xyz"], "--picture is 'a.xyz'; name a .png file"),
+        (["render", "--picture", "/dev/null/a.png"], "/dev/null"),
+        (["build", "--only", "prompts", "--folder", "/dev/null/a"], "--folder is '/dev/null/a'"),
+    ],
+)
+def test_the_command_says_what_is_wrong_before_it_works(words, said, capfd):
+    assert main(["words", *words]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize("world", ["words", "shapes"])
+def test_a_build_that_is_stopped(world, tmp_path, monkeypatch, capfd):
+    def stop(folder):
+        (folder / "begun").touch()
+        raise KeyboardInterrupt
+
+    module = importlib.import_module(f"mixgrpo.{world}.build")
+    monkeypatch.setitem(module.PARTS, "prompts", stop)
+    only = ["--folder", str(tmp_path / "new"), "--only", "prompts"]
+    assert main([world, "build", *only] if world == "words" else [world, *only]) == 130
+    assert "stopped by SIGINT; what was built before is kept" in capfd.readouterr().err
+    assert (tmp_path / "new" / "begun").exists()

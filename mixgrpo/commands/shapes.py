@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixgrpo.commands.command_line import OptionParser, complain, home_path
+from mixgrpo.commands.command_line import OptionParser, carry_out, complain, home_path
+from mixgrpo.files.disk import own_folder
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -35,9 +36,13 @@ def run(arguments: Sequence[str]) -> int:
     except ValueError as error:
         return complain(error)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for name, build in PARTS.items():
-        if name in chosen.only:
-            start = time.perf_counter()
-            build(chosen.folder)
-            print(f"{name}: {time.perf_counter() - start:.0f} s")
-    return 0
+
+    def build_all() -> None:
+        with own_folder(str(chosen.folder), "--folder"):
+            for name in (name for name in PARTS if name in chosen.only):
+                start = time.perf_counter()
+                PARTS[name](chosen.folder)
+                print(f"{name}: {time.perf_counter() - start:.0f} s")
+
+    left = "what was built before is kept; build the rest with --only"
+    return carry_out(build_all, (ValueError, OSError), left)

@@ -4,32 +4,49 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixgrpo.commands.command_line import OptionParser, complain, home_path, whole_number
+from mixgrpo.commands.command_line import (
+    OptionParser,
+    carry_out,
+    complain,
+    home_path,
+    whole_number,
+)
+from mixgrpo.files.disk import check_replaceable, own_folder, write_whole
+from mixgrpo.files.messages import shortened
 
 if TYPE_CHECKING:  # torch is not needed for --help
     from torch import Tensor
 
 FOLDER = Path("data/words")
 IN_GRID = 6
+_LARGEST_SCALE = 1000
 
 
 def run(arguments: Sequence[str]) -> int:
     """Carries out the task that the first word names; returns the exit code."""
     try:
-        return carry_out(_parser().parse_args(arguments))
+        chosen = _parser().parse_args(arguments)
+        _check(chosen)
     except ValueError as error:
         return complain(error)
+    task, left = _TASKS[chosen.task]
+    return carry_out(partial(task, chosen), (ValueError, OSError), left)
 
 
-def carry_out(chosen: argparse.Namespace) -> int:
-    """Builds, draws or measures; returns the exit code."""
-    return {"build": _build, "render": _render, "measure": _measure}[chosen.task](chosen)
+def _check(chosen: argparse.Namespace) -> None:
+    """Raises ValueError, before hours of work: the picture cannot be written."""
+    if chosen.picture is not None:
+        if chosen.picture.suffix != ".png":
+            raise ValueError(f"--picture is {str(chosen.picture)!r}; name a .png file")
+        check_replaceable(chosen.picture)
 
 
 def _parser() -> OptionParser:
@@ -38,7 +55,7 @@ def _parser() -> OptionParser:
     parser = OptionParser("words", "Builds, draws and measures the world of words.")
     parser.add_argument(
         "task",
-        choices=("build", "render", "measure"),
+        choices=list(_TASKS),
         help="build: captions and checkpoints, with fixed seeds; render: example pictures as the "
         "model should draw them; measure: what the model draws, and how much of it is right",
     )
@@ -58,7 +75,7 @@ def _parser() -> OptionParser:
     parser.add_argument(
         "--guidance",
         nargs="+",
-        type=float,
+        type=_scale,
         default=[1.0, 2.0, 4.0],
         help="measure: scales of classifier-free guidance; 1 is without (default: 1 2 4)",
     )
@@ -76,39 +93,60 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _build(chosen: argparse.Namespace) -> int:
+def _scale(text: str) -> float:
+    """A type of options: scales of guidance."""
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 1 <= scale <= _LARGEST_SCALE:
+        raise argparse.ArgumentTypeError(
+            f"is {shortened(text)!r}; it must be a number from 1 to {_LARGEST_SCALE}"
+        )
+    return scale
+
+
+def _build(chosen: argparse.Namespace) -> None:
     from mixgrpo.words.build import PARTS
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for name, build in PARTS.items():
-        if name in chosen.only:
-            start = time.perf_counter()
-            build(chosen.folder)
-            print(f"{name}: {time.perf_counter() - start:.0f} s")
-    return 0
+    with own_folder(str(chosen.folder), "--folder"):
+        for name, build in PARTS.items():
+            if name in chosen.only:
+                start = time.perf_counter()
+                build(chosen.folder)
+                print(f"{name}: {time.perf_counter() - start:.0f} s")
 
 
-def _render(chosen: argparse.Namespace) -> int:
+def _render(chosen: argparse.Namespace) -> None:
     from mixgrpo.words import signs
 
     drawn = signs.draw(signs.split(test=True), chosen.count, random.Random(0))
     captions = [sign.caption for sign in drawn]
     _report(chosen, {"rendered": _rendered(captions)}, captions)
-    return 0
 
 
-def _measure(chosen: argparse.Namespace) -> int:
+def _measure(chosen: argparse.Namespace) -> None:
+    from mixgrpo.models.folder import check_folder
+    from mixgrpo.models.registry import find_family
     from mixgrpo.words import measure
 
-    prompts = chosen.folder / "prompts_test.txt"
+    prompts, model = chosen.folder / "prompts_test.txt", chosen.folder / "qwen_image"
+    for needed in (prompts, model / "model_index.json"):
+        if not needed.is_file():
+            raise ValueError(
+                f"--folder is {str(chosen.folder)!r}, but {str(needed)!r} does not exist; build it "
+                "with `python -m mixgrpo words build`, or choose another --folder"
+            )
     captions = prompts.read_text(encoding="utf-8").splitlines()[: chosen.count]
-    pipeline = measure.load(chosen.folder / "qwen_image")
-    pictures = {
-        f"guidance {guidance:g}": measure.draw_signs(pipeline, captions, guidance)
-        for guidance in chosen.guidance
-    }
-    _report(chosen, {"rendered": _rendered(captions), **pictures}, captions)
-    return 0
+    if not captions:
+        raise ValueError(f"{prompts} is empty; build it again")
+    pictures = {"rendered": _rendered(captions)}
+    check_folder(find_family("qwen_image"), model)
+    pipeline = measure.load(model)
+    for guidance in chosen.guidance:
+        pictures[f"guidance {guidance:g}"] = measure.draw_signs(pipeline, captions, guidance)
+    _report(chosen, pictures, captions)
 
 
 def _rendered(captions: Sequence[str]) -> Tensor:
@@ -134,4 +172,12 @@ def _report(
         first = {title: drawn[:IN_GRID] for title, drawn in pictures.items()}
         sheet = measure.grid(list(first.values()), list(first), captions[:IN_GRID])
         chosen.picture.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(chosen.picture)
+        write_whole(chosen.picture, sheet.save)
+
+
+# What each task does, and what is told after Ctrl-C.
+_TASKS: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
+    "build": (_build, "what was built before is kept; build the rest with --only"),
+    "render": (_render, "nothing was changed"),
+    "measure": (_measure, "nothing was changed"),
+}
