@@ -132,6 +132,7 @@ def make_place(folder: Path) -> Path:
         shutil.copy(path, folder / "data")
     for path in (ROOT / "data" / "shapes").iterdir():
         (folder / "data" / "shapes" / path.name).symlink_to(path)
+    (folder / "data" / "words").symlink_to(ROOT / "data" / "words")
     for name, count in (("prompts.txt", PROMPTS), ("prompts_test.txt", TEST_PROMPTS)):
         lines = (ROOT / "data" / "shapes" / name).read_text().splitlines()[:count]
         (folder / "data" / "shapes" / name).unlink()
