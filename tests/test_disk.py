@@ -57,6 +57,13 @@ def test_a_file_is_no_folder(tmp_path, below):
         pass
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    name = str(tmp_path / ("x" * 300))
+    complaint = r"^run\.folder is '.*x', which cannot be made \(File name too long\); name a folder"
+    with pytest.raises(OSError, match=complaint), own_folder(name, "run.folder"):
+        pass
+
+
 @pytest.mark.parametrize("written", [True, False])
 def test_an_error_leaves_no_empty_folder_behind(tmp_path, written):
     folder = tmp_path / "run"

@@ -364,6 +364,13 @@ def lacking(part: str, name: str) -> Callable[[Path], None]:
     return change
 
 
+def without_blocks(model: Path) -> None:
+    (path,) = (model / "transformer").glob("*.safetensors")
+    state = {k: v for k, v in load_file(path).items() if not k.startswith("transformer_blocks.")}
+    save_file(state, path, metadata={"format": "pt"})
+    settings(NET, num_layers=0)(model)
+
+
 NET, VAE = "transformer/config.json", "vae/config.json"
 BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     **{f"no_{part}": (without(part), [part]) for part in QWEN_IMAGE.parts},
@@ -374,6 +381,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "narrower": (settings(NET, joint_attention_dim=32), ["transformer", "of another size"]),
     "wide_latents": (settings(VAE, z_dim=8), ["vae", "of another size"]),
     "edits": (settings(NET, zero_cond_t=True), ["zero_cond_t True", "more than a prompt"]),
+    "no_blocks": (without_blocks, ["num_layers 0", "fetch it again"]),
     "distilled": (settings(NET, guidance_embeds=True), ["guidance_embeds True"]),
     "axes": (settings(NET, axes_dims_rope=[8, 8, 8]), ["axes_dims_rope [8, 8, 8]"]),
     "no_mean": (settings(VAE, latents_mean=None), ["latents_mean None", "fetch it again"]),

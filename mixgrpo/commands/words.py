@@ -138,7 +138,10 @@ def _measure(chosen: argparse.Namespace) -> None:
                 f"--folder is {str(chosen.folder)!r}, but {str(needed)!r} does not exist; build it "
                 "with `python -m mixgrpo words build`, or choose another --folder"
             )
-    captions = prompts.read_text(encoding="utf-8").splitlines()[: chosen.count]
+    try:
+        captions = prompts.read_text(encoding="utf-8").splitlines()[: chosen.count]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompts} is not UTF-8 text; build it again") from error
     if not captions:
         raise ValueError(f"{prompts} is empty; build it again")
     pictures = {"rendered": _rendered(captions)}

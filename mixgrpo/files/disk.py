@@ -112,6 +112,11 @@ def own_folder(name: str, knob: str) -> Iterator[None]:
         raise ValueError(
             f"{knob} is {name!r}, which is a file or lies below one; name a folder"
         ) from error
+    except OSError as error:
+        raise OSError(
+            f"{knob} is {name!r}, which cannot be made ({error.strerror}); name a folder where you "
+            "may write"
+        ) from error
     handle = os.open(name, os.O_RDONLY)
     try:
         _lock(handle, name, knob)

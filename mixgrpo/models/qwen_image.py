@@ -219,6 +219,8 @@ def check_variant(folder: Path) -> None:
                 f"{path} has {key} {config[key]}, as transformers that need more than a prompt do; "
                 "fetch one that makes images from text, such as Qwen/Qwen-Image"
             )
+    if config.get("num_layers", _LAYERS) < 1:
+        raise ValueError(f"{path} has num_layers {config['num_layers']}; fetch it again")
     channels = [config[key] for key in defaults]
     if channels[0] != (channels[1] or channels[0]) * channels[2] ** 2:
         raise ValueError(
