@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from mixgrpo.files.messages import shortened
 from mixgrpo.maths.schedule import Spacing
 from mixgrpo.models.family import Family, Published, Settings, Setup
-from mixgrpo.models.files import check_axes, read_object
+from mixgrpo.models.files import check_axes, part_settings, read_object
 from mixgrpo.models.precision import cast_feed_forward, keep_times
 from mixgrpo.models.scheduler import is_number, spacing_from
 from mixgrpo.types import TextEmbedding
@@ -102,6 +102,8 @@ class QwenImage(Family):
             check_variant(folder)
         if "vae" not in without:
             check_statistics(folder)
+        if "text_encoder" not in without:
+            check_positions(folder, part_settings(self, folder / "text_encoder"))
 
     def encode(
         self, pipeline: Any, prompt: str, length: int, device: torch.device
@@ -226,6 +228,18 @@ def check_variant(folder: Path) -> None:
         raise ValueError(
             f"{path} has in_channels {channels[0]}, out_channels {channels[1]} and patch_size "
             f"{channels[2]}, so that its output is not a latent; fetch it again"
+        )
+
+
+def check_positions(folder: Path, settings: Settings) -> None:
+    """Raises ValueError: the text encoder's rotary positions do not fill its heads."""
+    half = settings["hidden_size"] // settings["num_attention_heads"] // 2
+    sections = (settings.get("rope_parameters") or {}).get("mrope_section")
+    whole = isinstance(sections, list) and all(type(size) is int for size in sections)
+    if not whole or sum(sections or []) != half:
+        raise ValueError(
+            f"{folder / 'text_encoder' / 'config.json'} has mrope_section {sections}, but it must "
+            f"be whole numbers whose sum is half the width of a head, {half}; fetch it again"
         )
 
 
