@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixgrpo.commands.command_line import (
@@ -19,13 +16,13 @@ from mixgrpo.commands.command_line import (
     home_path,
     whole_number,
 )
-from mixgrpo.files.disk import check_replaceable, own_folder, write_whole
+from mixgrpo.commands.worlds import LEFT, add_folder, add_parts, build
+from mixgrpo.files.disk import check_replaceable, write_whole
 from mixgrpo.files.messages import shortened
 
 if TYPE_CHECKING:  # torch is not needed for --help
     from torch import Tensor
 
-FOLDER = Path("data/words")
 IN_GRID = 6
 _LARGEST_SCALE = 1000
 
@@ -59,19 +56,8 @@ def _parser() -> OptionParser:
         help="build: captions and checkpoints, with fixed seeds; render: example pictures as the "
         "model should draw them; measure: what the model draws, and how much of it is right",
     )
-    parser.add_argument(
-        "--folder",
-        type=home_path,
-        default=FOLDER,
-        help="folder of the world, or in which to build it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=list(PARTS),
-        default=list(PARTS),
-        help="build: parts to build (default: all)",
-    )
+    add_folder(parser, "data/words")
+    add_parts(parser, PARTS)
     parser.add_argument(
         "--guidance",
         nargs="+",
@@ -109,13 +95,7 @@ def _scale(text: str) -> float:
 def _build(chosen: argparse.Namespace) -> None:
     from mixgrpo.words.build import PARTS
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    with own_folder(str(chosen.folder), "--folder"):
-        for name, build in PARTS.items():
-            if name in chosen.only:
-                start = time.perf_counter()
-                build(chosen.folder)
-                print(f"{name}: {time.perf_counter() - start:.0f} s")
+    build(chosen, PARTS)
 
 
 def _render(chosen: argparse.Namespace) -> None:
@@ -180,7 +160,7 @@ def _report(
 
 # What each task does, and what is told after Ctrl-C.
 _TASKS: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
-    "build": (_build, "what was built before is kept; build the rest with --only"),
+    "build": (_build, LEFT),
     "render": (_render, "nothing was changed"),
     "measure": (_measure, "nothing was changed"),
 }
