@@ -273,6 +273,21 @@ def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
+def refused_folder(family: Any, model: Path, config: Any) -> str:
+    """The message, one line, with which a model folder is refused; the doctor finds a fault too."""
+    import pytest
+
+    from mixgrpo.doctor.model import check_model
+    from mixgrpo.models.folder import check_folder
+
+    with pytest.raises((ValueError, OSError)) as caught:
+        check_folder(family, model)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert any(line.level == "error" for line in check_model(config, 1))
+    return message
+
+
 # ---- reading what a run left
 
 
