@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mixgrpo.config import Config, GuidanceConfig
+from mixgrpo.config import Config
 from mixgrpo.engines import Engine, Network
 from mixgrpo.engines.data_parallel import DataParallel
 from mixgrpo.engines.distributed import Process
@@ -24,32 +24,18 @@ from mixgrpo.maths.transitions import make_log_ratio, make_transition
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.methods.grpo import Objective
 from mixgrpo.models import Policy, Text
-from mixgrpo.models.guidance import Guidance
+from mixgrpo.models.guidance import Guidance, Guides
 from mixgrpo.models.spacing import spacing_of
 from mixgrpo.noise import Noise
 from mixgrpo.rewards import Reward, ScoreStream, build_reward
 from mixgrpo.rollout import SamplingPlan
 from mixgrpo.run.scorable import options_of
 from mixgrpo.run.validation import Validator
-from mixgrpo.text.negative import GuidedText, negative_for, negative_prompts
+from mixgrpo.text.negative import GuidedText, encoded_texts, negative_for
 from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import PromptBatch, PromptBatches, read_prompts
 from mixgrpo.text.stored import open_stored
 from mixgrpo.types import TextEmbedding, Velocity, Window
-
-
-@dataclass(frozen=True)
-class Guides:
-    """The guidance of each phase.
-
-    Attributes:
-        negative: the negative prompt of prompts that name none; None if no phase has guidance.
-    """
-
-    rollout: Guidance
-    update: Guidance
-    validation: Guidance
-    negative: str | None
 
 
 @dataclass(frozen=True)
@@ -106,16 +92,8 @@ class Prompts:
     validation: PromptList
 
     def all(self, negative: str | None) -> list[str]:
-        """Every prompt that is encoded.
-
-        Args:
-            negative: the negative prompt of prompts that name none; None without guidance.
-        """
-        both = (self.training, self.validation)
-        texts = [text for prompts in both for text in prompts.texts]
-        if negative is not None:
-            texts += [n for prompts in both for n in negative_prompts(prompts.metadata, negative)]
-        return texts
+        """Every prompt that is encoded; see ``encoded_texts``."""
+        return encoded_texts((self.training, self.validation), negative)
 
     @staticmethod
     def read(config: Config) -> Prompts:
@@ -131,7 +109,7 @@ def assemble(
     windows: WindowSchedule,
     prompts: Prompts,
     stored: Text | None,
-    guides: Guides,
+    negative: str | None,
     progress: Callable[[str], None],
     beat: Callable[[], None],
 ) -> Parts:
@@ -139,10 +117,11 @@ def assemble(
 
     Args:
         stored: stored embeddings; None loads the text encoders.
-        guides: the guidance of each phase.
+        negative: the negative prompt of prompts that name none; None if no phase has guidance.
         progress: called with the name of each stage when it begins.
         beat: called at every evaluation of the policy.
     """
+    guides = Guides.of(config.guidance)
     progress("loading the rewards")
     rewards = make_rewards(config, reward_device(config, process.device))
     trained_rewards = {n: r for n, r in rewards.items() if config.rewards[n].weight > 0}
@@ -154,7 +133,7 @@ def assemble(
     reference = None
     if config.update.kl > 0:
         reference = make_reference(policy, engine, untrained, guides.update)
-    text = GuidedText(policy, guides.negative)
+    text = GuidedText(policy, negative)
     return Parts(
         windows=windows,
         batches=PromptBatches(
@@ -245,28 +224,17 @@ def watched(velocity: Velocity, beat: Callable[[], None]) -> Velocity:
     return evaluate
 
 
-def make_guides(config: Config) -> Guides:
-    """The guidance of each phase.
+def make_negative(config: Config) -> str | None:
+    """The negative prompt of prompts that name none; None if no phase has guidance.
 
     Raises:
         FileNotFoundError: there is no model folder.
         ValueError: the family is unknown, or has no classifier-free guidance.
     """
     knobs = config.guidance
-    rollout, update, validation = (
-        make_guidance(knobs, scale)
-        for scale in (knobs.scale, knobs.update_scale, knobs.validation_scale)
-    )
     names = ("scale", "update_scale", "validation_scale")
     scales = {f"guidance.{name}": getattr(knobs, name) for name in names}
-    negative = negative_for(config.model, scales, knobs.negative_prompt)
-    return Guides(rollout, update, validation, negative)
-
-
-def make_guidance(knobs: GuidanceConfig, scale: float | None) -> Guidance:
-    """The guidance of a phase with this scale; None is the scale of the rollout."""
-    scale = knobs.scale if scale is None else scale
-    return Guidance(scale, knobs.batched, knobs.unconditional_gradient)
+    return negative_for(config.model, scales, knobs.negative_prompt)
 
 
 def make_velocities(
@@ -338,7 +306,7 @@ def make_plan(config: Config, window: Window, spacing: Spacing | None = None) ->
         transition=make_transition(sampling.transition, sampling.eta),
         solver=partial(make_solver, tail.solver, sigmas, tail.order, tail.variant),
         prefix=partial(make_solver, prefix.solver, sigmas, prefix.order, prefix.variant),
-        passes=make_guidance(config.guidance, config.guidance.scale).passes,
+        passes=Guides.of(config.guidance).rollout.passes,
     )
 
 
@@ -395,5 +363,5 @@ def make_objective(config: Config, reference: Velocity | None) -> Objective:
         kl=config.update.kl,
         reference=reference,
         kl_form=make_kl(config.update.kl_form),
-        passes=make_guidance(config.guidance, config.guidance.update_scale).passes,
+        passes=Guides.of(config.guidance).update.passes,
     )

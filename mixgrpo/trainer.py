@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixgrpo.assembly import Parts, Prompts, assemble, make_guides, make_stored_text, make_windows
+from mixgrpo.assembly import Parts, Prompts, assemble, make_negative, make_stored_text, make_windows
 from mixgrpo.checks import check
 from mixgrpo.config import Config
 from mixgrpo.devices import deterministic, is_out_of_memory
@@ -59,11 +59,11 @@ def train(config: Config) -> Path:
         resumed = resumed_checkpoint(config, process, contents)
         prompts = Prompts.read(config)
         check_scorable(config, prompts.training, prompts.validation)
-        guides = make_guides(config)
-        stored = make_stored_text(config, prompts.all(guides.negative), process.device)
+        negative = make_negative(config)
+        stored = make_stored_text(config, prompts.all(negative), process.device)
         with process.first(own_folder(config.run.folder, "run.folder")):
             parts = assemble(
-                *(config, process, windows, prompts, stored, guides),
+                *(config, process, windows, prompts, stored, negative),
                 *(watchdog.progress, watchdog.beat),
             )
             phases = Phases(process.device, watchdog.progress)

@@ -7,7 +7,7 @@ tokens. Sigma is 1 at pure noise and 0 at data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -66,16 +66,15 @@ class TextEmbedding:
     def __getitem__(self, rows: Tensor | slice) -> TextEmbedding:
         """The prompts at these positions, a slice or int64 on the CPU."""
         there = rows if isinstance(rows, slice) else rows.to(self.tokens.device, non_blocking=True)
+        negative = self.negative
+        if negative is not None and len(negative) > 1:
+            negative = negative[rows]
         return TextEmbedding(
             self.tokens[there],
             None if self.pooled is None else self.pooled[there],
             None if self.lengths is None else self.lengths[rows],
-            self.negative[rows] if self.negative and not self._share_negative else self.negative,
+            negative,
         )
-
-    @property
-    def _share_negative(self) -> bool:
-        return self.negative is not None and len(self.negative) == 1
 
     def repeat_each(self, times: int) -> TextEmbedding:
         """[N] -> [N*times], the copies of each prompt next to each other."""
@@ -84,9 +83,16 @@ class TextEmbedding:
         return self[torch.arange(len(self)).repeat_interleave(times)]
 
     def to(self, device: torch.device) -> TextEmbedding:
-        pooled = None if self.pooled is None else self.pooled.to(device)
-        negative = None if self.negative is None else self.negative.to(device)
-        return TextEmbedding(self.tokens.to(device), pooled, self.lengths, negative)
+        return self.moved(lambda values: values.to(device))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> TextEmbedding:
+        """With ``move`` applied to every tensor but the lengths, which stay on the CPU."""
+        return TextEmbedding(
+            move(self.tokens),
+            None if self.pooled is None else move(self.pooled),
+            self.lengths,
+            None if self.negative is None else self.negative.moved(move),
+        )
 
     @property
     def positive(self) -> TextEmbedding:

@@ -18,13 +18,13 @@ from small import (
 )
 from torch import Tensor
 
-from mixgrpo.assembly import make_guidance, make_guides, make_windows
+from mixgrpo.assembly import make_negative, make_windows
 from mixgrpo.checks import check
 from mixgrpo.config import Config, ModelConfig, RewardConfig, UpdateConfig
 from mixgrpo.maths.transitions import make_log_ratio, make_transition
 from mixgrpo.methods.grpo import Objective, update
 from mixgrpo.models.flux import FLUX
-from mixgrpo.models.guidance import Guidance, guided
+from mixgrpo.models.guidance import Guidance, Guides, guided
 from mixgrpo.planning.coverage_report import Coverage
 from mixgrpo.rollout import rollout
 from mixgrpo.run.start import announce
@@ -208,7 +208,7 @@ def test_a_distilled_model_says_which_knob_is_meant() -> None:
         match=r"^guidance.validation_scale is 4, but FLUX.*--guidance"
         r".validation_scale 1 .*--model\.guidance",
     ):
-        make_guides(config)
+        make_negative(config)
     without = {"guidance.scale": 1.0, "guidance.update_scale": None}
     assert negative_for(ModelConfig(family="flux"), without, None) is None
 
@@ -217,11 +217,11 @@ def test_each_phase_has_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(FLUX), "negative", " ")
     config = with_guidance(scale=4.0, validation_scale=1.0, batched=True)
     config.model.family = "flux"
-    guides = make_guides(config)
+    guides = Guides.of(config.guidance)
     assert [guides.rollout.scale, guides.update.scale, guides.validation.scale] == [4, 4, 1]
     assert [guides.rollout.passes, guides.validation.passes] == [2, 1]
-    assert guides.negative == " " and guides.update.batched
-    assert make_guidance(config.guidance, 7.0).scale == 7
+    assert make_negative(config) == " " and guides.update.batched
+    assert Guides.of(replace(config.guidance, update_scale=7.0)).update.scale == 7
 
 
 def test_the_schedule_counts_both_branches() -> None:

@@ -99,7 +99,6 @@ MAY_IMPORT = {
         "mixgrpo.models",
         "mixgrpo.files",
     ),
-    "mixgrpo.planning.branches": ("mixgrpo.assembly", "mixgrpo.config"),
     "mixgrpo.planning": (*("mixgrpo.config", "mixgrpo.files", "mixgrpo.models", "mixgrpo.types"),),
     "mixgrpo.report.runs": ("mixgrpo.config", "mixgrpo.files", "mixgrpo.text.prompts"),
     "mixgrpo.report.charts": ("mixgrpo.run.metrics", "mixgrpo.report.runs"),

@@ -18,7 +18,7 @@ from new_family import SD3
 from tiny_world import CPU, PROMPTS, QUICK, World, saved_tensors, train_here
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from mixgrpo.assembly import make_guides
+from mixgrpo.assembly import make_negative
 from mixgrpo.config import ModelConfig, PreprocessConfig
 from mixgrpo.doctor.model import check_model
 from mixgrpo.engines.shards import load_buffers
@@ -138,7 +138,7 @@ def test_it_trains_and_is_exported(sd3: None, world: World, tmp_path: Path, trai
         tmp_path / "run", **{**QUICK, "model__train": train}, guidance__scale=SCALE,
         text__mode="embeddings", text__embeddings=str(tmp_path / "text"),
     )  # fmt: skip
-    assert make_guides(config).negative == ""
+    assert make_negative(config) == ""
     assert all(line.level == "ok" for line in check_model(config, 1))
     folder = train_here(config)
     drawn = InferenceConfig(

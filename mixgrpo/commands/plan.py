@@ -81,11 +81,11 @@ def _number(option: str, text: str, name: str) -> float:
 
 
 def _show(config: Config, question: Question) -> None:
-    from mixgrpo.assembly import make_guides
+    from mixgrpo.assembly import make_negative
     from mixgrpo.checks import check
     from mixgrpo.planning.coverage_report import Coverage
 
     check(config, None)
-    make_guides(config)  # says what is wrong with them
+    make_negative(config)  # says what is wrong with the guidance
     mean, samples = Coverage(config).mean, config.batch.samples
     print(report(config, question, mean.rollout / samples, mean.update / samples))

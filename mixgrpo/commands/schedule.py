@@ -35,13 +35,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _show(config: Config, output: str | None) -> None:
-    from mixgrpo.assembly import make_guides
+    from mixgrpo.assembly import make_negative
     from mixgrpo.checks import check
     from mixgrpo.files.disk import check_replaceable
     from mixgrpo.planning.coverage_report import Coverage, report, save_picture
 
     check(config, None)
-    make_guides(config)  # says what is wrong with them
+    make_negative(config)  # says what is wrong with the guidance
     if output is not None:
         check_replaceable(Path(output))
     coverage = Coverage(config)

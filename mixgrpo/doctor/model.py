@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixgrpo.assembly import make_guides, spacing_for
+from mixgrpo.assembly import make_negative, spacing_for
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, size
 from mixgrpo.maths.schedule import make_sigmas
@@ -58,7 +58,7 @@ def check_model(config: Config, processes: int) -> Iterator[Line]:
 
 def _guidance(config: Config) -> Iterator[Line]:
     try:
-        make_guides(config)
+        make_negative(config)
     except (OSError, ValueError) as caught:
         yield _with_remedy(caught)
 

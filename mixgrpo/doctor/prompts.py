@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from mixgrpo.assembly import Prompts, make_guides, make_stored_text
+from mixgrpo.assembly import Prompts, make_negative, make_stored_text
 from mixgrpo.config import Config
 from mixgrpo.doctor.lines import Line, error, fetching, ok, warning
 from mixgrpo.models.files import quiet
+from mixgrpo.models.guidance import Guides
 from mixgrpo.models.registry import family_of
 from mixgrpo.run.scorable import VALIDATION, find_unscorable
 from mixgrpo.text.prompt_files import NEGATIVE, PromptList
@@ -22,7 +23,6 @@ from mixgrpo.text.prompts import read_prompts
 from mixgrpo.text.stored import preprocess_command
 
 SHOWN = 8  # keys of metadata
-_SCALES = ("scale", "update_scale", "validation_scale")
 
 
 def check_prompts(config: Config, processes: int) -> Iterator[Line]:
@@ -84,8 +84,7 @@ def _keys(prompts: PromptList) -> str:
 def _unused(config: Config, knob: str, prompts: PromptList) -> Iterator[Line]:
     """Warns of negative prompts that no phase uses."""
     count = sum(NEGATIVE in metadata for metadata in prompts.metadata)
-    scales = vars(config.guidance)
-    if count and all((scales[name] or 1) <= 1 for name in _SCALES):
+    if count and not Guides.of(config.guidance).are_used:
         yield warning(
             "prompts",
             f"{knob}: {count:,} prompts have a {NEGATIVE}, which is not used, since guidance.scale "
@@ -167,7 +166,7 @@ def check_text(config: Config, processes: int) -> Iterator[Line]:
         yield ok("text", f"prompts are encoded during the run (text.placement {placement})")
         return
     try:
-        prompts = Prompts.read(config).all(make_guides(config).negative)
+        prompts = Prompts.read(config).all(make_negative(config))
         make_stored_text(config, prompts, torch.device("cpu"))
     except (ValueError, OSError) as caught:
         yield error("text", str(caught), preprocess_command(config))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixgrpo.config import GuidanceConfig
 from mixgrpo.types import TextEmbedding, Velocity
 
 Combine = Callable[[Tensor, Tensor, float], Tensor]
@@ -33,6 +34,35 @@ class Guidance:
     def passes(self) -> int:
         """Model evaluations per velocity."""
         return 2 if self.scale > 1 else 1
+
+
+@dataclass(frozen=True)
+class Guides:
+    """The guidance of each phase of a run."""
+
+    rollout: Guidance
+    update: Guidance
+    validation: Guidance
+
+    @property
+    def are_used(self) -> bool:
+        """Whether any phase has guidance."""
+        return any(guide.passes > 1 for guide in (self.rollout, self.update, self.validation))
+
+    @classmethod
+    def of(cls, knobs: GuidanceConfig) -> Guides:
+        """As the knobs say; the update and validations follow the rollout's scale by default."""
+        scales = (knobs.scale, knobs.update_scale, knobs.validation_scale)
+        return cls(
+            *(
+                Guidance(
+                    knobs.scale if scale is None else scale,
+                    knobs.batched,
+                    knobs.unconditional_gradient,
+                )
+                for scale in scales
+            )
+        )
 
 
 def guided(velocity: Velocity, combine: Combine, guidance: Guidance) -> Velocity:

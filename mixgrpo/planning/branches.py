@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixgrpo.assembly import make_guidance
 from mixgrpo.config import Config
+from mixgrpo.models.guidance import Guides
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,11 @@ class Branches:
     @classmethod
     def of(cls, config: Config) -> Branches:
         knobs = config.guidance
-        rollout, update, validation = (
-            make_guidance(knobs, scale).passes
-            for scale in (knobs.scale, knobs.update_scale, knobs.validation_scale)
-        )
+        guides = Guides.of(knobs)
+        update = guides.update.passes
         kept = update if knobs.unconditional_gradient else 1
         return cls(
-            sampled=max(rollout, validation) if knobs.batched else 1,
+            sampled=max(guides.rollout.passes, guides.validation.passes) if knobs.batched else 1,
             updated=update if knobs.batched else 1,
             kept=kept,
             differentiated=kept / update,

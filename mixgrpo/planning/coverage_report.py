@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mixgrpo.assembly import make_guidance, make_plan, make_windows, spacing_for
+from mixgrpo.assembly import make_objective, make_plan, make_windows, spacing_for
 from mixgrpo.config import Config
 from mixgrpo.files.disk import write_whole
 from mixgrpo.maths.emphasis import trained_steps
-from mixgrpo.maths.schedule import make_sigmas
+from mixgrpo.maths.schedule import Spacing, make_sigmas
 from mixgrpo.maths.window import WindowSchedule
 from mixgrpo.planning.coverage import (
     Evaluations,
@@ -62,8 +62,12 @@ class Coverage:
     @cached_property
     def sigmas(self) -> list[float]:
         """For each step, the noise level from which it starts."""
-        sampling = self.config.sampling
-        return make_sigmas(sampling.steps, spacing_for(self.config, sampling.steps)).tolist()[:-1]
+        return make_sigmas(self.config.sampling.steps, self.spacing).tolist()[:-1]
+
+    @cached_property
+    def spacing(self) -> Spacing:
+        """The spacing of the whole schedule."""
+        return spacing_for(self.config, self.config.sampling.steps)
 
     @property
     def group(self) -> Group:
@@ -77,12 +81,11 @@ class Coverage:
 
     def of_group(self, window: Window) -> Evaluations:
         """One group's evaluations in an iteration with this window."""
-        plan = make_plan(self.config, window)
+        plan = make_plan(self.config, window, self.spacing)
         size = plan.window.size
         trained = trained_steps(size, self.config.update.step_fraction) / size
         found = evaluations_of_group(self.group, plan.window, plan.steps, trained)
-        guidance = self.config.guidance
-        return found.with_passes(plan.passes, make_guidance(guidance, guidance.update_scale).passes)
+        return found.with_passes(plan.passes, make_objective(self.config, None).passes)
 
     @cached_property
     def mean(self) -> Evaluations:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from mixgrpo.config import ModelConfig
 from mixgrpo.models import Text
 from mixgrpo.models.registry import family_of
-from mixgrpo.text.prompt_files import NEGATIVE
+from mixgrpo.text.prompt_files import NEGATIVE, PromptList
 from mixgrpo.types import Metadata, TextEmbedding
 
 
@@ -41,6 +41,19 @@ def negative_for(
 def negative_prompts(metadata: Sequence[Metadata], default: str) -> list[str]:
     """The negative prompt of each prompt: its metadata's, or else the default."""
     return [each.get(NEGATIVE, default) for each in metadata]
+
+
+def encoded_texts(files: Iterable[PromptList], negative: str | None) -> list[str]:
+    """The prompts of all files and, with guidance, their negative prompts.
+
+    Args:
+        negative: the negative prompt of prompts that name none; None without guidance.
+    """
+    files = list(files)
+    texts = [text for prompts in files for text in prompts.texts]
+    if negative is not None:
+        texts += [n for prompts in files for n in negative_prompts(prompts.metadata, negative)]
+    return texts
 
 
 class GuidedText:

@@ -29,7 +29,7 @@ from mixgrpo.text.embeddings import (
     write_index,
     write_shard,
 )
-from mixgrpo.text.negative import negative_prompts
+from mixgrpo.text.negative import encoded_texts
 from mixgrpo.text.prompt_files import PromptList
 from mixgrpo.text.prompts import read_prompts
 from mixgrpo.types import TextEmbedding
@@ -77,17 +77,16 @@ def _to_encode(
     files: Sequence[PromptList], config: PreprocessConfig, model: ModelConfig
 ) -> list[str]:
     """The prompts of all files, and the negative prompts where the family has guidance."""
-    prompts = [prompt for file in files for prompt in file.texts]
-    family = family_of(model)
+    family, given = family_of(model), config.negative_prompt
     if family.negative is None:
-        if config.negative_prompt is None:
-            return prompts
+        if given is None:
+            return encoded_texts(files, None)
         raise ValueError(
-            f"negative_prompt is {config.negative_prompt!r}, but {family.title} has no "
-            "classifier-free guidance; leave --negative_prompt out"
+            f"negative_prompt is {given!r}, but {family.title} has no classifier-free guidance; "
+            "leave --negative_prompt out"
         )
-    default = family.negative if config.negative_prompt is None else config.negative_prompt
-    return [*prompts, default, *(n for f in files for n in negative_prompts(f.metadata, default))]
+    default = family.negative if given is None else given
+    return [*encoded_texts(files, default), default]  # also where every prompt has its own
 
 
 def _read_before(folder: Path, encoder: Encoder) -> Index:

@@ -37,8 +37,7 @@ class StoredText:
 
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         text = TextEmbedding.join([self._read(*self.places[prompt]) for prompt in prompts])
-        pooled = None if text.pooled is None else self._to_device(text.pooled)
-        return TextEmbedding(self._to_device(text.tokens), pooled, text.lengths)
+        return text.moved(self._to_device)
 
     def _read(self, number: int, row: int) -> TextEmbedding:
         try:
