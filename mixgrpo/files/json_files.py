@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from mixgrpo.files.regular import MIB, read_regular
 
 MOST = 256 * MIB
+_OF_A_MODEL = 64 * MIB
 DEEPEST = 100  # levels of lists and objects; Python's own limit depends on the caller
 
 
@@ -40,6 +41,30 @@ def read_object(path: Path, most: int = MOST) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a file of a downloaded model, such as a config.json of at most 64 MiB.
+
+    Raises:
+        OSError, ValueError: see ``read_object``; the message says to fetch the file again.
+    """
+    try:
+        return read_object(path, _OF_A_MODEL)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing; fetch it again") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch it again") from error
+
+
+def is_number(value: object) -> bool:
+    """Whether the value is a finite number; booleans and integers too large for float are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def parse_json(text: str) -> Any:

@@ -34,10 +34,9 @@ class Spacing:
             ValueError: if ``steps`` is below 2. The last step is never stochastic, so a single step
                 would leave nothing to train.
         """
-        if self.smallest is None:
-            return uniform_times(steps)
         u = uniform_times(steps)
-        u[:-1] = torch.linspace(1, self.smallest, steps, dtype=u.dtype)
+        if self.smallest is not None:
+            u[:-1] = torch.linspace(1, self.smallest, steps, dtype=u.dtype)
         return u
 
     def sigmas(self, u: Tensor, steps: int) -> Tensor:
@@ -145,6 +144,7 @@ def flash_sigmas(
     tail = compressed_steps(steps - window.stop, ratio)
     tail_u = u[window.stop] * (1 - torch.arange(1, tail + 1, dtype=u.dtype) / tail)
     if spacing.smallest is not None and tail == steps - window.stop:
+        # The base's last step is of another size than the others: its steps are not equally spaced.
         tail_u = u[window.stop + 1 :]
     prefix = compressed_steps(window.start, before)
     prefix_u = 1 - (1 - u[window.start]) * torch.arange(prefix, dtype=u.dtype) / max(1, prefix)

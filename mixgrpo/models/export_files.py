@@ -15,10 +15,11 @@ from torch import Tensor
 from mixgrpo.config import ModelConfig
 from mixgrpo.files.disk import write_text_whole, write_whole
 from mixgrpo.files.forms import SAFETENSORS
+from mixgrpo.files.json_files import read_settings
 from mixgrpo.files.weight_files import check_fits, open_slices, read_shapes, write_streamed
 from mixgrpo.files.weight_sets import WeightSet, without_variant
 from mixgrpo.models.adapters import adapted_layers
-from mixgrpo.models.files import find_part, read_object
+from mixgrpo.models.files import find_part
 from mixgrpo.models.folder import check_folder, require_parts
 from mixgrpo.models.lora import fold
 from mixgrpo.models.lora_files import LORA_NAMES
@@ -57,7 +58,7 @@ def _export_adapters(folder: Path, config: ModelConfig, adapters: Mapping[str, T
     for name, weight in adapters.items():
         key = "transformer." + name.replace(".default.weight", ".weight")
         state[key] = (fold(weight, scale) if ".lora_B." in name else weight).contiguous()
-    transformer = read_object(Path(config.path) / "transformer" / "config.json")
+    transformer = read_settings(Path(config.path) / "transformer" / "config.json")
     targets = adapted_layers(family_of(config), config.lora_targets, transformer)
     settings = {
         "transformer.r": config.lora_rank,
@@ -76,7 +77,7 @@ def _export_pipeline(
     require_parts(config.path, family.parts)
     source, target = Path(config.path), folder / "transformer"
     weights = find_part(source / "transformer")
-    base, settings = read_shapes(weights.files()), read_object(source / "transformer/config.json")
+    base, settings = read_shapes(weights.files()), read_settings(source / "transformer/config.json")
     # Buffers, and weights that no prediction depends on, are not trained.
     trained = {
         name

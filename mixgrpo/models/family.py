@@ -19,6 +19,10 @@ Settings = Mapping[str, Any]
 """The content of a part's configuration file."""
 
 
+# diffusers' names of the projections of attention over an image and its text together.
+JOINT_ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a prediction depends on beside its tensors and the weights.

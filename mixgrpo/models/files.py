@@ -22,16 +22,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
-from mixgrpo.files import json_files
 from mixgrpo.files.forms import SAFETENSORS
+from mixgrpo.files.json_files import read_settings
 from mixgrpo.files.messages import in_one_line
-from mixgrpo.files.regular import MIB, check_regular_files
+from mixgrpo.files.regular import check_regular_files
 from mixgrpo.files.weight_files import check_fits, read_shapes
 from mixgrpo.files.weight_sets import WeightSet, find_set
 from mixgrpo.models.family import Family
 
 T = TypeVar("T")
-_LARGEST_JSON = 64 * MIB
 
 
 def check_part(family: Family, folder: Path) -> tuple[list[Path], int]:
@@ -86,20 +85,10 @@ def find_part(folder: Path) -> WeightSet:
     return weights
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises OSError, ValueError: it cannot be read."""
-    try:
-        return json_files.read_object(path, _LARGEST_JSON)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing; fetch it again") from error
-    except ValueError as error:
-        raise ValueError(f"{error}; fetch it again") from error
-
-
 def check_axes(folder: Path) -> None:
     """Raises OSError, ValueError: the transformer's rotary positions do not fill its heads."""
     path = folder / "transformer" / "config.json"
-    config = {"axes_dims_rope": [16, 56, 56], "attention_head_dim": 128, **read_object(path)}
+    config = {"axes_dims_rope": [16, 56, 56], "attention_head_dim": 128, **read_settings(path)}
     axes, width = config["axes_dims_rope"], config["attention_head_dim"]
     # One axis for each column of the positions: an unused one, rows and columns.
     whole = isinstance(axes, list) and len(axes) == 3 and all(type(size) is int for size in axes)
@@ -116,7 +105,7 @@ def part_settings(family: Family, folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it cannot be read.
     """
-    content = read_object(folder / "config.json")
+    content = read_settings(folder / "config.json")
     if family.weighted[folder.name][1] is None:
         return content
     config = _created(partial(_read_config, family.weighted[folder.name][1], folder), folder)
@@ -133,7 +122,7 @@ def _read_config(kind: Any, folder: Path) -> PretrainedConfig:
 def _asked_for(family: Family, folder: Path) -> nn.Module:
     """The part's module on the meta device, which must not be changed."""
     kind, settings = family.weighted[folder.name]
-    content = read_object(folder / "config.json")
+    content = read_settings(folder / "config.json")
     if content.get("quantization_config") is not None:
         raise ValueError(
             f"{folder / 'config.json'} has a quantization_config, but quantised weights cannot be "

@@ -15,15 +15,15 @@ from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSin
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from mixgrpo.files.json_files import read_settings
 from mixgrpo.maths.schedule import Spacing, dynamic_shift
 from mixgrpo.models import flux_names
-from mixgrpo.models.family import Family, Published, Settings, Setup
-from mixgrpo.models.files import check_axes, read_object
+from mixgrpo.models.family import JOINT_ATTENTION, Family, Published, Settings, Setup
+from mixgrpo.models.files import check_axes
 from mixgrpo.models.precision import cast_feed_forward, keep_times
 from mixgrpo.types import TextEmbedding
 
 _BLOCKS = r"(single_)?transformer_blocks\.\d+\."
-_ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
 
 
@@ -49,8 +49,8 @@ class Flux(Family):
     )
     # Patterns of full paths: the bare name "proj_out" would also match the model's output layer.
     lora_targets: ClassVar = {
-        "attention": f"{_BLOCKS}({_ATTENTION})",
-        "all": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",
+        "attention": f"{_BLOCKS}({JOINT_ATTENTION})",
+        "all": f"{_BLOCKS}({JOINT_ATTENTION}|{_FEED_FORWARD})",
     }
     lora_marks = r"single_transformer_blocks|single_blocks|double_blocks"
 
@@ -153,7 +153,7 @@ def _image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
 def check_factors(folder: Path) -> None:
     """Raises OSError, ValueError: the VAE's configuration lacks what turns latents into images."""
     path = folder / "vae" / "config.json"
-    config = read_object(path)
+    config = read_settings(path)
     for key, least in (("scaling_factor", 0.0), ("shift_factor", -math.inf)):
         value = config.get(key, None if key == "shift_factor" else 1.0)
         if not isinstance(value, int | float) or not least < value < math.inf:

@@ -12,11 +12,12 @@ import transformers
 from safetensors import SafetensorError
 
 from mixgrpo.config import ModelConfig
+from mixgrpo.files.json_files import read_settings
 from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.tokenizers import load_tokenizer
 from mixgrpo.files.weight_files import check_finite
 from mixgrpo.models.family import Family
-from mixgrpo.models.files import check_part, find_part, part_settings, quiet, read_object
+from mixgrpo.models.files import check_part, find_part, part_settings, quiet
 from mixgrpo.models.registry import family_of
 
 _WITHOUT_MASKS = ("flash", "_native_flash")
@@ -135,7 +136,7 @@ def check_index(family: Family, folder: Path) -> None:
         OSError, ValueError: it cannot be read, or describes another model.
     """
     index = folder / "model_index.json"
-    content = read_object(index)
+    content = read_settings(index)
     wanted = {part: _full_name(kind) for part, (kind, _) in family.weighted.items()}
     wanted["scheduler"] = "diffusers.FlowMatch"
     for part, name in wanted.items():
@@ -155,7 +156,7 @@ def _full_name(kind: type) -> str:
 def check_scheduler(folder: Path) -> None:
     """Raises OSError, ValueError: the scheduler's configuration is missing or of another kind."""
     path = folder / "scheduler" / "scheduler_config.json"
-    kind = str(read_object(path).get("_class_name", "FlowMatch"))
+    kind = str(read_settings(path).get("_class_name", "FlowMatch"))
     if not kind.startswith("FlowMatch"):
         raise ValueError(
             f"{path} is that of a {kind}, not of a FlowMatch scheduler; fetch the folder again"
@@ -187,7 +188,7 @@ def read_tokenizer(family: Family, folder: Path) -> Any:
             model_max_length is not a length of texts that the encoder can read.
     """
     index = folder.parent / "model_index.json"
-    entry = read_object(index).get(folder.name)
+    entry = read_settings(index).get(folder.name)
     part = family.tokenizers[folder.name]
     config = part_settings(family, folder.parent / part)
     rows, ends = config["vocab_size"], config["eos_token_id"]

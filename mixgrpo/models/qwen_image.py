@@ -23,16 +23,16 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from mixgrpo.files.json_files import is_number, read_settings
 from mixgrpo.files.messages import shortened
 from mixgrpo.maths.schedule import Spacing
-from mixgrpo.models.family import Family, Published, Settings, Setup
-from mixgrpo.models.files import check_axes, part_settings, read_object
+from mixgrpo.models.family import JOINT_ATTENTION, Family, Published, Settings, Setup
+from mixgrpo.models.files import check_axes, part_settings
 from mixgrpo.models.precision import cast_feed_forward, keep_times
-from mixgrpo.models.scheduler import is_number, spacing_from
+from mixgrpo.models.spacing import spacing_from
 from mixgrpo.types import TextEmbedding
 
 _BLOCKS = r"transformer_blocks\.\d+\."
-_ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _FEED_FORWARD = r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)"
 _SCHEDULER = {  # Qwen-Image's own, for a folder that has none
     "use_dynamic_shifting": True,
@@ -70,8 +70,8 @@ class QwenImage(Family):
     masks = True
     negative = " "
     lora_targets: ClassVar = {
-        "attention": f"{_BLOCKS}{_ATTENTION}",
-        "all": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",
+        "attention": f"{_BLOCKS}{JOINT_ATTENTION}",
+        "all": f"{_BLOCKS}({JOINT_ATTENTION}|{_FEED_FORWARD})",
     }
     lora_marks = r"(img|txt)_(mlp[._]net|mod[._]1)"
 
@@ -214,7 +214,7 @@ def check_variant(folder: Path) -> None:
     """Raises OSError, ValueError: the transformer takes other inputs, or makes other outputs."""
     path = folder / "transformer" / "config.json"
     defaults = {"in_channels": 64, "out_channels": 16, "patch_size": 2}
-    config = {**defaults, **read_object(path)}
+    config = {**defaults, **read_settings(path)}
     for key in _VARIANTS:
         if config.get(key):
             raise ValueError(
@@ -246,7 +246,7 @@ def check_positions(folder: Path, settings: Settings) -> None:
 def check_statistics(folder: Path) -> None:
     """Raises OSError, ValueError: the VAE's configuration lacks what turns latents into images."""
     path = folder / "vae" / "config.json"
-    config = read_object(path)
+    config = read_settings(path)
     channels = config.get("z_dim", 16)
     wanted = (("latents_mean", -math.inf, "numbers"), ("latents_std", 0.0, "positive numbers"))
     for key, least, kind in wanted:

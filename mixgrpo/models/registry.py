@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from mixgrpo.files.json_files import read_object
+from mixgrpo.files.json_files import read_settings
 
 if TYPE_CHECKING:
     from mixgrpo.models.family import Family
@@ -77,10 +77,10 @@ def name_of(config: Named, missing: str | None = None) -> str:
             "to a diffusers pipeline folder"
         )
     try:
-        content = read_object(index)
+        content = read_settings(index)
     except ValueError as error:
         raise ValueError(
-            f"the model in {config.path!r} (model.path) cannot be used: {error}; fetch it again"
+            f"the model in {config.path!r} (model.path) cannot be used: {error}"
         ) from error
     found = _named_by(content)
     if config.family == "auto":

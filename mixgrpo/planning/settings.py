@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from mixgrpo.files.json_files import read_object
+from mixgrpo.files.json_files import read_settings
 from mixgrpo.files.messages import in_one_line
-from mixgrpo.files.regular import MIB
 from mixgrpo.models.family import Family
 from mixgrpo.models.registry import Named, family_of
 
 Model = Named
 """The knobs that tell which model is planned."""
-_LARGEST_JSON = 64 * MIB
 
 
 def family_for(model: Model) -> Family:
@@ -42,10 +40,7 @@ def settings_of(model: Model, part: str) -> Mapping[str, Any]:
     family, path = family_for(model), _path(model, part)
     if not path.is_file():
         return family.published.settings[part]
-    try:
-        settings = read_object(path, _LARGEST_JSON)
-    except ValueError as error:
-        raise ValueError(f"{error}; fetch it again") from error
+    settings = read_settings(path)
     wanted = family.weighted[part][0].__name__
     if (found := settings.get("_class_name", wanted)) != wanted:
         raise ValueError(

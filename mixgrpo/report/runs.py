@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mixgrpo.config import ValidationConfig, dotted
-from mixgrpo.files.json_files import read_json
+from mixgrpo.files.json_files import is_number, read_json
 from mixgrpo.files.json_lines import read_records
 from mixgrpo.files.named_paths import check_distinct_names, split_name
 from mixgrpo.text.prompts import read_prompts
@@ -96,16 +95,6 @@ class Run:
         }
         more = sorted(logged - set(known))
         return known | {name: float(f"reward/{name}" in self.keys) for name in more}
-
-
-def is_number(value: object) -> bool:
-    """Whether the value is a finite number; booleans and integers too large for float are not."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixgrpo.files.json_files import read_settings
 from mixgrpo.files.weight_files import check_finite, check_fits
 from mixgrpo.rewards.imagereward_model import (
     ImageRewardModel,
@@ -31,7 +32,6 @@ from mixgrpo.rewards.weights import (
     move_frozen,
     parse_dtype,
     read_heads,
-    read_json,
     read_state_dict,
     read_tokenizer,
     require_file,
@@ -76,12 +76,12 @@ class ImageReward:
         folder = require_folder(model, "imagereward", "model")
         self.vision = _vision_size(folder)
         med = find_file(folder, ("med_config.json",), "imagereward", "model")
-        network = ImageRewardModel(self.vision, read_json(med))
+        network = ImageRewardModel(self.vision, read_settings(med))
         _load_weights(network, self.weights_file(model=model, checkpoint=checkpoint))
         self.model = network.to(self.device, self.dtype).eval().requires_grad_(False)
         self.model.head.float()
         source = require_folder(tokenizer or folder, "imagereward", "tokenizer")
-        self.tokenizer = _load_tokenizer(source, read_json(med))
+        self.tokenizer = _load_tokenizer(source, read_settings(med))
 
     @staticmethod
     def check_files(
@@ -100,11 +100,11 @@ class ImageReward:
         med = find_file(folder, ("med_config.json",), "imagereward", "model")
         path = ImageReward.weights_file(model=model, checkpoint=checkpoint)
         with torch.device("meta"):
-            network = ImageRewardModel(_vision_size(folder), read_json(med))
+            network = ImageRewardModel(_vision_size(folder), read_settings(med))
         state = used_keys(read_heads(path))
         check_fits(to_imagereward_keys(network.state_dict()), state, path)
         source = require_folder(tokenizer or folder, "imagereward", "tokenizer")
-        _load_tokenizer(source, read_json(med))
+        _load_tokenizer(source, read_settings(med))
         return path
 
     @staticmethod
@@ -145,7 +145,7 @@ def _vision_size(folder: Path) -> VisionSize:
     path = folder / "vision_config.json"
     if not path.is_file():
         return VisionSize()
-    values = read_json(path)
+    values = read_settings(path)
     accepted = [field.name for field in fields(VisionSize)]
     unknown = sorted(set(values) - set(accepted))
     if unknown:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixgrpo.files.json_files import read_settings
 from mixgrpo.files.named_paths import find_path
 from mixgrpo.files.weight_files import check_fits
 from mixgrpo.rewards.weights import (
@@ -30,7 +31,6 @@ from mixgrpo.rewards.weights import (
     move_frozen,
     parse_dtype,
     read_heads,
-    read_json,
     read_state_dict,
     read_tokenizer,
     require_file,
@@ -237,7 +237,7 @@ def _create(name: str, folder: Path | None, device: str = "cpu") -> nn.Module:
     """Creates the model with random weights; ``pretrained_text=False`` prevents downloads."""
     import open_clip
 
-    if folder is not None and "model_cfg" not in read_json(folder / _CONFIG):
+    if folder is not None and "model_cfg" not in read_settings(folder / _CONFIG):
         raise ValueError(
             f"{folder / _CONFIG} lacks `model_cfg`; it must have the format that open_clip writes"
         )

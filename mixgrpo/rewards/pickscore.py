@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from mixgrpo.files.json_files import read_settings
 from mixgrpo.files.weight_files import check_finite, check_fits
 from mixgrpo.rewards.images import center_crop, normalise, resize, resize_shortest
 from mixgrpo.rewards.weights import (
@@ -20,7 +21,6 @@ from mixgrpo.rewards.weights import (
     move_frozen,
     parse_dtype,
     read_heads,
-    read_json,
     read_state_dict,
     read_tokenizer,
     require_folder,
@@ -169,7 +169,7 @@ def _configuration(folder: Path) -> Any:
     from transformers import CLIPConfig
 
     return CLIPConfig.from_dict(
-        read_json(find_file(folder, ("config.json",), "pickscore", "model"))
+        read_settings(find_file(folder, ("config.json",), "pickscore", "model"))
     )
 
 
@@ -200,7 +200,7 @@ def _load_processor(folder: Path, config: Any) -> tuple[Any, Any]:
         "pickscore",
         "processor",
     )
-    read_json(settings)
+    read_settings(settings)
     return tokenizer, CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mixgrpo.files.forms import TORCH_OLD, readable_form
-from mixgrpo.files.json_files import read_object
 from mixgrpo.files.messages import in_one_line
 from mixgrpo.files.named_paths import find_path
 from mixgrpo.files.regular import MIB, check_regular
@@ -100,13 +99,6 @@ def find_file(folder: Path, names: tuple[str, ...], reward: str, option: str) ->
         f"{reward}: folder {str(folder)!r} holds none of {', '.join(names)}; "
         f"set the reward's `{option}` to the right path"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path, _LARGEST_JSON)
-    except ValueError as error:
-        raise ValueError(f"{error}; fetch it again") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
